@@ -1,0 +1,1 @@
+"""Floor 6: arguments, help, exit codes and tables."""

@@ -1,0 +1,1 @@
+"""Floor 4: the objectives, each readable top to bottom; knows nothing of optimizers, files or ranks."""

@@ -1,0 +1,81 @@
+"""`linear_cross_entropy`: negative log-likelihood of labels straight from hidden states and head, without the logits of all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import LossArguments, compute_dtype
+from .chunked import evaluate
+from .linear_logits import LinearLogits, autocast_dtype, check_head
+from .rows import LogitTransform
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """-log softmax(z)[label] per token, with z = softcap(logit_scale (h W^T + b)), reduced over labelled tokens.
+
+    hidden (..., H), weight (V, H), bias (V,), labels (...) int64 with `ignore_index` where a token has none: those rows are packed
+    out before any GEMM. "mean" divides by the number of labelled tokens, or by `denominator`; "none" gives zeros where there is no
+    label. Result in float32 (float64 for float64 inputs); memory, chunking and errors as in `linear_kl_div`.
+    """
+    leading = check_head("student", hidden, weight, bias)
+    arguments = LossArguments(
+        mask=labels != ignore_index,
+        labels=labels,
+        label_weight=1.0,
+        ignore_index=ignore_index,
+        student=LogitTransform(logit_scale, softcap),
+        reduction=reduction,
+        denominator=denominator,
+        chunk_size=chunk_size,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    device = hidden.device
+    valid = arguments.valid_rows(leading, device)
+    dtype = compute_dtype(hidden)
+    student = LinearLogits(hidden, weight, bias, valid, dtype, autocast_dtype(device))
+    problem = arguments.problem(student, None, leading, weight.shape[0], valid, dtype, device)
+    loss = evaluate(problem, student.inputs, leading, valid, return_stats=False)
+    assert not isinstance(loss, tuple)
+    return loss
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """The same value by `torch.nn.functional.cross_entropy` on all logits at once, in the inputs' dtype."""
+    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    values = torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
+    ).view(labels.shape)
+    if reduction == "none":
+        return values
+    total = values.sum()
+    if reduction == "sum":
+        return total
+    return total / ((labels != ignore_index).sum().clamp_min(1) if denominator is None else denominator)

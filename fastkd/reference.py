@@ -1,0 +1,7 @@
+"""The oracles: obvious torch, any float dtype including float64, the same names and arguments as the fast ops they check."""
+
+from .ops.kl import kl_div_reference as kl_div
+from .ops.linear_cross_entropy import linear_cross_entropy_reference as linear_cross_entropy
+from .ops.linear_kl import linear_kl_div_reference as linear_kl_div
+
+__all__ = ["kl_div", "linear_cross_entropy", "linear_kl_div"]

@@ -1,0 +1,105 @@
+"""kl_div on logits that exist: against the float64 oracle, and against linear_kl_div."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastkd
+from tests.ops.test_linear_kl import DIVERGENCES, INDEX, LABELS, MASK, STUDENT_VOCAB, TEACHER_VOCAB, TOKENS
+from tests.oracle import assert_close
+
+
+def make_logits(dtype=torch.float64, scale: float = 2.0):
+    generator = torch.Generator().manual_seed(11)
+    student = torch.randn(TOKENS, STUDENT_VOCAB, generator=generator, dtype=torch.float64).mul(scale).to(dtype).requires_grad_()
+    teacher = torch.randn(TOKENS, TEACHER_VOCAB, generator=generator, dtype=torch.float64).mul(scale).to(dtype)
+    return student, teacher
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5), (torch.bfloat16, 4e-3)], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_the_oracle(divergence, reduction, dtype, tolerance):
+    student, teacher = make_logits(dtype)
+    options = {
+        "divergence": divergence,
+        "temperature": 2.0,
+        "mask": MASK,
+        "vocab_index": INDEX,
+        "labels": LABELS,
+        "label_weight": 0.5,
+        "student_softcap": 6.0,
+        "reduction": reduction,
+    }
+    value = fastkd.kl_div(student, teacher, **options, chunk_size=5)
+    exact = student.detach().double().requires_grad_()
+    truth = fastkd.reference.kl_div(exact, teacher.double(), **options)
+    assert_close(value, truth, min(tolerance, 2e-5))
+    assert_close(torch.autograd.grad(value.sum(), student)[0], torch.autograd.grad(truth.sum(), exact)[0], tolerance)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_impossible_tokens_add_nothing(divergence):
+    """-inf in both models' logits (a masked vocabulary) is the same as leaving those columns out."""
+    student, teacher = make_logits()
+    teacher = teacher[:, :STUDENT_VOCAB].clone()
+    student = student.detach()
+    banned = torch.arange(STUDENT_VOCAB) % 3 == 0
+    holes = [x.masked_fill(banned, -math.inf).requires_grad_() for x in (student, teacher)]
+    kept = [x[:, ~banned].clone().requires_grad_() for x in (student, teacher)]
+    value, truth = (fastkd.kl_div(*x, divergence=divergence, temperature=2.0) for x in (holes, kept))
+    assert_close(value, truth, 1e-12)
+    gradient = torch.autograd.grad(value, holes[0])[0]
+    assert (gradient[:, banned] == 0).all()
+    assert_close(gradient[:, ~banned], torch.autograd.grad(truth, kept[0])[0], 1e-12)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_far_apart_models_stay_finite(divergence):
+    """Both probabilities underflow somewhere: log p and log q near -400 in float32."""
+    student, teacher = make_logits(torch.float32, scale=100.0)
+    value = fastkd.kl_div(student, teacher, divergence=divergence)
+    exact = student.detach().double().requires_grad_()
+    truth = fastkd.reference.kl_div(exact, teacher.double(), divergence=divergence) if divergence in DIVERGENCES[:3] else value
+    assert value.isfinite()
+    assert torch.autograd.grad(value, student)[0].isfinite().all()
+    assert_close(value, truth, 2e-5)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_the_gradient_of_a_row_sums_to_zero_and_a_shift_changes_nothing(divergence):
+    student, teacher = make_logits()
+    value = fastkd.kl_div(student, teacher, divergence=divergence)
+    shifted = fastkd.kl_div(student + 40.0, teacher - 30.0, divergence=divergence)
+    assert_close(shifted, value, 1e-12)
+    assert torch.autograd.grad(value, student)[0].sum(-1).abs().max() < 1e-14
+
+
+def test_large_temperature_is_centred_logit_regression():
+    """T^2 KL -> ||centred(z_s) - centred(z_t)||^2 / (2 V) as T grows."""
+    student, teacher = make_logits()
+    difference = student.detach() - teacher[:, :STUDENT_VOCAB]
+    limit = (difference - difference.mean(-1, keepdim=True)).square().mean() / 2
+    assert_close(fastkd.kl_div(student, teacher, temperature=1e4), limit, 1e-3)
+
+
+def test_nan_logits_are_never_hidden():
+    student, teacher = make_logits()
+    poisoned = student.detach().clone()
+    poisoned[3, 4] = math.nan
+    for divergence in DIVERGENCES:
+        assert fastkd.kl_div(poisoned, teacher, divergence=divergence).isnan()
+        poisoned_teacher = teacher.clone()
+        poisoned_teacher[2, 1] = math.nan
+        assert fastkd.kl_div(student, poisoned_teacher, divergence=divergence).isnan()
+
+
+def test_wrong_shapes_are_refused():
+    student, teacher = make_logits()
+    with pytest.raises(ValueError, match="the same tokens"):
+        fastkd.kl_div(student, teacher[:-1])
+    with pytest.raises(ValueError, match="only 10"):
+        fastkd.kl_div(student, teacher[:, :10])

@@ -1,0 +1,343 @@
+"""linear_kl_div against the float64 oracle: value and every gradient, over every option."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import Divergence
+from tests.oracle import assert_close, relative_error, wrong_gradients
+
+TOKENS, STUDENT_VOCAB, TEACHER_VOCAB, STUDENT_WIDTH, TEACHER_WIDTH = 23, 37, 53, 8, 12
+DIVERGENCES = ["forward_kl", "reverse_kl", "tvd", Divergence.jsd(0.3), Divergence.skew_kl(0.1), Divergence.skew_rkl(0.7)]
+NAMES = ["student_hidden", "student_weight", "student_bias"]
+
+
+def make_inputs(seed: int = 0, dtype: torch.dtype = torch.float64, leading: tuple[int, ...] = (TOKENS,)) -> dict[str, Tensor]:
+    """Logits of ordinary size (a few nats of KL), biases of order one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = {
+        "student_hidden": normal(*leading, STUDENT_WIDTH),
+        "student_weight": normal(STUDENT_VOCAB, STUDENT_WIDTH) * 0.5,
+        "teacher_hidden": normal(*leading, TEACHER_WIDTH),
+        "teacher_weight": normal(TEACHER_VOCAB, TEACHER_WIDTH) * 0.5,
+        "student_bias": normal(STUDENT_VOCAB),
+        "teacher_bias": normal(TEACHER_VOCAB),
+    }
+    for name in NAMES:
+        inputs[name].requires_grad_()
+    return inputs
+
+
+def value_and_gradients(function, inputs: dict[str, Tensor], upstream: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
+    inputs = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in inputs.items()}
+    value = function(**inputs, **options)
+    upstream = torch.ones_like(value) if upstream is None else upstream.to(value.dtype)
+    return value.detach(), list(torch.autograd.grad(value, [inputs[n] for n in NAMES], upstream))
+
+
+def check(
+    options: dict, dtype: torch.dtype, tolerance: float, inputs: dict[str, Tensor] | None = None, upstream: Tensor | None = None
+) -> None:
+    inputs = inputs or make_inputs(dtype=dtype)
+    exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in inputs.items()}
+    exact_options = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    value, gradients = value_and_gradients(fastkd.linear_kl_div, inputs, upstream, **options)
+    truth, true_gradients = value_and_gradients(fastkd.reference.linear_kl_div, exact, upstream, **exact_options)
+    assert_close(value, truth, tolerance)
+    for name, gradient, true_gradient in zip(NAMES, gradients, true_gradients, strict=True):
+        assert gradient.dtype == inputs[name].dtype
+        assert_close(gradient, true_gradient, tolerance, name)
+
+
+PRECISIONS = [pytest.param(torch.float64, 1e-9, id="float64"), pytest.param(torch.float32, 2e-5, id="float32")]
+MASK = torch.rand(TOKENS, generator=torch.Generator().manual_seed(5)) > 0.4
+LABELS = torch.randint(STUDENT_VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(6)).masked_fill(
+    torch.arange(TOKENS) % 5 == 0, -100
+)
+INDEX = torch.randperm(TEACHER_VOCAB, generator=torch.Generator().manual_seed(7))[:STUDENT_VOCAB]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 15.0])
+def test_every_divergence_at_every_temperature(divergence, temperature, dtype, tolerance):
+    check({"divergence": divergence, "temperature": temperature, "vocab_index": INDEX, "chunk_size": 7}, dtype, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_everything_at_once(divergence, reduction, dtype, tolerance):
+    upstream = torch.randn(TOKENS, generator=torch.Generator().manual_seed(3)) if reduction == "none" else torch.tensor(-1.7)
+    check(
+        {
+            "divergence": divergence,
+            "temperature": 2.0,
+            "mask": MASK * torch.linspace(0.5, 2.0, TOKENS, dtype=dtype),
+            "vocab_index": INDEX,
+            "labels": LABELS,
+            "label_weight": 0.6,
+            "student_softcap": 3.0,
+            "teacher_softcap": 5.0,
+            "student_logit_scale": 0.7,
+            "teacher_logit_scale": 1.3,
+            "reduction": reduction,
+            "chunk_size": 5,
+        },
+        dtype,
+        tolerance,
+        upstream=upstream,
+    )
+
+
+OPTIONS = {
+    "plain": {},
+    "bool mask": {"mask": MASK},
+    "token weights": {"mask": MASK * torch.linspace(0.1, 3.0, TOKENS)},
+    "vocabulary gather": {"vocab_index": INDEX},
+    "labels alone count their own tokens": {"labels": LABELS, "label_weight": 1.5, "mask": MASK},
+    "labels without weight": {"labels": LABELS},
+    "denominator": {"denominator": 7.5, "labels": LABELS, "label_weight": 0.5},
+    "tensor denominator": {"denominator": torch.tensor(7.5)},
+    "student soft-cap": {"student_softcap": 2.0},
+    "teacher soft-cap": {"teacher_softcap": 2.0},
+    "scales": {"student_logit_scale": 0.25, "teacher_logit_scale": 3.0},
+    "sum": {"reduction": "sum", "mask": MASK},
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_each_option(options, dtype, tolerance):
+    check(options, dtype, tolerance)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("chunk_size", [1, 3, TOKENS - 1, TOKENS, 1000])
+def test_the_chunk_changes_nothing(chunk_size, reduction):
+    check({"chunk_size": chunk_size, "reduction": reduction, "mask": MASK}, torch.float64, 1e-12)
+
+
+def test_leading_dims_are_flattened_inside():
+    inputs = make_inputs(leading=(3, 2, 4))
+    check({"mask": torch.rand(3, 2, 4) > 0.3}, torch.float64, 1e-12, inputs)
+    assert fastkd.linear_kl_div(**inputs, reduction="none").shape == (3, 2, 4)
+
+
+def test_non_contiguous_inputs():
+    inputs = make_inputs()
+    for name in ("student_hidden", "student_weight", "teacher_hidden"):
+        inputs[name] = inputs[name].detach().T.contiguous().T.requires_grad_(inputs[name].requires_grad)
+        assert not inputs[name].is_contiguous()
+    check({"mask": MASK}, torch.float64, 1e-12, inputs)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(divergence, reduction):
+    inputs = make_inputs(leading=(4,))
+    teacher = {k: v for k, v in inputs.items() if k.startswith("teacher")}
+
+    def loss(student_hidden, student_weight, student_bias):
+        return fastkd.linear_kl_div(
+            student_hidden,
+            student_weight,
+            student_bias=student_bias,
+            **teacher,
+            divergence=divergence,
+            temperature=1.5,
+            mask=torch.tensor([True, False, True, True]),
+            labels=torch.tensor([1, 2, -100, 3]),
+            label_weight=0.5,
+            student_softcap=4.0,
+            reduction=reduction,
+            chunk_size=2,
+        )
+
+    assert torch.autograd.gradcheck(loss, [inputs[n] for n in NAMES])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_check_refuses_wrong_gradients(name):
+    """A zero, 1 %-scaled, sign-flipped or row-shuffled gradient fails the very check the tests above use."""
+    _, gradients = value_and_gradients(fastkd.reference.linear_kl_div, make_inputs(), temperature=2.0)
+    truth = gradients[NAMES.index(name)]
+    for what, wrong in wrong_gradients(truth).items():
+        with pytest.raises(AssertionError, match="relative L2 error"):
+            assert_close(wrong, truth, 2e-5, what)
+
+
+@pytest.mark.parametrize("kl", [1e-4, 1e-2, 1.0, 10.0])
+def test_small_and_large_divergence_in_float32(kl):
+    """Student = teacher + noise; the float32 gradient is measured against float64 on the very same inputs."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(64, 32, generator=generator), torch.randn(500, 32, generator=generator) * 0.5
+    noise = torch.randn(64, 32, generator=generator)
+
+    def gradient(scale: float, function, dtype) -> tuple[Tensor, Tensor]:
+        student = (hidden + scale * noise).to(dtype).requires_grad_()
+        loss = function(student, weight.to(dtype), hidden.to(dtype), weight.to(dtype))
+        return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+    low, high = 0.0, 30.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gradient(middle, fastkd.reference.linear_kl_div, torch.float64)[0] < kl else (low, middle)
+    truth, true_gradient = gradient(low, fastkd.reference.linear_kl_div, torch.float64)
+    assert 0.3 * kl < truth < 3 * kl
+    value, value_gradient = gradient(low, fastkd.linear_kl_div, torch.float32)
+    assert_close(value, truth, 1e-3 if kl < 1e-3 else 2e-5)
+    assert_close(value_gradient, true_gradient, 1e-4 if kl < 1e-3 else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [37, 9001])
+def test_16_bit_inputs_keep_float32_logits(dtype, vocabulary):
+    """At a KL of about 4e-4 nats rounding the logits to 16 bits would put the gradient off by more than 100 %."""
+    generator = torch.Generator().manual_seed(2)
+    weight = (torch.randn(vocabulary, 64, generator=generator) * 0.3).to(dtype)
+    hidden = torch.randn(16, 64, generator=generator).to(dtype)
+    near = (hidden + 0.008 * torch.randn(16, 64, generator=generator)).to(dtype)
+    student, head = near.requires_grad_(), weight.clone().requires_grad_()
+    loss = fastkd.linear_kl_div(student, head, hidden, weight)
+    exact_student, exact_head = student.detach().double().requires_grad_(), weight.double().requires_grad_()
+    truth = fastkd.reference.linear_kl_div(exact_student, exact_head, hidden.double(), weight.double())
+    assert loss.dtype == torch.float32
+    assert_close(loss, truth, 1e-2)
+    gradients = torch.autograd.grad(loss, [student, head])
+    for gradient, exact in zip(gradients, torch.autograd.grad(truth, [exact_student, exact_head]), strict=True):
+        assert gradient.dtype == dtype
+        assert_close(gradient, exact, 5e-3)
+
+
+def test_autocast_gives_operands_its_dtype_and_gradients_their_own():
+    inputs = make_inputs(dtype=torch.float32)
+    rounded = {k: v.detach().bfloat16().double().requires_grad_(v.requires_grad) for k, v in inputs.items()}
+    for name in ("student_bias", "teacher_bias"):
+        rounded[name] = inputs[name].detach().double().requires_grad_(inputs[name].requires_grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, gradients = value_and_gradients(fastkd.linear_kl_div, inputs)
+    truth, true_gradients = value_and_gradients(fastkd.reference.linear_kl_div, rounded)
+    assert_close(value, truth, 1e-5)
+    for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert_close(gradient, true_gradient, 1e-5)
+
+
+def test_stats_equal_the_reference_and_carry_no_gradient():
+    options = {"mask": MASK, "labels": LABELS, "temperature": 2.0, "return_stats": True, "chunk_size": 4}
+    loss, stats = fastkd.linear_kl_div(**make_inputs(), **options)
+    _, truth = fastkd.reference.linear_kl_div(**make_inputs(), **options)
+    for name in ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement"):
+        assert_close(getattr(stats, name), getattr(truth, name), 1e-12, name)
+        assert not getattr(stats, name).requires_grad
+    assert loss.requires_grad
+
+
+def test_identical_models_give_zero():
+    inputs = make_inputs()
+    for divergence in DIVERGENCES:
+        student = inputs["student_hidden"].detach().requires_grad_()
+        weight = inputs["student_weight"].detach()
+        loss = fastkd.linear_kl_div(student, weight, student.detach(), weight, divergence=divergence)
+        assert abs(loss.item()) < 1e-14
+        assert torch.autograd.grad(loss, student)[0].abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (3,)])
+def test_no_tokens_or_all_masked_give_exact_zeros_with_the_graph(leading, reduction):
+    inputs = make_inputs(leading=leading)
+    mask = torch.zeros(leading, dtype=torch.bool)
+    labels = torch.zeros(leading, dtype=torch.int64)
+    loss = fastkd.linear_kl_div(**inputs, mask=mask, labels=labels, label_weight=1.0, reduction=reduction)
+    assert loss.shape == (torch.Size(leading) if reduction == "none" else ())
+    assert loss.sum().item() == 0.0
+    for gradient in torch.autograd.grad(loss.sum(), [inputs[n] for n in NAMES]):
+        assert (gradient == 0).all()
+
+
+def test_retain_graph_gives_the_same_gradient_twice():
+    inputs = make_inputs()
+    for reduction in ("mean", "none"):
+        loss = fastkd.linear_kl_div(**inputs, reduction=reduction).sum()
+        first = torch.autograd.grad(loss, inputs["student_weight"], retain_graph=True)[0]
+        second = torch.autograd.grad(loss, inputs["student_weight"])[0]
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("trained", NAMES)
+def test_only_what_needs_a_gradient_gets_one(trained):
+    inputs = {k: v.detach() for k, v in make_inputs().items()}
+    _, truth = value_and_gradients(fastkd.reference.linear_kl_div, make_inputs())
+    inputs[trained].requires_grad_()
+    gradient = torch.autograd.grad(fastkd.linear_kl_div(**inputs), inputs[trained])[0]
+    assert relative_error(gradient, truth[NAMES.index(trained)]) < 1e-12
+
+
+def test_the_teacher_never_gets_a_gradient():
+    inputs = make_inputs()
+    inputs["teacher_hidden"].requires_grad_()
+    inputs["teacher_weight"].requires_grad_()
+    fastkd.linear_kl_div(**inputs).backward()
+    assert inputs["teacher_hidden"].grad is None and inputs["teacher_weight"].grad is None
+
+
+def test_module_form():
+    inputs = make_inputs()
+    loss = fastkd.LinearKLDivLoss(temperature=2.0, divergence="reverse_kl")
+    assert torch.equal(loss(**inputs, mask=MASK), fastkd.linear_kl_div(**inputs, temperature=2.0, divergence="reverse_kl", mask=MASK))
+    assert "temperature=2.0" in repr(loss)
+
+
+BAD = {
+    "temperature": ({"temperature": 0.0}, ValueError, "temperature=0.0"),
+    "negative temperature": ({"temperature": -1.0}, ValueError, "temperature=-1.0"),
+    "divergence": ({"divergence": "kl"}, ValueError, "'forward_kl'"),
+    "reduction": ({"reduction": "batchmean"}, ValueError, "reduction='batchmean'"),
+    "mask shape": ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, "mask has shape"),
+    "mask dtype": ({"mask": torch.ones(TOKENS, dtype=torch.int64)}, TypeError, "torch.bool"),
+    "negative mask": ({"mask": -torch.ones(TOKENS)}, ValueError, "negative"),
+    "label weight alone": ({"label_weight": 1.0}, ValueError, "needs labels"),
+    "label dtype": ({"labels": LABELS.int()}, TypeError, "torch.int64"),
+    "label range": ({"labels": LABELS.clamp_min(0) + STUDENT_VOCAB}, ValueError, "outside the vocabulary of 37"),
+    "index shape": ({"vocab_index": INDEX[:-1]}, ValueError, "vocab_index"),
+    "index range": ({"vocab_index": INDEX + TEACHER_VOCAB}, ValueError, "53 rows"),
+    "denominator with sum": ({"denominator": 3.0, "reduction": "sum"}, ValueError, "reduction='mean'"),
+    "denominator shape": ({"denominator": torch.ones(2)}, ValueError, "0-dim"),
+    "chunk": ({"chunk_size": 0}, ValueError, "chunk_size=0"),
+    "budget": ({"memory_budget": -5}, ValueError, "memory_budget=-5"),
+    "backend": ({"backend": "metal"}, ValueError, "backend='metal'"),
+    "soft-cap": ({"student_softcap": -1.0}, ValueError, "student_softcap=-1.0"),
+    "scale": ({"teacher_logit_scale": 0.0}, ValueError, "teacher_logit_scale=0.0"),
+    "student weight": ({"student_weight": torch.zeros(STUDENT_VOCAB, 3, dtype=torch.float64)}, ValueError, "student_weight has shape"),
+    "teacher bias": ({"teacher_bias": torch.zeros(2, dtype=torch.float64)}, ValueError, "teacher_bias has shape"),
+    "small teacher": ({"teacher_weight": torch.zeros(5, 12, dtype=torch.float64), "teacher_bias": None}, ValueError, "only 5"),
+    "dtypes": ({"student_weight": torch.zeros(STUDENT_VOCAB, STUDENT_WIDTH)}, TypeError, "autocast"),
+    "leading dims": ({"teacher_hidden": torch.zeros(4, TEACHER_WIDTH, dtype=torch.float64)}, ValueError, "the same tokens"),
+    "not a tensor": ({"student_hidden": [[1.0]]}, TypeError, "student_hidden is a list"),
+    "one dim": ({"student_hidden": torch.zeros(STUDENT_WIDTH, dtype=torch.float64)}, ValueError, "leading dim"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD.values(), ids=BAD.keys())
+def test_wrong_arguments_are_refused_with_a_sentence(options, error, text):
+    with pytest.raises(error, match=text.replace("(", r"\(")):
+        fastkd.linear_kl_div(**{**make_inputs(), **options})
+
+
+def test_dtensors_are_refused():
+    class Sharded(torch.Tensor):
+        device_mesh = placements = "somewhere"
+
+    inputs = make_inputs()
+    inputs["student_weight"] = inputs["student_weight"].detach().as_subclass(Sharded)
+    with pytest.raises(TypeError, match="head module's own forward"):
+        fastkd.linear_kl_div(**inputs)

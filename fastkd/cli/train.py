@@ -1,0 +1,49 @@
+"""`fastkd train`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..train.config import RunConfig, read_config
+from ..train.schema import help_text, load_yaml, to_yaml
+from .table import print_table
+
+DESCRIPTION = """usage: fastkd train CONFIG.yaml [--stage NAME] [--print_config] [--any_key value]
+
+Runs every stage of the file that is not finished, or goes on from the newest checkpoint. Keys at the top of the file hold for every
+stage; --key value overrides every stage, --stages.NAME.key value one of them.
+
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or "-h" in argv or "--help" in argv:
+        print(DESCRIPTION + help_text(RunConfig))
+        return 0 if argv else 2
+    parser = argparse.ArgumentParser(prog="fastkd train", add_help=False, allow_abbrev=False)
+    parser.add_argument("config")
+    parser.add_argument("--stage")
+    parser.add_argument("--print_config", action="store_true")
+    known, flags = parser.parse_known_args(argv)
+    config = read_config(load_yaml(known.config), flags)
+    if known.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from ..train.run import distill
+
+    results = distill(config, only_stage=known.stage)
+    print_table(
+        ["stage", "steps", "score", "seconds", "student"],
+        [
+            [
+                name,
+                result["steps"],
+                ", ".join(f"{k} {v:.4g}" for k, v in result["scores"].items()) or "not measured",
+                f"{result['seconds']:.1f}",
+                result["student_dir"],
+            ]
+            for name, result in results.items()
+        ],
+    )
+    return 0

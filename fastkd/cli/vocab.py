@@ -1,0 +1,67 @@
+"""`fastkd vocab count` and `fastkd vocab prune`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fastkd vocab", description="Vocabulary tools.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    count = commands.add_parser("count", help="count the token ids of a corpus, resumable")
+    count.add_argument("--model", required=True, help="folder or hub name whose tokenizer counts")
+    count.add_argument("--data", required=True, help="hub name, folder, file or glob, or stdlib")
+    count.add_argument("--name", help="configuration of a hub dataset")
+    count.add_argument("--split", default="train", help="split to count (default: train)")
+    count.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
+    count.add_argument("--streaming", action="store_true", help="read the corpus as a stream")
+    count.add_argument("--max_rows", type=int, help="count at most this many rows")
+    count.add_argument("--num_proc", type=int, default=1, help="processes (default: 1)")
+    count.add_argument("--output_dir", required=True, type=Path, help="where the counts go; the same command resumes")
+    prune = commands.add_parser("prune", help="keep the frequent rows of a model; the result opens with plain transformers")
+    prune.add_argument("--model", required=True, help="folder or hub name of the model")
+    prune.add_argument("--counts", required=True, help="folder written by fastkd vocab count")
+    prune.add_argument("--keep", required=True, type=float, help="share of the ids (below 1), or their number")
+    prune.add_argument("--protected", nargs="*", default=[], help="words that are always kept")
+    prune.add_argument("--output_dir", required=True, type=Path, help="folder of the pruned model; it must not exist")
+    known = parser.parse_args(argv)
+    return _count(known) if known.command == "count" else _prune(known)
+
+
+def _count(known: argparse.Namespace) -> int:
+    from ..models.load import load_tokenizer
+    from ..tasks.corpus import open_corpus
+    from ..vocab.count import count_tokens
+
+    corpus = open_corpus(
+        known.data,
+        name=known.name,
+        split=known.split,
+        text_column=known.text_column,
+        streaming=known.streaming,
+        max_rows=known.max_rows,
+    )
+    counts = count_tokens(corpus, load_tokenizer(known.model), known.output_dir, num_proc=known.num_proc)  # type: ignore[arg-type]
+    seen = int((counts.counts > 0).sum())
+    print(f"{counts.tokens} tokens in {counts.rows} rows; {seen} of {len(counts.counts)} ids occur. Saved in {known.output_dir}.")
+    return 0
+
+
+def _prune(known: argparse.Namespace) -> int:
+    from ..models.load import load_language_model, load_tokenizer
+    from ..models.student import count_parameters, prune_model
+    from ..train.config import Vocabulary
+    from ..train.vocabulary import build_vocab_map
+    from .export import write_export
+
+    keep = known.keep if known.keep < 1 else int(known.keep)
+    vocabulary = Vocabulary(keep=keep, counts=known.counts, protected=tuple(known.protected))
+    model, tokenizer = load_language_model(known.model), load_tokenizer(known.model)
+    vocab_map = build_vocab_map(vocabulary, tokenizer, model, None, [], known.output_dir)
+    pruned = prune_model(model.model, vocab_map)
+    write_export(pruned, tokenizer, known.output_dir)
+    rows = f"{model.vocabulary} -> {pruned.vocabulary}"
+    print(f"{count_parameters(model)} -> {count_parameters(pruned)} parameters, {rows} vocabulary rows.")
+    return 0

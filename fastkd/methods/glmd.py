@@ -1,0 +1,175 @@
+"""GLMD: general language model distillation without labels or intermediate layers (Tan et al., Findings of ACL 2023, arXiv:2306.06625).
+
+Three stages, exactly one loss in each (the authors' code: github.com/aitsc/GLMKD, distill/distill_model.py):
+
+    pretrain      word prediction   unlabeled text        pre-trained teacher     from random weights
+    task_words    word prediction   task inputs           fine-tuned teacher      from pretrain's result
+    task_scores   task scores       task inputs           fine-tuned teacher      from the best-dev weights of task_words,
+                                                                                  which are scored before the first step
+
+Teacher and student see the same ids at the same positions and nothing else is matched: width, depth and architecture are free. The
+student may keep a part of the vocabulary: it reads every dropped id as its stand-in, and the teacher's softmax is taken over the kept
+rows alone, which are gathered once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..models.classifier import Classifier
+from ..models.cloze_scores import choice_scores, verbalizer_scores
+from ..models.language_model import LanguageModel
+from ..ops.divergence import Divergence
+from ..ops.linear_kl import linear_kl_div
+from ..tasks.cloze import ClozeBatch
+from ..tasks.cloze_task import ClozeTask
+from .language_modeling import check_mask_probability
+from .objective import Objective
+
+STAGES = ("pretrain", "task_words", "task_scores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLMDOptions:
+    """Options of method `glmd`."""
+
+    preset: Literal["strict", "paper"] = "strict"
+    """strict: pads are out of the mean's denominator and padded choices out of every softmax. paper: what the authors' code computes,
+    pads in the denominator and padded choices in both softmaxes and in the word-prediction loss."""
+    temperature: float = 15.0
+    """Of word prediction, which carries its square; the authors' 15 is close to regression on centred logits and asks for long runs.
+    Task scores are always compared at temperature 1."""
+    divergence: str = "forward_kl"
+    """Of word prediction; the authors' is forward_kl."""
+    mask_probability: float = 0.15
+    """Share of tokens masked in an encoder's pretrain inputs; the loss covers masked and unmasked positions alike."""
+
+    def __post_init__(self) -> None:
+        Divergence.parse(self.divergence)
+        check_mask_probability(self.mask_probability)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be > 0; the authors use 15, short runs do better with 1 to 2.")
+
+
+class WordPrediction(Objective):
+    """T^2 mean over positions of KL(softmax(z_t[K] / T) || softmax(z_s / T)), at every position that holds a token.
+
+    K are the student's kept ids. strict: the mean is over tokens. paper: it is over all positions, pads (whose term is zero) included,
+    and the copies that fill short lists of choices count as rows.
+    """
+
+    student: LanguageModel
+    teacher: LanguageModel
+
+    def __init__(self, student: LanguageModel, teacher: LanguageModel, options: GLMDOptions) -> None:
+        super().__init__()
+        self.student = student
+        self.hold("teacher", teacher)
+        self.options = options
+        weight, bias = teacher.head.weight, teacher.head.bias
+        rows: Any = slice(student.vocabulary) if student.vocab_map is None else student.vocab_map.kept_ids.to(weight.device)
+        if len(weight) < student.vocabulary:
+            raise ValueError(
+                f"The teacher has {len(weight)} vocabulary rows, the student {student.vocabulary}; give the student a map."
+            )
+        self.teacher_weight = weight[rows]
+        self.teacher_bias = None if bias is None else bias[rows]
+
+    def weight(self, batch: Any) -> float:
+        if self.options.preset == "paper":
+            return float(batch.input_ids.numel())
+        return float(self.mask(batch).sum())
+
+    def mask(self, batch: Any) -> Tensor:
+        """(B, S) bool: the positions that are compared."""
+        tokens = batch.attention_mask.bool()
+        if isinstance(batch, ClozeBatch) and self.options.preset == "strict":
+            return tokens & batch.choice_mask.reshape(-1, 1)
+        return tokens
+
+    def forward(self, batch: Any, denominator: float) -> Tensor:
+        teacher, student = self.teacher, self.student
+        with torch.no_grad():
+            teacher_hidden = teacher(batch.input_ids, batch.attention_mask, lambda hidden, weight, bias: hidden)
+
+        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            loss = linear_kl_div(
+                hidden,
+                weight,
+                teacher_hidden,
+                self.teacher_weight,
+                student_bias=bias,
+                teacher_bias=self.teacher_bias,
+                divergence=self.options.divergence,
+                temperature=self.options.temperature,
+                mask=self.mask(batch),
+                student_softcap=student.transform.softcap,
+                teacher_softcap=teacher.transform.softcap,
+                student_logit_scale=student.transform.scale,
+                teacher_logit_scale=teacher.transform.scale,
+                denominator=denominator,
+            )
+            assert isinstance(loss, Tensor)
+            return loss
+
+        return student(batch.input_ids, batch.attention_mask, at_head)
+
+
+class TaskScores(Objective):
+    """mean over examples of -sum_c softmax(u_t)_c log softmax(u_s)_c on task scores u, at temperature 1 and without T^2.
+
+    strict: the copies that fill short lists of choices are in neither softmax. paper: they are in both.
+    """
+
+    student: LanguageModel | Classifier
+    teacher: LanguageModel | Classifier
+
+    def __init__(
+        self,
+        student: LanguageModel | Classifier,
+        teacher: LanguageModel | Classifier,
+        options: GLMDOptions,
+        task: ClozeTask,
+        label_word_ids: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.hold("teacher", teacher)
+        self.options, self.task, self.label_word_ids = options, task, label_word_ids
+
+    def weight(self, batch: ClozeBatch) -> float:
+        return float(batch.num_examples)
+
+    def forward(self, batch: ClozeBatch, denominator: float) -> Tensor:
+        with torch.no_grad():
+            target = self.scores(self.teacher, batch).float()
+        scores = self.scores(self.student, batch).float()
+        if self.options.preset == "strict" and scores.shape == batch.choice_mask.shape:
+            target = target.masked_fill(~batch.choice_mask, -torch.inf)
+            # Zero instead of -inf for the student: its log-softmax there meets a target of exactly zero.
+            present = batch.choice_mask
+            log_q = scores - scores.masked_fill(~present, -torch.inf).logsumexp(-1, keepdim=True)
+        else:
+            log_q = scores.log_softmax(-1)
+        return -(target.softmax(-1) * log_q).sum() / denominator
+
+    def scores(self, model: LanguageModel | Classifier, batch: ClozeBatch) -> Tensor:
+        """u, (B, C): label-word logits, candidates' log-likelihoods, or class logits."""
+        if isinstance(model, Classifier):
+            return model(batch.input_ids, batch.attention_mask)
+        if self.task.kind == "verbalizer":
+            assert self.label_word_ids is not None
+            return verbalizer_scores(model, batch, self.label_word_ids.to(batch.input_ids.device))
+        return choice_scores(model, batch, self.task.length_penalty)
+
+    @torch.no_grad()
+    def predict(self, batch: ClozeBatch) -> Tensor:
+        """(B,) index of the highest score among the real candidates."""
+        scores = self.scores(self.student, batch)
+        if scores.shape == batch.choice_mask.shape:
+            scores = scores.masked_fill(~batch.choice_mask, -torch.inf)
+        return scores.argmax(-1)

@@ -1,0 +1,100 @@
+"""Plain knowledge distillation over the teacher's whole vocabulary (Hinton et al., arXiv:1503.02531), the baseline of the methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.language_model import LanguageModel
+from ..ops.divergence import Divergence
+from ..ops.linear_kl import linear_kl_div
+from ..tasks.text import IGNORE_INDEX, TextBatch
+from .language_modeling import check_mask_probability
+from .objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDOptions:
+    """Options of method `kd`."""
+
+    temperature: float = 2.0
+    """Softens both distributions; the loss carries its square."""
+    divergence: str = "forward_kl"
+    """Divergence between teacher and student, by name or as jsd(0.5), skew_kl(0.1), skew_rkl(0.1)."""
+    label_weight: float = 1.0
+    """Weight of the hard labels' cross-entropy beside the divergence."""
+    mask_probability: float = 0.15
+    """Share of tokens an encoder predicts; decoders predict every next token whatever it says."""
+
+    def __post_init__(self) -> None:
+        Divergence.parse(self.divergence)
+        check_mask_probability(self.mask_probability)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be > 0.")
+        if not self.label_weight >= 0:
+            raise ValueError(f"label_weight={self.label_weight} must be >= 0.")
+
+
+class KnowledgeDistillation(Objective):
+    """mean over tokens of T^2 D(teacher, student) + label_weight * mean over labelled tokens of cross-entropy.
+
+    A student on a kept vocabulary answers for every id of the teacher: a dropped id has its stand-in's logit (GLM's output mode A), so
+    the softmax runs over the teacher's ids and `slot_bias` = log(ids per slot) turns its logits into those of the slots.
+    """
+
+    student: LanguageModel
+    teacher: LanguageModel
+
+    def __init__(self, student: LanguageModel, teacher: LanguageModel, options: KDOptions, tokens: int) -> None:
+        super().__init__()
+        self.student = student
+        self.hold("teacher", teacher)
+        self.options = options
+        self.tokens = min(tokens, teacher.vocabulary)
+
+    def weight(self, batch: TextBatch) -> float:
+        return float(batch.attention_mask.sum())
+
+    def forward(self, batch: TextBatch, denominator: float) -> Tensor:
+        options, teacher, student = self.options, self.teacher, self.student
+        with torch.no_grad():
+            teacher_hidden = teacher(batch.input_ids, batch.attention_mask, lambda hidden, weight, bias: hidden)
+        teacher_bias = None if teacher.head.bias is None else teacher.head.bias[: self.tokens]
+        tokens, labelled = int(batch.attention_mask.sum()), int((batch.labels != IGNORE_INDEX).sum())
+
+        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if student.vocab_map is not None:
+                slots = student.id_to_slot[: self.tokens]
+                weight, bias = weight[slots], None if bias is None else bias[slots]
+            loss = linear_kl_div(
+                hidden,
+                weight,
+                teacher_hidden,
+                teacher.head.weight[: self.tokens],
+                student_bias=bias,
+                teacher_bias=teacher_bias,
+                divergence=options.divergence,
+                temperature=options.temperature,
+                mask=batch.attention_mask.bool(),
+                labels=batch.labels,
+                # The op divides both terms by `denominator`, a count of tokens; cross-entropy is to be averaged over labelled ones.
+                label_weight=options.label_weight * tokens / max(labelled, 1),
+                student_softcap=student.transform.softcap,
+                teacher_softcap=teacher.transform.softcap,
+                student_logit_scale=student.transform.scale,
+                teacher_logit_scale=teacher.transform.scale,
+                denominator=denominator,
+            )
+            assert isinstance(loss, Tensor)
+            return loss
+
+        return student(batch.input_ids, batch.attention_mask, at_head)
+
+    def slot_bias(self) -> Tensor | None:
+        """(V_k,) log of how many ids share each slot; None without a map."""
+        if self.student.vocab_map is None:
+            return None
+        counts = torch.bincount(self.student.id_to_slot[: self.tokens], minlength=self.student.vocabulary)
+        return counts.double().log().float()

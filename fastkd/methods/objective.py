@@ -1,0 +1,67 @@
+"""What a method hands to the driver: an objective, which is one module whose forward is the whole student side of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Batch(Protocol):
+    """Tensors of one micro-batch, with the two that every batch has."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def attention_mask(self) -> Tensor: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
+class Objective(nn.Module):
+    """Exactly one loss. The student is its only registered submodule, so parameters and state dict are the student's alone."""
+
+    student: Any
+    """The model that is trained and saved."""
+
+    def weight(self, batch: Any) -> float:
+        """What this batch adds to the denominator of its optimizer step (tokens, or examples). `batch` is still on the CPU."""
+        raise NotImplementedError
+
+    def forward(self, batch: Any, denominator: float) -> Tensor:
+        """The batch's part of the step's loss: a sum divided by `denominator`, the weight of the whole step."""
+        raise NotImplementedError
+
+    def hold(self, name: str, module: nn.Module) -> None:
+        """Keep a frozen module (the teacher) without registering it: it is no part of the student's state."""
+        if any(p.requires_grad for p in module.parameters()) or module.training:
+            raise ValueError(f"The {name} must be frozen: call .eval().requires_grad_(False) on it.")
+        if module is self.student:
+            raise ValueError(f"The {name} and the student are one object; load them separately.")
+        object.__setattr__(self, name, module)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a method, ready to be trained: what is minimised, on which rows, and how it is judged."""
+
+    name: str
+    objective: Objective
+    lengths: np.ndarray
+    """(N,) length of every training row, for bucketing."""
+    make_batch: Callable[[Sequence[int], torch.Generator], Batch]
+    """(row indices, generator for masking) -> batch on the CPU."""
+    evaluate: Callable[[Callable[[], None]], dict[str, float]] | None
+    """Scores of the student as it is now on held-out rows, if there are any. Calls its argument once a batch, to poll for signals."""
+    metric: str
+    """The score that selects the best weights."""
+    higher_is_better: bool
+    evaluate_first: bool = False
+    """Score the student before the first step, so that the stage can never hand over worse weights than it was given."""
+    keep: str = "best"
+    """Which weights go on: the "best" by `metric`, or the "last"."""

@@ -1,0 +1,72 @@
+"""Perplexity over mapped tokens: one event, judged alike for teacher, students and baselines of different vocabularies.
+
+The event is "the next (or masked) token is y, or any token that shares y's slot". A model over all ids is credited with the summed
+probability of the slot's ids; a model over slots with its own probability. So every row of a table counts the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ..models.language_model import LanguageModel
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..tasks.text import IGNORE_INDEX, TextBatch
+from ..vocab.map import VocabMap
+
+_CHUNK_ROWS = 256
+
+
+@torch.no_grad()
+def perplexity(
+    model: LanguageModel,
+    batches: Iterable[TextBatch],
+    *,
+    fold: VocabMap | None = None,
+    slot_bias: Tensor | None = None,
+    poll: Callable[[], None] = lambda: None,
+) -> float:
+    """exp of the mean negative log-likelihood of the labels, in evaluation mode.
+
+    fold: judge a model over all ids on this map's slots. slot_bias: (V,) added to the model's logits before the softmax.
+    """
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        poll()
+        batch = batch.to(model.device)
+        labels = model.to_slots(batch.labels, ignore_index=IGNORE_INDEX)
+
+        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor = labels) -> Tensor:
+            if fold is not None:
+                return _folded(model, hidden, weight, bias, labels, fold)
+            if slot_bias is not None:
+                bias = slot_bias.to(weight.dtype) if bias is None else bias + slot_bias.to(bias.dtype)
+            transform = model.transform
+            return linear_cross_entropy(
+                hidden, weight, labels, bias=bias, softcap=transform.softcap, logit_scale=transform.scale, reduction="sum"
+            )
+
+        total += float(model(batch.input_ids, batch.attention_mask, at_head))
+        count += int((labels != IGNORE_INDEX).sum())
+    model.train(training)
+    if not count:
+        raise ValueError("The evaluation rows hold no token to predict; give longer rows.")
+    return math.exp(min(total / count, 700.0))
+
+
+def _folded(model: LanguageModel, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, fold: VocabMap) -> Tensor:
+    """-sum log of the summed probability of all ids in the label's slot, a few rows of logits at a time."""
+    id_to_slot = fold.id_to_slot.to(hidden.device)
+    predicted = labels != IGNORE_INDEX
+    hidden, slots = hidden[predicted], id_to_slot[labels[predicted]]
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for rows, slot in zip(hidden.split(_CHUNK_ROWS), slots.split(_CHUNK_ROWS), strict=True):
+        logits = model.transform.apply(torch.nn.functional.linear(rows, weight, bias).float())
+        same_slot = id_to_slot[None, :] == slot[:, None]
+        total += (logits.logsumexp(-1) - logits.masked_fill(~same_slot, -math.inf).logsumexp(-1)).sum()
+    return total

@@ -1,0 +1,157 @@
+"""A transformers model whose LM head hands its hidden states to a loss, and whose ids may be those of a kept vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.rows import LogitTransform
+from ..vocab.map import VocabMap
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+T = TypeVar("T")
+AtHead = Callable[[Tensor, Tensor, "Tensor | None"], T]
+
+
+class LossHead(nn.Linear):
+    """The model's own output embedding. While `at_head` is set, forward gives it (hidden, weight, bias) and keeps what it returns.
+
+    The loss thus runs inside the head module's forward, after every transform that the model puts before its head, and where FSDP has
+    gathered the weight. What the model does after its head then works on a placeholder one column wide.
+    """
+
+    at_head: AtHead | None = None
+    result: Any = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.at_head is None:
+            return super().forward(hidden)
+        self.result = self.at_head(hidden, self.weight, self.bias)
+        return hidden[..., :1].detach()
+
+
+class LanguageModel(nn.Module):
+    """An encoder with a masked-LM head or a decoder, called with the teacher's ids whatever vocabulary it keeps.
+
+    With a `vocab_map` the wrapped model has one row per kept id: ids become slots on the way in, generated slots become ids on the way
+    out, and logits are over slots. Without one, ids pass unchanged.
+    """
+
+    model: Any
+    id_to_slot: Tensor
+
+    def __init__(self, model: PreTrainedModel, vocab_map: VocabMap | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_map = vocab_map
+        self.transform = logit_transform(model.config)
+        self.causal = is_causal(model)
+        self.head = _loss_head(model)
+        rows = self.head.out_features
+        if vocab_map is not None:
+            if rows != vocab_map.num_kept:
+                raise ValueError(
+                    f"The model has {rows} vocabulary rows and its vocabulary map keeps {vocab_map.num_kept}. Load the map that was "
+                    "saved with this model."
+                )
+            # A buffer, so that it moves with the model; not in the state dict, because the map is saved beside the model with a hash.
+            self.register_buffer("id_to_slot", vocab_map.id_to_slot, persistent=False)
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head: slots with a map, ids without."""
+        return self.head.out_features
+
+    def to_slots(self, ids: Tensor, ignore_index: int | None = None) -> Tensor:
+        """The model's own row for every id; entries equal to `ignore_index` stay."""
+        if self.vocab_map is None:
+            return ids
+        if ignore_index is None:
+            return self.id_to_slot[ids]
+        return torch.where(ids == ignore_index, ids, self.id_to_slot[ids.clamp_min(0)])
+
+    def to_ids(self, slots: Tensor) -> Tensor:
+        return slots if self.vocab_map is None else self.vocab_map.kept_ids.to(slots.device)[slots]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, at_head: AtHead | None = None) -> Any:
+        """Logits (B, S, V) over the model's rows; or, with `at_head`, what it makes of (hidden (B, S, H), weight (V, H), bias)."""
+        options = {"use_cache": False} if self.causal else {}
+        self.head.at_head = at_head
+        try:
+            output = self.model(input_ids=self.to_slots(input_ids), attention_mask=attention_mask, **options)
+        finally:
+            self.head.at_head = None
+        if at_head is None:
+            return output.logits
+        result, self.head.result = self.head.result, None
+        return result
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """`transformers` generation with the teacher's ids in and out."""
+        return self.to_ids(self.model.generate(input_ids=self.to_slots(input_ids), **options))
+
+    def _check_head(self) -> None:
+        """The logits we would compute are the logits the model computes: an unknown operation after the head is refused here."""
+        training = self.model.training
+        # Not id 0: it is often the pad, whose embedding is zero and would hide everything.
+        ids = torch.tensor([[self.vocabulary - 1, self.vocabulary // 2]], device=self.device)
+        self.model.eval()
+        with torch.no_grad():
+            options = {"use_cache": False} if self.causal else {}
+            expected = self.model(input_ids=ids, **options).logits.float()
+            self.head.at_head = lambda hidden, weight, bias: nn.functional.linear(hidden, weight, bias).float()
+            try:
+                self.model(input_ids=ids, **options)
+                ours = self.transform.apply(self.head.result)
+            finally:
+                self.head.at_head = self.head.result = None
+        self.model.train(training)
+        if not torch.allclose(ours, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
+            raise ValueError(
+                f"{type(self.model).__name__} changes its logits after the head in a way that fastkd does not know (largest difference "
+                f"{float((ours - expected).abs().max()):.3g}). Known are final_logit_softcapping, logit_scale, logits_scaling and "
+                "lm_head_multiplier in the model's config."
+            )
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """What the model does after its head, by the names that transformers' configurations use for it."""
+    config = config.get_text_config()
+    scale = 1.0
+    for name, divides in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
+        factor = getattr(config, name, None)
+        if factor is not None:
+            scale = scale / factor if divides else scale * factor
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _loss_head(model: PreTrainedModel) -> LossHead:
+    head = model.get_output_embeddings()
+    if isinstance(head, LossHead):
+        return head
+    if type(head) is not nn.Linear:
+        raise TypeError(
+            f"{type(model).__name__} has a {type(head).__name__} as its output embedding, and fastkd needs a plain nn.Linear. Load it "
+            "as a masked or causal language model, unquantised and without adapters on the head."
+        )
+    # The class changes, the module stays: its name, its (tied) parameters and its hooks are untouched.
+    head.__class__ = LossHead
+    assert isinstance(head, LossHead)
+    return head

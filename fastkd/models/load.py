@@ -1,0 +1,113 @@
+"""Models and tokenizers from a folder or a hub name: plain transformers folders, and students saved with their vocabulary map."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..vocab.map import VocabMap
+from .language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger("fastkd")
+VOCAB_MAP_FOLDER = "vocab_map"
+
+
+def load_config(name_or_path: str) -> PretrainedConfig:
+    """The transformers configuration at a folder or hub name; never runs code from there."""
+    from transformers import AutoConfig
+
+    _check_folder(name_or_path, "config.json", "a transformers model")
+    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The fast tokenizer at a folder or hub name."""
+    from transformers import AutoTokenizer
+
+    _check_folder(name_or_path, "tokenizer_config.json", "a tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise ValueError(f"The tokenizer at {name_or_path} is a slow one; fastkd needs a fast tokenizer (tokenizer.json).")
+    return tokenizer
+
+
+def load_language_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A masked or causal language model, with the vocabulary map beside it if there is one."""
+    config = load_config(name_or_path)
+    model = auto_class(config).from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    folder = Path(name_or_path) / VOCAB_MAP_FOLDER
+    return LanguageModel(model, VocabMap.load(folder) if folder.is_dir() else None)
+
+
+def save_language_model(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The mapped form: the transformers model on the kept rows, the teacher's tokenizer, and the map between them."""
+    model.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if model.vocab_map is not None:
+        model.vocab_map.save(folder / VOCAB_MAP_FOLDER)
+
+
+def load_frozen(name_or_path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A teacher: in evaluation mode, no parameter takes a gradient."""
+    teacher = load_language_model(name_or_path, dtype)
+    return teacher.eval().requires_grad_(False)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """AutoModelForMaskedLM or AutoModelForCausalLM: what the checkpoint's own architecture says, else what the model type can be."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kinds = ((MODEL_FOR_MASKED_LM_MAPPING_NAMES, AutoModelForMaskedLM), (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM))
+    for architecture in config.architectures or ():
+        for names, kind in kinds:
+            if architecture in names.values():
+                return kind
+    for names, kind in kinds:
+        if config.model_type in names:
+            return kind
+    raise ValueError(
+        f"Model type {config.model_type!r} has neither a masked nor a causal language-modelling head in transformers; "
+        "give an encoder with an MLM head or a decoder."
+    )
+
+
+def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Teacher and student must give every token the same id; the first ids that differ are shown."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    by_id = [{index: token for token, index in vocabulary.items()} for vocabulary in (theirs, ours)]
+    differing = [i for i in sorted({*by_id[0], *by_id[1]}) if by_id[0].get(i) != by_id[1].get(i)][:3]
+    shown = "; ".join(f"id {i} is {by_id[0].get(i)!r} for the teacher and {by_id[1].get(i)!r} for the student" for i in differing)
+    raise ValueError(
+        f"Teacher and student tokenizers differ ({len(theirs)} and {len(ours)} tokens): {shown}. Word prediction needs one "
+        "tokenizer; start the student from the teacher's, or use a method made for different tokenizers (such as TRL's GOLD)."
+    )
+
+
+def check_padded_vocabulary(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+    """A model with fewer rows than its tokenizer has ids is refused; one with more (padding) is sliced, with one log line."""
+    rows, tokens = model.vocab_map.vocab_size if model.vocab_map is not None else model.vocabulary, len(tokenizer)
+    if rows < tokens:
+        raise ValueError(
+            f"The {role} has {rows} vocabulary rows and its tokenizer {tokens} ids: ids from {rows} on have no row. "
+            "Use the tokenizer the model was trained with, or resize the model's embeddings."
+        )
+    if rows > tokens:
+        log.info("The %s's vocabulary is padded: %d rows for %d tokens; rows from %d on are left out.", role, rows, tokens, tokens)
+
+
+def _check_folder(name_or_path: str, needed: str, what: str) -> None:
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / needed).is_file():
+            raise ValueError(f"The folder {name_or_path} holds no {needed}, so it is not {what}; give one made by save_pretrained.")
+    elif path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
+        raise ValueError(f"{name_or_path} does not exist; give a folder made by save_pretrained, or a hub name such as org/model.")

@@ -1,0 +1,129 @@
+"""Students: built new on a kept vocabulary, pruned from a model with all rows, and exported so that plain transformers opens them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..vocab.map import VocabMap
+from ..vocab.tokenizer import prune_tokenizer
+from .language_model import LanguageModel
+from .load import auto_class
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_TOKEN_ID = re.compile(r".*_token_id$")
+
+
+def build_student(
+    base: PretrainedConfig, overrides: Mapping[str, Any], vocab_map: VocabMap | None, *, seed: int, vocabulary: int | None = None
+) -> LanguageModel:
+    """A student with random weights (the architecture's own initialisation, N(0, 0.02) for most), drawn from `seed`.
+
+    `base` is the teacher's configuration, changed by `overrides`; with a `model_type` among them the student is of that architecture
+    and takes nothing but the vocabulary and special ids from the teacher. `vocabulary`: rows without a map (default: the base's).
+    """
+    student = LanguageModel(
+        _initialised(student_config(base, overrides, vocab_map, vocabulary), auto_class(_named(base, overrides)), seed), vocab_map
+    )
+    return student
+
+
+def student_config(
+    base: PretrainedConfig, overrides: Mapping[str, Any], vocab_map: VocabMap | None, vocabulary: int | None = None
+) -> PretrainedConfig:
+    """`base` with `overrides`, the kept vocabulary's size, and special ids as slots. Unknown keys are refused, naming them."""
+    overrides = dict(overrides)
+    special = {name: value for name, value in base.to_dict().items() if _TOKEN_ID.match(name) and value is not None}
+    if overrides.get("model_type", base.model_type) != base.model_type:
+        from transformers import CONFIG_MAPPING
+
+        kind = overrides.pop("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"student.model_type={kind!r} is not an architecture that transformers knows.")
+        config = CONFIG_MAPPING[kind](**{"vocab_size": base.vocab_size, **special})
+    else:
+        overrides.pop("model_type", None)
+        config = copy.deepcopy(base)
+    unknown = [name for name in overrides if not hasattr(config, name)]
+    if unknown:
+        raise ValueError(
+            f"student.{unknown[0]} is not a setting of {type(config).__name__}; its settings: {', '.join(sorted(config.to_dict()))}."
+        )
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    if vocabulary is not None:
+        config.vocab_size = vocabulary
+    if vocab_map is not None:
+        config.vocab_size = vocab_map.num_kept
+        _map_special_ids(config, vocab_map)
+    layers, types = getattr(config, "num_hidden_layers", None), getattr(config, "layer_types", None)
+    if types is not None and layers is not None and len(types) != layers and "layer_types" not in overrides:
+        config.layer_types = [types[i % len(types)] for i in range(layers)]
+    return config
+
+
+def prune_model(model: PreTrainedModel, vocab_map: VocabMap) -> LanguageModel:
+    """`model` on the kept rows alone: the rows of its input embedding, head and head bias are gathered, all else is copied."""
+    config = copy.deepcopy(model.config)
+    config.vocab_size = vocab_map.num_kept
+    _map_special_ids(config, vocab_map)
+    pruned = _initialised(config, type(model), seed=0).to(model.dtype)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    by_rows = {id(p) for module in embeddings if module is not None for p in module.parameters()}
+    targets = dict(pruned.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            targets[name].copy_(parameter[vocab_map.kept_ids] if id(parameter) in by_rows else parameter)
+        for name, buffer in pruned.named_buffers():
+            source = model.get_buffer(name)
+            if source.shape == buffer.shape:
+                buffer.copy_(source)
+    return LanguageModel(pruned, vocab_map)
+
+
+def export_student(student: LanguageModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The exported form: `tokenizer` (the teacher's) is rewritten to the kept vocabulary, so that ids are slots and plain
+    `AutoTokenizer` and `AutoModel...` open the folder with no fastkd installed."""
+    student.model.save_pretrained(folder)
+    kept = tokenizer if student.vocab_map is None else prune_tokenizer(tokenizer, student.vocab_map.kept_ids)
+    kept.save_pretrained(folder)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _initialised(config: PretrainedConfig, kind: Any, seed: int) -> Any:
+    """A model with random weights from `seed`, leaving the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        make = getattr(kind, "from_config", None) or kind._from_config
+        return make(config)
+
+
+def _named(base: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration that says whether the student is an encoder or a decoder."""
+    kind = overrides.get("model_type", base.model_type)
+    if kind == base.model_type:
+        return base
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[kind]()
+
+
+def _map_special_ids(config: PretrainedConfig, vocab_map: VocabMap) -> None:
+    """Every *_token_id becomes its slot; an id list (several end tokens) becomes a list of slots."""
+    for name, value in list(config.to_dict().items()):
+        if not _TOKEN_ID.match(name) or value is None:
+            continue
+        ids = torch.as_tensor(value, dtype=torch.int64)
+        # Ids beyond the teacher's rows (a library's default for a model that never uses them) have no slot.
+        inside = bool(((ids >= 0) & (ids < vocab_map.vocab_size)).all())
+        setattr(config, name, vocab_map.id_to_slot[ids].tolist() if inside else None)

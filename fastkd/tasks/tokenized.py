@@ -1,0 +1,289 @@
+"""Floor 1, rows of ids: a corpus tokenised once, cached on disk and read by index (exact resume is a row number)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self, get_args
+
+import numpy as np
+from filelock import FileLock
+
+from fastkd.files import json_bytes, new_folder, write_bytes_synced
+from fastkd.tasks.corpus import Corpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger("fastkd")
+
+Layout = Literal["packed", "rows"]
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+_IDS = "ids.npy"
+_OFFSETS = "offsets.npy"
+
+
+class TokenRows:
+    """Rows of token ids in a cache folder, memory-mapped. It is pickled as its folder's path.
+
+    Attributes:
+        ids: All rows' ids one after another, (num_tokens,) int32.
+        lengths: Ids per row, (len(self),) int64.
+        vocab_size: ``len(tokenizer)``; every id is below it.
+        fingerprint: Hex digest of the corpus, the tokenizer and the options.
+        truncated_rows: Texts of more than ``max_length`` ids: cut, or cut into several rows if ``split_long``.
+        dropped_rows: Texts without a single id of their own, which have no row.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Open a cache folder; ``ValueError`` if it is not whole."""
+        self.folder = Path(folder)
+        try:
+            manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+            sizes = {name: (self.folder / name).stat().st_size for name in manifest["bytes"]}
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{self.folder} is not a whole token cache ({error}): delete it and tokenise again.") from error
+        if sizes != manifest["bytes"] or manifest["format"] != _FORMAT:
+            raise ValueError(
+                f"{self.folder} is damaged: its files have {sizes} bytes and its manifest says {manifest['bytes']}. "
+                "Delete it and tokenise again."
+            )
+        self._offsets = _open_array(self.folder / _OFFSETS)
+        self.ids = _open_array(self.folder / _IDS)[: self.num_tokens]
+        self.vocab_size: int = manifest["vocab_size"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self.truncated_rows: int = manifest["truncated_rows"]
+        self.dropped_rows: int = manifest["dropped_rows"]
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Row ``index`` as a read-only int32 view of the file."""
+        row = range(len(self))[index]
+        return self.ids[self._offsets[row] : self._offsets[row + 1]]
+
+    def __reduce__(self) -> tuple[type[TokenRows], tuple[Path]]:
+        return TokenRows, (self.folder,)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._offsets[-1])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self._offsets)
+
+
+def tokenize_corpus(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_length: int,
+    layout: Layout,
+    cache_dir: str | os.PathLike[str],
+    split_long: bool = False,
+    batch_size: int = 1_000,
+) -> TokenRows:
+    """Tokenise ``corpus`` into ``cache_dir``, or open what an earlier call with the same arguments wrote there.
+
+    A cache appears under its name only when it is whole, and a second process waits for the first one's. The corpus is
+    never in memory: ``batch_size`` texts are.
+
+    Args:
+        max_length: The most ids of a row.
+        layout: ``packed``: the texts without special tokens, each followed by the tokenizer's end-of-sequence id (else
+            its separator id, else nothing), as one sequence cut into rows of exactly ``max_length`` ids; a shorter last
+            row is kept if it has at least 2. ``rows``: one row per text with the tokenizer's special tokens, cut to
+            ``max_length`` on the tokenizer's ``truncation_side``.
+        split_long: With ``rows``: a longer text becomes several rows, each with special tokens, and nothing is lost.
+        batch_size: Texts per call of the tokenizer, which spreads them over its threads.
+
+    Raises:
+        ValueError: An argument does not fit, the corpus has no ids, or an id is not below ``len(tokenizer)``.
+        TypeError: The tokenizer is not a fast one.
+    """
+    options = _Options(layout, max_length, split_long)
+    _check_arguments(tokenizer, options)
+    folder = Path(cache_dir) / _fingerprint(corpus, tokenizer, options)
+    rows = _open_cache(folder)
+    if rows is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            rows = _open_cache(folder)  # another process may have held the lock to write it
+            if rows is None:
+                rows = _write_cache(folder, corpus, tokenizer, options, batch_size)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Options:
+    layout: Layout
+    max_length: int
+    split_long: bool
+
+
+def _check_arguments(tokenizer: PreTrainedTokenizerFast, options: _Options) -> None:
+    if not tokenizer.is_fast:
+        raise TypeError(
+            f"The tokenizer is a {type(tokenizer).__name__}, which is not a fast one: load it with "
+            "AutoTokenizer.from_pretrained, or convert it to a tokenizer.json first."
+        )
+    if options.layout not in get_args(Layout):
+        raise ValueError(f"layout={options.layout!r} is unknown: use one of {', '.join(map(repr, get_args(Layout)))}.")
+    if options.layout == "packed" and options.split_long:
+        raise ValueError("split_long=True is for layout='rows': layout='packed' keeps every id of a long text anyway.")
+    least = 2 if options.layout == "packed" else tokenizer.num_special_tokens_to_add(pair=False) + 1
+    if options.max_length < least:
+        raise ValueError(f"max_length={options.max_length} is too short: this tokenizer and layout need at least {least}.")
+
+
+def _fingerprint(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, options: _Options) -> str:
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    definition["truncation"] = definition["padding"] = None  # left over from the tokenizer's latest call
+    settings = [_separator(tokenizer), tokenizer.truncation_side, tokenizer.split_special_tokens]
+    identity = json.dumps([_FORMAT, corpus.fingerprint, definition, settings, asdict(options)])
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _open_cache(folder: Path) -> TokenRows | None:
+    if not folder.exists():
+        return None
+    try:
+        return TokenRows(folder)
+    except ValueError as error:
+        logger.warning("%s It is written anew.", error)
+        return None
+
+
+def _write_cache(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, options: _Options, batch_size: int) -> TokenRows:
+    """Write the cache beside ``folder``, the manifest last, and rename it; the caller holds the lock."""
+    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):  # the lock is ours, so whoever was writing it is gone
+        shutil.rmtree(leftover)
+    num_texts = truncated = dropped = 0
+    with new_folder(folder) as unfinished:
+        with _ArrayWriter(unfinished / _IDS, np.int32) as ids, _ArrayWriter(unfinished / _OFFSETS, np.int64) as offsets:
+            offsets.append(np.zeros(1))
+            for texts in _batches(corpus.rows(), batch_size):
+                batch = _encode(texts, tokenizer, options)
+                num_texts += len(texts)
+                truncated += batch.truncated
+                dropped += batch.dropped
+                lengths = np.fromiter(map(len, batch.rows), np.int64, len(batch.rows))
+                flat = np.fromiter(chain.from_iterable(batch.rows), np.int32, lengths.sum())
+                if flat.max(initial=0) >= len(tokenizer):
+                    raise ValueError(
+                        f"The tokenizer gave the id {flat.max()} for {corpus.description} and has only {len(tokenizer)} "
+                        "ids: its vocabulary has gaps or belongs to another tokenizer."
+                    )
+                if options.layout == "rows":
+                    offsets.append(ids.size + lengths.cumsum())
+                ids.append(flat)
+            if options.layout == "packed":
+                offsets.append(_block_ends(ids.size, options.max_length))
+        if offsets.size == 1:
+            raise ValueError(f"None of the {num_texts} texts of {corpus.description} gives a row of token ids: are they empty?")
+
+        manifest = {
+            "format": _FORMAT,
+            "fingerprint": folder.name,
+            "corpus": corpus.description,
+            **asdict(options),
+            "vocab_size": len(tokenizer),
+            "truncated_rows": truncated,
+            "dropped_rows": dropped,
+            "bytes": {name: (unfinished / name).stat().st_size for name in (_IDS, _OFFSETS)},
+        }
+        write_bytes_synced(unfinished / _MANIFEST, json_bytes(manifest))
+        shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can be there
+
+    rows = TokenRows(folder)
+    logger.info(
+        "Tokenised %s: %d texts, %d rows, %d ids; %d texts of more than %d ids were %s, %d empty texts dropped.",
+        *(corpus.description, num_texts, len(rows), rows.num_tokens, truncated, options.max_length),
+        *("cut into several rows" if options.split_long else "cut", dropped),
+    )
+    return rows
+
+
+class _Batch(NamedTuple):
+    rows: list[list[int]]
+    truncated: int
+    dropped: int
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, options: _Options) -> _Batch:
+    only_ids = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    if options.layout == "packed":
+        separator = _separator(tokenizer)
+        ending = [] if separator is None else [separator]
+        encoded = tokenizer(texts, add_special_tokens=False, **only_ids)
+        rows = [ids + ending for ids in encoded["input_ids"] if ids]
+        return _Batch(rows, truncated=0, dropped=len(texts) - len(rows))
+
+    encoded = tokenizer(texts, truncation=True, max_length=options.max_length, return_overflowing_tokens=True, **only_ids)
+    num_special = tokenizer.num_special_tokens_to_add(pair=False)
+    text_of_piece = np.array(encoded["overflow_to_sample_mapping"])
+    is_first = np.diff(text_of_piece, prepend=-1) > 0
+    pieces = [piece for piece, first in zip(encoded["input_ids"], is_first, strict=True) if first or options.split_long]
+    rows = [piece for piece in pieces if len(piece) > num_special]
+    truncated = int((np.bincount(text_of_piece) > 1).sum())
+    return _Batch(rows, truncated, dropped=len(pieces) - len(rows))
+
+
+def _separator(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
+def _block_ends(num_ids: int, max_length: int) -> np.ndarray:
+    ends = np.arange(max_length, num_ids + 1, max_length)
+    return np.append(ends, num_ids) if num_ids % max_length >= 2 else ends
+
+
+def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+    while batch := list(islice(texts, size)):
+        yield batch
+
+
+class _ArrayWriter:
+    """Appends to a one-dimensional .npy file, which is synced to disk on leaving the context.
+
+    The header, which has the length, is written again at the end: numpy pads it to one size for every length.
+    """
+
+    def __init__(self, path: Path, dtype: type[np.integer]) -> None:
+        self.size = 0
+        self._dtype = np.dtype(dtype)
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> Self:
+        self._write_header()
+        return self
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(values.astype(self._dtype).tobytes())
+        self.size += len(values)
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:
+            self._file.seek(0)
+            self._write_header()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.size,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def _open_array(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)

@@ -1,0 +1,256 @@
+"""The configuration of a run. Keys are those of `transformers.TrainingArguments` where one exists.
+
+The docstring under a field is its help text, its line in the docs and its comment in YAML. No torch here: `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from ..tasks.cloze_task import ClozeTask
+from .schema import ConfigError, apply_flags, from_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Unlabeled text."""
+
+    path: str
+    """Hub name, folder of Dataset.save_to_disk, file or glob (.jsonl .parquet .txt .csv), or "stdlib": Python's own library."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    train_split: str = "train"
+    """Split that is trained on."""
+    eval_split: str | None = None
+    """Split that is judged on; without one and without eval_path, the last weights are kept."""
+    eval_path: str | None = None
+    """Where the evaluation rows are, if not at path; its split is eval_split, or "train" for a plain file."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    streaming: bool = False
+    """Read the corpus as a stream while it is tokenised; the tokenised rows are cached on disk either way."""
+    max_rows: int | None = None
+    """At most this many rows of text to train on."""
+    max_eval_rows: int | None = None
+    """At most this many rows of text to judge on."""
+    max_length: int = 256
+    """Tokens in a training row."""
+    layout: Literal["packed", "rows", "auto"] = "auto"
+    """packed: documents are joined and cut into full rows; rows: one row per text. auto: packed for decoders, rows for encoders."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "max_rows", "max_eval_rows")
+        _at_least(2, self, "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """Task examples, turned into cloze inputs by a template."""
+
+    path: str
+    """Hub name, folder of Dataset.save_to_disk, or file (.jsonl .json .parquet .csv)."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    train_split: str = "train"
+    """Split that is trained on."""
+    eval_split: str = "validation"
+    """Split that selects the best weights."""
+    eval_path: str | None = None
+    """Where the evaluation rows are, if not at path; its split is "train" for a plain file."""
+    max_rows: int | None = None
+    """At most this many training rows."""
+    max_eval_rows: int | None = None
+    """At most this many evaluation rows."""
+    cloze: ClozeTask
+    """How a row becomes inputs and scores."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "max_rows", "max_eval_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Which part of the teacher's vocabulary the student keeps."""
+
+    keep: int | float = 0.5
+    """Share of the tokenizer's ids (below 1) or their number, rounded up to multiple_of; most frequent first."""
+    multiple_of: int = 128
+    """The kept number is a multiple of this."""
+    protected: tuple[str, ...] = ()
+    """Words that are always kept, beside special and byte tokens and the tasks' label words."""
+    stand_ins: Literal["dot", "cosine", "euclidean", "unk"] = "dot"
+    """Which kept id the student reads for a dropped one: the most similar row of the teacher's head, or the unknown token."""
+    counts: str | None = None
+    """Folder written by `fastkd vocab count`; without it the training text of the first stage is counted."""
+
+    def __post_init__(self) -> None:
+        if not self.keep > 0 or (isinstance(self.keep, float) and self.keep >= 1):
+            raise ValueError(f"keep is {self.keep}; give a share between 0 and 1 (0.5 keeps half), or a whole number of ids.")
+        _at_least(1, self, "multiple_of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageArguments:
+    """What one stage needs; keys at the top of a file hold for every stage that does not set its own."""
+
+    text: TextData | None = None
+    """Unlabeled text (stages on text)."""
+    task: TaskData | None = None
+    """Task examples (stages on a task)."""
+    teacher_model_name_or_path: str | None = None
+    """Folder or hub name of the teacher; task stages want the one fine-tuned on the task."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The method's own options, such as temperature; `fastkd train --help` lists them per method."""
+    per_device_train_batch_size: int = 16
+    """Rows (examples, in task stages) in a micro-batch."""
+    per_device_eval_batch_size: int = 16
+    """Rows in an evaluation batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in an optimizer step; the loss is normalised over all of their tokens at once."""
+    max_steps: int = -1
+    """Optimizer steps; -1: num_train_epochs decides."""
+    num_train_epochs: float = 3.0
+    """Passes over the rows when max_steps is -1."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.1
+    """Of weight matrices and embeddings; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """AdamW's first beta."""
+    adam_beta2: float = 0.98
+    """AdamW's second beta; the authors use 0.98 in pretrain and 0.999 in task stages."""
+    adam_epsilon: float = 1e-6
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0: not clipped."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate after its warm-up."""
+    warmup_steps: int | float = 0.05
+    """Steps of linear warm-up; below 1 a share of the decay."""
+    lr_decay_steps: int | float = 1.0
+    """Steps until the final rate, which then stays; at most 1.0 as a share of all steps (the authors' pretrain: 0.8)."""
+    lr_final_ratio: float = 0.05
+    """Final learning rate as a share of the peak (the authors: 0.05 in pretrain, 0.1 in task stages)."""
+    bf16: bool = False
+    """Autocast to bfloat16."""
+    fp16: bool = False
+    """Autocast to float16 with a loss scaler (GPU)."""
+    torch_compile: bool = False
+    """Compile both backbones."""
+    group_by_length: bool = True
+    """Rows of similar length share a batch, so that little is padding."""
+    logging_steps: int = 10
+    """Steps between lines of the log."""
+    eval_steps: int | None = None
+    """Steps between evaluations; null: once an epoch, or at the end when max_steps is set."""
+    save_steps: int | None = None
+    """Steps between checkpoints; null: at every evaluation."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            self,
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+        )
+        for name in ("learning_rate", "adam_epsilon", "num_train_epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number > 0.")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "lr_decay_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
+        if not 0 <= self.lr_final_ratio <= 1:
+            raise ValueError(f"lr_final_ratio is {self.lr_final_ratio}; it is a share of the peak, between 0 and 1.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps is {self.max_steps}; give a number >= 1, or -1 for num_train_epochs to decide.")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both on; choose one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(StageArguments):
+    """A whole run of a method."""
+
+    method: Literal["glmd", "kd", "lm"]
+    """glmd: word prediction and task scores from a teacher; kd: plain full-vocabulary distillation; lm: hard labels alone."""
+    output_dir: str
+    """Where everything of the run goes; each stage has its folder, with its finished student in student/."""
+    model_name_or_path: str | None = None
+    """Folder or hub name to start the student from; null: a new one is built from `student`."""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer, where there is no teacher to take it from."""
+    student: dict[str, Any] = field(default_factory=dict)
+    """Settings of a new student over the teacher's configuration, such as num_hidden_layers; model_type makes another architecture."""
+    vocabulary: Vocabulary | None = None
+    """The kept vocabulary; null: the student keeps all of it."""
+    stages: dict[str, StageArguments] = field(default_factory=dict)
+    """Stages to run and what they set for themselves; empty: the method's first. glmd has pretrain, task_words, task_scores."""
+    seed: int = 0
+    """Of new weights, of the order of the data, and of masking."""
+    use_cpu: bool = False
+    """Stay on the CPU even where there is a GPU."""
+    cache_dir: str | None = None
+    """Where tokenised corpora and counts are kept between runs; null: output_dir/cache."""
+    overwrite_output_dir: bool = False
+    """Start anew in an output_dir that holds another run, deleting it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_name_or_path is None and not self.student:
+            raise ValueError(
+                "neither model_name_or_path nor student is set, so there is no student to train. Name a model to start from, or give "
+                "the settings of a new one, such as student: {num_hidden_layers: 2}."
+            )
+
+
+STAGE_KEYS = frozenset(f.name for f in fields(StageArguments))
+
+
+def read_config(data: Mapping[str, Any], flags: Sequence[str] = ()) -> RunConfig:
+    """A RunConfig from YAML data and command-line flags.
+
+    Keys at the top hold for every stage that does not set its own; a flag (`--max_steps 10`) overrides every stage, and a flag for one
+    stage (`--stages.pretrain.max_steps 10`) overrides that.
+    """
+    top = {key: value for key, value in data.items() if key in STAGE_KEYS}
+    flagged = apply_flags({}, flags, RunConfig)
+    flagged_top = {key: value for key, value in flagged.items() if key in STAGE_KEYS}
+    stages, flagged_stages = data.get("stages") or {}, flagged.pop("stages", {})
+    if not isinstance(stages, Mapping) or not all(stage is None or isinstance(stage, Mapping) for stage in stages.values()):
+        raise ConfigError("stages must map a stage's name to its settings, such as {pretrain: {max_steps: 1000}}.")
+    merged = _merge(data, flagged)
+    merged["stages"] = {
+        name: _merge(top, stages.get(name) or {}, flagged_top, flagged_stages.get(name, {})) for name in {**stages, **flagged_stages}
+    }
+    return from_mapping(RunConfig, merged)
+
+
+def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later layers win; mappings inside are merged key by key."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            old = result.get(key)
+            both = isinstance(old, Mapping) and isinstance(value, Mapping)
+            result[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def _at_least(least: int, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}.")

@@ -1,0 +1,221 @@
+"""The quickstart: a teacher and four students on Python's own library, in minutes, on any machine and without a network.
+
+A byte-level BPE tokenizer and a small decoder (the teacher) are made once and cached. A smaller student on half the vocabulary is
+then trained from the same initial weights on the same rows in the same order: on hard labels alone, by plain full-vocabulary
+distillation, and by GLMD; and on hard labels once more for as long as GLMD took, teacher included.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_json_atomic
+from ..methods.perplexity import perplexity
+from ..models.load import load_frozen, load_language_model
+from ..models.student import count_parameters
+from ..tasks.corpus import open_corpus
+from ..tasks.text import TextBatch, collate_text
+from ..tasks.tokenized import tokenize_corpus
+from ..vocab.map import VocabMap
+from .config import RunConfig, read_config
+from .curves import plot_curves
+from .log import LOG_FILE, read_log
+from .run import distill
+
+log = logging.getLogger("fastkd")
+
+VOCABULARY = 4096
+LENGTH = 128
+TEACHER_STEPS = 300
+STUDENT_STEPS = 180
+TEST_ROWS = 500
+STUDENTS = ("student_alone", "student_kd", "student_distilled", "student_alone_equal_time")
+
+
+def glmd_config(output_dir: Path, seed: int) -> RunConfig:
+    """What `fastkd train` would run for the student that GLMD distils."""
+    return _student_config(output_dir, seed, "student_distilled", STUDENT_STEPS)
+
+
+def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
+    """Run it all, or what is not finished yet; return what is written to results.json."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    tokenizer_dir = _tokenizer(output_dir)
+    teacher_result = distill(_teacher_config(output_dir))["train"]
+    results = {}
+    for name in STUDENTS[:3]:
+        log.info("Training %s.", name)
+        results[name] = next(iter(distill(_student_config(output_dir, seed, name, STUDENT_STEPS)).values()))
+    ratio = results["student_distilled"]["seconds"] / results["student_alone"]["seconds"]
+    equal_time = max(STUDENT_STEPS, round(STUDENT_STEPS * ratio))
+    log.info("Training student_alone_equal_time for %d steps.", equal_time)
+    config = _student_config(output_dir, seed, STUDENTS[3], equal_time, overwrite=True)
+    results[STUDENTS[3]] = next(iter(distill(config).values()))
+
+    batches = _test_batches(output_dir, tokenizer_dir)
+    teacher = load_frozen(_teacher_dir(output_dir))
+    distilled = load_language_model(results["student_distilled"]["student_dir"])
+    assert distilled.vocab_map is not None
+    scores = {"teacher": perplexity(teacher, batches, fold=distilled.vocab_map)}
+    for name in STUDENTS:
+        student = load_language_model(results[name]["student_dir"])
+        scores[name] = perplexity(student, batches, slot_bias=_slot_bias(student.vocab_map, name, VOCABULARY))
+    summary = {
+        "method": "glmd",
+        "seed": seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "metric": "perplexity over mapped tokens, held-out files of the Python standard library",
+        "higher_is_better": False,
+        **scores,
+        "teacher_parameters": count_parameters(teacher),
+        "student_parameters": count_parameters(distilled),
+        "teacher_vocab": teacher.vocabulary,
+        "student_vocab": distilled.vocabulary,
+        "student_dir": results["student_distilled"]["student_dir"],
+        "steps": {"teacher": teacher_result["steps"], **{name: results[name]["steps"] for name in STUDENTS}},
+        "train_seconds": {"teacher": teacher_result["seconds"], **{name: results[name]["seconds"] for name in STUDENTS}},
+    }
+    folder = output_dir / f"seed-{seed}"
+    _draw(folder, scores["teacher"])
+    write_json_atomic(folder / "results.json", summary)
+    write_json_atomic(output_dir / "results.json", summary)
+    return summary
+
+
+def _tokenizer(output_dir: Path) -> Path:
+    """A byte-level BPE tokenizer trained on the training files, made once."""
+    folder = output_dir / "tokenizer"
+    if (folder / "tokenizer_config.json").is_file():
+        return folder
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    log.info("Training a tokenizer of %d tokens.", VOCABULARY)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(open_corpus("stdlib").rows(), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def _text(**extra: Any) -> dict[str, Any]:
+    return {"path": "stdlib", "train_split": "train", "eval_split": "dev", "max_length": LENGTH, "max_eval_rows": 60, **extra}
+
+
+def _shared(output_dir: Path) -> dict[str, Any]:
+    return {
+        "cache_dir": str(output_dir / "cache"),
+        "text": _text(),
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 32,
+        "adam_beta2": 0.98,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "lr_final_ratio": 0.05,
+        "logging_steps": 10,
+    }
+
+
+def _teacher_dir(output_dir: Path) -> str:
+    return str(output_dir / "teacher" / "train" / "student")
+
+
+def _teacher_config(output_dir: Path) -> RunConfig:
+    return read_config(
+        {
+            **_shared(output_dir),
+            "method": "lm",
+            "output_dir": str(output_dir / "teacher"),
+            "tokenizer_name_or_path": str(output_dir / "tokenizer"),
+            "student": {
+                "model_type": "llama",
+                "hidden_size": 192,
+                "intermediate_size": 512,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": True,
+                "bos_token_id": None,
+                "eos_token_id": 0,
+                "pad_token_id": 0,
+            },
+            "max_steps": TEACHER_STEPS,
+            "learning_rate": 3e-3,
+            "seed": 0,
+        }
+    )
+
+
+def _student_config(output_dir: Path, seed: int, name: str, steps: int, *, overwrite: bool = False) -> RunConfig:
+    method = {"student_kd": "kd", "student_distilled": "glmd"}.get(name, "lm")
+    options: Mapping[str, Any] = {"glmd": {"temperature": 1.0}, "kd": {"temperature": 1.0, "label_weight": 1.0}, "lm": {}}[method]
+    return read_config(
+        {
+            **_shared(output_dir),
+            "method": method,
+            "output_dir": str(output_dir / f"seed-{seed}" / name),
+            "teacher_model_name_or_path": _teacher_dir(output_dir),
+            "student": {
+                "hidden_size": 96,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "head_dim": 24,
+            },
+            "vocabulary": {"keep": 0.5},
+            "options": dict(options),
+            "max_steps": steps,
+            "learning_rate": 5e-3,
+            "eval_steps": max(1, steps // 8),
+            "save_steps": steps,
+            "seed": seed,
+            "overwrite_output_dir": overwrite,
+        }
+    )
+
+
+def _slot_bias(vocab_map: VocabMap | None, name: str, tokens: int) -> torch.Tensor | None:
+    """Plain KD's student answers for every id of the teacher, so a slot's probability is that of all ids that share it."""
+    if name != "student_kd" or vocab_map is None:
+        return None
+    return torch.bincount(vocab_map.id_to_slot[:tokens], minlength=vocab_map.num_kept).double().log().float()
+
+
+def _test_batches(output_dir: Path, tokenizer_dir: Path) -> list[TextBatch]:
+    from ..models.load import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(str(tokenizer_dir))
+    rows = tokenize_corpus(
+        open_corpus("stdlib", split="test"), tokenizer, max_length=LENGTH, layout="packed", cache_dir=output_dir / "cache" / "tokens"
+    )
+    kept = [rows[i] for i in range(min(TEST_ROWS, len(rows)))]
+    generator = torch.Generator()
+    return [collate_text(kept[i : i + 25], pad_id=0, masking=None, generator=generator) for i in range(0, len(kept), 25)]
+
+
+def _draw(folder: Path, teacher: float) -> None:
+    """Perplexity on the development files over the steps, one curve a student."""
+    labels = dict(zip(STUDENTS, ("hard labels alone", "plain KD", "GLMD", "hard labels, as long as GLMD"), strict=True))
+    series = {}
+    for name, label in labels.items():
+        (log_file,) = (folder / name).glob(f"*/{LOG_FILE}")
+        series[label] = [(x["step"], float(x["eval_perplexity"])) for x in read_log(log_file) if "eval_perplexity" in x]
+    plot_curves(series, folder / "curves.png", title="Student on held-out files", xlabel="step", ylabel="perplexity", log_y=True)

@@ -1,0 +1,304 @@
+"""Room `vocab`, floor 2: `VocabMap`, a student's pruned vocabulary and the way between its slots and the teacher's ids.
+
+Vocabulary pruning after GLMD (arXiv:2306.06625): keep the most frequent ids of a corpus, and let every other id be read
+as the kept id most similar to it. A *slot* is an id of the pruned vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastkd.vocab.count import TokenCounts
+from fastkd.vocab.stand_ins import Similarity, nearest_kept
+from fastkd.vocab.storage import load_record, save_record
+
+_KIND = "vocab_map"
+
+
+@dataclass(frozen=True, eq=False)
+class VocabMap:
+    """Which ids of a vocabulary of V are kept, as V_k slots, and the slot by which every id is read.
+
+    Kept ids and slots are inverse to each other: `id_to_slot[kept_ids] == arange(V_k)`. Dropped ids have slot -1 until
+    `assign_stand_ins` gives them the slot of a kept id. Maps with equal tensors have equal `fingerprint`s.
+    """
+
+    kept_ids: Tensor
+    """(V_k,) int64: the id behind every slot."""
+    id_to_slot: Tensor
+    """(V,) int64: the slot of every id; -1: dropped, without a stand-in."""
+
+    def __post_init__(self) -> None:
+        kept_ids, id_to_slot = self.kept_ids, self.id_to_slot
+        for name, tensor in (("kept_ids", kept_ids), ("id_to_slot", id_to_slot)):
+            if tensor.dim() != 1 or tensor.dtype != torch.int64 or tensor.numel() == 0:
+                raise ValueError(f"{name} must be a non-empty int64 tensor of one dimension, got {tuple(tensor.shape)} {tensor.dtype}.")
+        slots = torch.arange(kept_ids.numel(), device=kept_ids.device)
+        consistent = (
+            int(kept_ids.min()) >= 0
+            and int(kept_ids.max()) < id_to_slot.numel()
+            and int(id_to_slot.min()) >= -1
+            and int(id_to_slot.max()) < kept_ids.numel()
+            and torch.equal(id_to_slot[kept_ids], slots)
+        )
+        if not consistent:
+            raise ValueError(
+                "kept_ids and id_to_slot do not belong together: id_to_slot[kept_ids] must be 0, 1, ..., V_k - 1 and "
+                "every other entry -1 or a slot; build the map with VocabMap.from_counts or VocabMap.identity."
+            )
+        _ = self.has_stand_ins  # computed now, because map_ids must not wait for the device
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: TokenCounts | Tensor,
+        keep: float,
+        protected: Iterable[int] = (),
+        multiple_of: int = 128,
+        requires: Mapping[int, Sequence[int]] | None = None,
+        vocab_size: int | None = None,
+    ) -> VocabMap:
+        """Keep the `protected` ids and the most frequent others.
+
+        Slots are in the order: protected ids, then the rest, each by falling frequency, equal frequencies by rising id.
+        V_k is the number to keep, rounded up to `multiple_of`; where that reaches the number of tokens, every token is
+        kept (V_k = number of tokens), in the same order.
+
+        Args:
+            counts: frequencies of the tokenizer's n ids, `TokenCounts` or (n,) integers.
+            keep: a ratio of n (0 < keep < 1, floor(keep * n) ids) or a number of ids (an int >= 1).
+            protected: ids kept whatever their frequency (special tokens, verbalizers).
+            requires: ids that must be kept whenever the key is (for BPE the two parents of a merge), applied
+                transitively. Down the order above, a token enters together with what it still requires if all of it
+                fits, else it is passed over, until V_k is full.
+            vocab_size: V >= n, the rows of a teacher padded beyond its tokenizer; ids n, n + 1, ... are dropped.
+
+        Raises:
+            ValueError: an argument out of range, or more protected ids (and what they require) than V_k.
+        """
+        frequencies = _frequencies(counts)
+        num_tokens = frequencies.numel()
+        vocab_size = num_tokens if vocab_size is None else vocab_size
+        if vocab_size < num_tokens:
+            raise ValueError(f"vocab_size={vocab_size} is below the {num_tokens} tokens that were counted.")
+        protected, requires = set(protected), requires or {}
+        _require_ids("protected", protected, num_tokens)
+        _require_ids("requires", {*requires, *chain.from_iterable(requires.values())}, num_tokens)
+
+        is_protected = torch.zeros(num_tokens, dtype=torch.bool)
+        is_protected[sorted(protected)] = True
+        by_frequency = frequencies.argsort(descending=True, stable=True)
+        order = torch.cat([by_frequency[is_protected[by_frequency]], by_frequency[~is_protected[by_frequency]]])
+        num_kept = _num_kept(keep, num_tokens, multiple_of)
+        kept = _choose(order.tolist(), len(protected), num_kept, requires)
+
+        is_kept = torch.zeros(num_tokens, dtype=torch.bool)
+        is_kept[sorted(kept)] = True
+        kept_ids = order[is_kept[order]]
+        id_to_slot = torch.full((vocab_size,), -1)
+        id_to_slot[kept_ids] = torch.arange(num_kept)
+        return cls(kept_ids, id_to_slot)
+
+    @classmethod
+    def identity(cls, vocab_size: int) -> VocabMap:
+        """Every id kept as its own slot."""
+        return cls(torch.arange(vocab_size), torch.arange(vocab_size))
+
+    @property
+    def num_kept(self) -> int:
+        """V_k."""
+        return self.kept_ids.numel()
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.id_to_slot.numel()
+
+    @cached_property
+    def is_kept(self) -> Tensor:
+        """(V,) bool."""
+        return torch.zeros_like(self.id_to_slot, dtype=torch.bool).index_fill_(0, self.kept_ids, True)
+
+    @cached_property
+    def has_stand_ins(self) -> bool:
+        """Whether every id has a slot."""
+        return int(self.id_to_slot.min()) >= 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over both tensors."""
+        digest = hashlib.sha256(f"{self.num_kept},{self.vocab_size};".encode())
+        for tensor in (self.kept_ids, self.id_to_slot):
+            digest.update(tensor.cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def assign_stand_ins(
+        self,
+        embedding: Tensor | None,
+        similarity: Similarity | Literal["unk"] = "dot",
+        *,
+        unk_id: int | None = None,
+        exclude: Iterable[int] = (),
+    ) -> VocabMap:
+        """A new map in which every dropped id has the slot of its most similar kept id (ties: the lowest slot).
+
+        Args:
+            embedding: (V, H), rows of the teacher's embedding; not used by "unk", which takes None.
+            similarity: "dot" (GLMD's), "cosine" or "euclidean", as in `fastkd.vocab.stand_ins.nearest_kept`; "unk":
+                every dropped id is read as `unk_id`.
+            unk_id: used by "unk" only; a kept id.
+            exclude: ids that may not stand in for another. Default none, as in the authors' code: a dropped id may be
+                read as a special token.
+        """
+        if similarity not in (*get_args(Similarity), "unk"):
+            raise ValueError(f"similarity must be 'dot', 'cosine', 'euclidean' or 'unk', got {similarity!r}.")
+        dropped_ids = (~self.is_kept).nonzero().squeeze(1)
+        if similarity == "unk":
+            stand_ins = torch.full_like(dropped_ids, self._slot_of_unk(unk_id))
+        else:
+            if embedding is None or embedding.dim() != 2 or len(embedding) != self.vocab_size:
+                given = None if embedding is None else tuple(embedding.shape)
+                raise ValueError(
+                    f"embedding must have one row for each of the {self.vocab_size} ids of the map, got {given}; pass "
+                    "the teacher's whole (V, H) embedding, and its padded V as vocab_size to VocabMap.from_counts."
+                )
+            excluded = torch.tensor(sorted(set(exclude)), dtype=torch.int64, device=self.kept_ids.device)
+            candidates = (~torch.isin(self.kept_ids, excluded)).nonzero().squeeze(1)
+            if candidates.numel() == 0:
+                raise ValueError("exclude names every kept id, so no id is left to stand in; exclude fewer ids.")
+            device = embedding.device
+            nearest = nearest_kept(embedding, dropped_ids.to(device), self.kept_ids[candidates].to(device), similarity)
+            stand_ins = candidates[nearest.to(candidates.device)]
+        return VocabMap(self.kept_ids, self.id_to_slot.index_copy(0, dropped_ids, stand_ins))
+
+    def map_ids(self, ids: Tensor, ignore_index: int | None = None) -> Tensor:
+        """The slots of ids of any shape, int64; `ignore_index` (the -100 of labels), if given, stays as it is.
+
+        Ids must lie in [0, V). CPU tensors are checked (`ValueError`); elsewhere the check is the device's own
+        assertion, because reading the result back would make every step wait for the device.
+        """
+        if not self.has_stand_ins:
+            missing = int((self.id_to_slot < 0).sum())
+            raise ValueError(f"{missing} dropped ids have no stand-in yet; call assign_stand_ins before map_ids.")
+        if ignore_index is None:
+            return _look_up(self.id_to_slot, ids, "ids")
+        ignored = ids == ignore_index
+        return _look_up(self.id_to_slot, ids.masked_fill(ignored, 0), "ids").masked_fill(ignored, ignore_index)
+
+    def decode_ids(self, slots: Tensor) -> Tensor:
+        """The ids behind slots of any shape, int64; checked as `map_ids` does."""
+        return _look_up(self.kept_ids, slots, "slots")
+
+    def to(self, device: torch.device | str) -> VocabMap:
+        return VocabMap(self.kept_ids.to(device), self.id_to_slot.to(device))
+
+    def save(self, directory: str | Path) -> None:
+        """Write `vocab_map.json` and the tensors it names, atomically."""
+        metadata = {"vocab_size": self.vocab_size, "num_kept": self.num_kept, "fingerprint": self.fingerprint}
+        save_record(directory, _KIND, {"kept_ids": self.kept_ids, "id_to_slot": self.id_to_slot}, metadata)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> VocabMap:
+        """Errors: `FileNotFoundError`, `ValueError` (a file that was changed since it was saved)."""
+        tensors, _ = load_record(directory, _KIND)
+        return cls(tensors["kept_ids"], tensors["id_to_slot"])
+
+    def _slot_of_unk(self, unk_id: int | None) -> int:
+        if unk_id is None or not 0 <= unk_id < self.vocab_size or not bool(self.is_kept[unk_id]):
+            raise ValueError(
+                f"similarity='unk' needs a kept id as unk_id, got {unk_id}; name the tokenizer's unk_token_id in "
+                "protected when the map is built."
+            )
+        return int(self.id_to_slot[unk_id])
+
+
+def _frequencies(counts: TokenCounts | Tensor) -> Tensor:
+    frequencies = counts.counts if isinstance(counts, TokenCounts) else counts.cpu()
+    if frequencies.dim() != 1 or frequencies.numel() == 0 or not _is_integer(frequencies):
+        raise ValueError(f"counts must be TokenCounts or one integer per token, got {tuple(frequencies.shape)} {frequencies.dtype}.")
+    return frequencies
+
+
+def _num_kept(keep: float, num_tokens: int, multiple_of: int) -> int:
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, got {multiple_of}.")
+    if isinstance(keep, Integral) and not isinstance(keep, bool) and keep >= 1:
+        wanted = int(keep)
+    elif isinstance(keep, Real) and 0 < keep < 1:
+        wanted = max(1, math.floor(keep * num_tokens))
+    else:
+        raise ValueError(
+            f"keep={keep!r} must be a ratio between 0 and 1 (both excluded) or a whole number of tokens, an int of at "
+            f"least 1; to keep all tokens give their number, keep={num_tokens}."
+        )
+    return min(num_tokens, math.ceil(wanted / multiple_of) * multiple_of)
+
+
+def _choose(order: list[int], num_protected: int, num_kept: int, requires: Mapping[int, Sequence[int]]) -> set[int]:
+    """Exactly `num_kept` ids, closed under `requires`; the first `num_protected` of `order` are among them."""
+    kept: set[int] = set()
+    for token in order[:num_protected]:
+        kept |= _missing(token, kept, requires)
+    if len(kept) > num_kept:
+        raise ValueError(
+            f"{num_protected} protected tokens need {len(kept)} kept tokens, with what they require, but keep leaves "
+            f"room for {num_kept}; use keep={len(kept)} or more, or protect fewer."
+        )
+    for token in order[num_protected:]:
+        if len(kept) == num_kept:
+            break
+        group = _missing(token, kept, requires)
+        if len(kept) + len(group) <= num_kept:
+            kept |= group
+    # Without cycles one pass fills V_k: a dropped token whose requirements are all kept was passed over when they did
+    # not fit together with it, so their later entry filled the rest.
+    if len(kept) < num_kept:
+        raise ValueError("requires has a cycle: some ids require each other, so they cannot be kept one by one.")
+    return kept
+
+
+def _missing(token: int, kept: set[int], requires: Mapping[int, Sequence[int]]) -> set[int]:
+    """The token and everything it requires, transitively, less what is kept."""
+    missing: set[int] = set()
+    stack = [token]
+    while stack:
+        candidate = stack.pop()
+        if candidate not in kept and candidate not in missing:
+            missing.add(candidate)
+            stack.extend(requires.get(candidate, ()))
+    return missing
+
+
+def _require_ids(name: str, ids: set[int], num_tokens: int) -> None:
+    outside = sorted(token for token in ids if not 0 <= token < num_tokens)
+    if outside:
+        raise ValueError(f"{name} names id {outside[0]}; the ids that were counted are 0 to {num_tokens - 1}.")
+
+
+def _look_up(table: Tensor, index: Tensor, name: str) -> Tensor:
+    if not _is_integer(index):
+        raise TypeError(f"{name} must be integers, got {index.dtype}.")
+    if index.device != table.device:
+        raise ValueError(f"{name} are on {index.device} and the map on {table.device}; move it with VocabMap.to.")
+    if index.device.type == "cpu":
+        outside = ((index < 0) | (index >= table.numel())).nonzero()
+        if len(outside):
+            position = tuple(outside[0].tolist())
+            hint = "; labels with an ignored value need ignore_index" if name == "ids" and index[position] < 0 else ""
+            raise ValueError(f"{name} must lie in [0, {table.numel()}), got {int(index[position])} at position {position}{hint}.")
+    return table.gather(0, index.long().flatten()).view(index.shape)  # gather, because indexing accepts negative ids
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -1,0 +1,82 @@
+"""Room `vocab`, floor 2: how its records reach the disk.
+
+A record is named tensors plus a little JSON-able metadata, kept in one directory as two files: `<kind>.json`, the manifest,
+and `<kind>-<sha256>.safetensors`. The tensors file has its own hash in its name and the manifest is renamed into place
+after it, so a reader sees the previous record or the new one, never a mixture, whenever the writer is killed.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from fastkd.files import write_bytes_atomic, write_json_atomic
+
+
+def record_exists(directory: str | Path, kind: str) -> bool:
+    return _manifest_path(directory, kind).exists()
+
+
+def save_record(directory: str | Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Write the record `kind`, atomically replacing the one that `directory` may already hold."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    tensors_sha256 = hashlib.sha256(data).hexdigest()
+    manifest = {
+        "kind": kind,
+        "tensors_sha256": tensors_sha256,
+        "metadata_sha256": _metadata_sha256(metadata),
+        "metadata": metadata,
+    }
+    tensors_path = _tensors_path(directory, kind, tensors_sha256)
+    write_bytes_atomic(tensors_path, data)
+    write_json_atomic(_manifest_path(directory, kind), manifest)
+    for stale in chain(directory.glob(f"{kind}-*.safetensors*"), directory.glob(f"{kind}.json.tmp-*")):
+        if stale != tensors_path:
+            stale.unlink(missing_ok=True)
+
+
+def load_record(directory: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read back (tensors, metadata); a missing, unreadable or changed file is refused by name."""
+    manifest_path = _manifest_path(directory, kind)
+    if not manifest_path.exists():
+        raise FileNotFoundError(f"There is no {kind} in {directory}: {manifest_path.name} is missing.")
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        metadata, metadata_sha256 = manifest["metadata"], manifest["metadata_sha256"]
+        tensors_path = _tensors_path(directory, kind, manifest["tensors_sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest_path} is not a readable {kind} manifest ({error!r}); delete it and create it again.") from error
+    if not tensors_path.exists():
+        raise FileNotFoundError(
+            f"{manifest_path} belongs to {tensors_path.name}, which is missing beside it; copy both files, or create the {kind} again."
+        )
+    data = tensors_path.read_bytes()
+    for path, expected, found in (
+        (manifest_path, metadata_sha256, _metadata_sha256(metadata)),
+        (tensors_path, manifest["tensors_sha256"], hashlib.sha256(data).hexdigest()),
+    ):
+        if expected != found:
+            raise ValueError(
+                f"{path} was changed after it was written: its sha256 is {found}, {manifest_path.name} says "
+                f"{expected}; restore the original, or delete both files and create the {kind} again."
+            )
+    return safetensors.torch.load(data), metadata
+
+
+def _manifest_path(directory: str | Path, kind: str) -> Path:
+    return Path(directory) / f"{kind}.json"
+
+
+def _tensors_path(directory: str | Path, kind: str, sha256: str) -> Path:
+    return Path(directory) / f"{kind}-{sha256[:16]}.safetensors"
+
+
+def _metadata_sha256(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()

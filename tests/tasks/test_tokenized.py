@@ -1,0 +1,247 @@
+"""Token caches equal a plain in-memory reference, are written once, and are never half there."""
+
+import json
+import logging
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from fastkd.tasks.corpus import Corpus
+from fastkd.tasks.tokenized import Layout, TokenRows, tokenize_corpus
+
+CLS, SEP, EOS, UNK = 0, 1, 2, 3
+WORDS = [f"w{i}" for i in range(20)]
+TEXTS = [" ".join(WORDS[i % 7 : i % 7 + length]) for i, length in enumerate([3, 12, 0, 5, 1, 13, 9, 2, 0, 8])]
+
+
+def make_tokenizer(*more_words: str, **special: str) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["[CLS]", "[SEP]", "</s>", "[UNK]", *WORDS, *more_words])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **special)
+
+
+def word_ids(text: str) -> list[int]:
+    return [WORDS.index(word) + 4 for word in text.split()]
+
+
+class Texts:
+    """A corpus that counts how often it is read."""
+
+    def __init__(self, texts: list[str] = TEXTS, fingerprint: str = "c0") -> None:
+        self.texts = texts
+        self.times_read = 0
+        self.corpus = Corpus("the toy corpus", fingerprint, self.read)
+
+    def read(self, start: int) -> Iterator[str]:
+        self.times_read += 1
+        yield from self.texts[start:]
+
+
+def as_lists(rows: TokenRows) -> list[list[int]]:
+    return [rows[index].tolist() for index in range(len(rows))]
+
+
+def test_rows_layout_cuts_long_texts_and_drops_empty_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fastkd"):
+        rows = tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=10, layout="rows", cache_dir=tmp_path, batch_size=3)
+    assert as_lists(rows) == [[CLS, *word_ids(text)[:8], SEP] for text in TEXTS if text]
+    assert (rows.truncated_rows, rows.dropped_rows, rows.vocab_size) == (3, 2, 24)
+    assert "3 texts of more than 10 ids were cut, 2 empty texts dropped" in caplog.text
+
+
+def test_rows_layout_splits_long_texts(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    rows = tokenize_corpus(Texts().corpus, tokenizer, max_length=6, layout="rows", split_long=True, cache_dir=tmp_path, batch_size=4)
+    expected = []
+    for ids in map(word_ids, TEXTS):
+        expected += [[CLS, *ids[start : start + 4], SEP] for start in range(0, len(ids), 4)]
+    assert as_lists(rows) == expected
+    assert (rows.truncated_rows, rows.dropped_rows) == (sum(len(word_ids(text)) > 4 for text in TEXTS), 2)
+
+
+def test_rows_layout_follows_the_truncation_side(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.truncation_side = "left"
+    rows = tokenize_corpus(Texts().corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
+    assert as_lists(rows) == [[CLS, *word_ids(text)[-8:], SEP] for text in TEXTS if text]
+
+
+@pytest.mark.parametrize(
+    ("special", "ending"),
+    [({"eos_token": "</s>", "sep_token": "[SEP]"}, [EOS]), ({"sep_token": "[SEP]"}, [SEP]), ({}, [])],
+    ids=["eos", "sep", "neither"],
+)
+@pytest.mark.parametrize("max_length", [7, 10, 53, 61, 500])
+def test_packed_layout_is_the_concatenation_in_blocks(
+    tmp_path: Path, special: dict[str, str], ending: list[int], max_length: int
+) -> None:
+    rows = tokenize_corpus(
+        Texts().corpus, make_tokenizer(**special), max_length=max_length, layout="packed", cache_dir=tmp_path, batch_size=3
+    )
+    flat = [i for text in TEXTS if text for i in [*word_ids(text), *ending]]
+    blocks = [flat[start : start + max_length] for start in range(0, len(flat), max_length)]
+    assert as_lists(rows) == [block for block in blocks if len(block) >= 2]
+    assert (rows.truncated_rows, rows.dropped_rows) == (0, 2)
+
+
+def test_packed_layout_drops_a_last_block_of_one_id(tmp_path: Path) -> None:
+    for length, kept in ((9, [8]), (10, [8, 2])):
+        text = Texts([" ".join(WORDS[:length])], fingerprint=f"{length}")
+        rows = tokenize_corpus(text.corpus, make_tokenizer(), max_length=8, layout="packed", cache_dir=tmp_path)
+        assert rows.lengths.tolist() == kept
+        assert rows.num_tokens == len(rows.ids) == sum(kept)
+
+
+def test_token_rows_are_read_only_views_of_the_file(tmp_path: Path) -> None:
+    rows = tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=10, layout="rows", cache_dir=tmp_path)
+    assert type(rows[0]) is np.ndarray
+    assert rows[0].dtype == np.int32
+    assert np.shares_memory(rows[1], rows.ids)
+    assert rows[-1].tolist() == rows[len(rows) - 1].tolist()
+    assert rows.lengths.tolist() == [len(rows[index]) for index in range(len(rows))]
+    assert rows.num_tokens == rows.lengths.sum()
+    with pytest.raises(ValueError, match="read-only"):
+        rows[0][0] = 1
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+    again = pickle.loads(pickle.dumps(rows))  # as a DataLoader worker gets it
+    assert as_lists(again) == as_lists(rows)
+    assert len(pickle.dumps(rows)) < 1_000
+
+
+def test_second_call_does_not_read_the_corpus(tmp_path: Path) -> None:
+    texts, tokenizer = Texts(), make_tokenizer()
+    first = tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
+    second = tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path, batch_size=1)
+    assert texts.times_read == 1
+    assert as_lists(first) == as_lists(second)
+    assert first.fingerprint == second.fingerprint == first.folder.name
+
+
+def test_other_corpus_tokenizer_or_option_is_another_cache(tmp_path: Path) -> None:
+    def fingerprint(texts: Texts, tokenizer: PreTrainedTokenizerFast, **changed: Any) -> str:
+        options: dict[str, Any] = {"max_length": 10, "layout": "rows", **changed}
+        return tokenize_corpus(texts.corpus, tokenizer, cache_dir=tmp_path, **options).fingerprint
+
+    left = make_tokenizer()
+    left.truncation_side = "left"
+    seen = [
+        fingerprint(Texts(), make_tokenizer()),
+        fingerprint(Texts(fingerprint="c1"), make_tokenizer()),
+        fingerprint(Texts(), make_tokenizer("another")),
+        fingerprint(Texts(), make_tokenizer(eos_token="</s>")),
+        fingerprint(Texts(), left),
+        fingerprint(Texts(), make_tokenizer(), max_length=11),
+        fingerprint(Texts(), make_tokenizer(), split_long=True),
+        fingerprint(Texts(), make_tokenizer(), layout="packed"),
+    ]
+    assert len(set(seen)) == len(seen)
+
+
+def test_interrupted_write_leaves_no_cache_and_the_next_call_writes_it(tmp_path: Path) -> None:
+    class Interrupted(Texts):
+        def read(self, start: int) -> Iterator[str]:
+            yield from TEXTS[:5]
+            raise KeyboardInterrupt
+
+    tokenizer = make_tokenizer()
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(Interrupted().corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path, batch_size=2)
+    assert not any((path / "manifest.json").exists() for path in tmp_path.iterdir())
+
+    rows = tokenize_corpus(Texts().corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
+    assert len(rows) == sum(bool(text) for text in TEXTS)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [rows.folder]
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> None:
+    texts, tokenizer = Texts(), make_tokenizer()
+    rows = tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
+    rows.folder.rename(f"{rows.folder}.tmp-1")
+    other = tmp_path / "other.tmp-1"
+    other.mkdir()
+    rows = tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {rows.folder, other}
+    assert texts.times_read == 2
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "manifest.json"])
+@pytest.mark.parametrize("damage", ["shorter", "missing"])
+def test_damaged_cache_is_refused_and_written_anew(tmp_path: Path, name: str, damage: str) -> None:
+    texts, tokenizer = Texts(), make_tokenizer()
+    rows = tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
+    expected = as_lists(rows)
+    if damage == "shorter":
+        (rows.folder / name).write_bytes((rows.folder / name).read_bytes()[:-4])
+    else:
+        (rows.folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{rows.fingerprint}.*elete it and tokenise again"):
+        TokenRows(rows.folder)
+    assert as_lists(tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)) == expected
+    assert texts.times_read == 2
+
+
+def test_two_writers_at_once_end_with_one_cache(tmp_path: Path) -> None:
+    texts = Texts()
+
+    def tokenize(_: int) -> list[list[int]]:
+        return as_lists(tokenize_corpus(texts.corpus, make_tokenizer(), max_length=10, layout="rows", cache_dir=tmp_path))
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(tokenize, range(4)))
+    assert all(result == results[0] for result in results)
+    assert texts.times_read == 1
+    assert sum(path.is_dir() for path in tmp_path.iterdir()) == 1
+
+
+def test_manifest_says_what_was_tokenised(tmp_path: Path) -> None:
+    rows = tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=10, layout="packed", cache_dir=tmp_path)
+    manifest = json.loads((rows.folder / "manifest.json").read_text())
+    assert manifest["corpus"] == "the toy corpus"
+    assert (manifest["layout"], manifest["max_length"], manifest["fingerprint"]) == ("packed", 10, rows.fingerprint)
+    assert manifest["bytes"] == {name: (rows.folder / name).stat().st_size for name in ("ids.npy", "offsets.npy")}
+
+
+@pytest.mark.parametrize("layout", ["packed", "rows"])
+def test_corpus_without_ids_is_refused(tmp_path: Path, layout: Layout) -> None:
+    with pytest.raises(ValueError, match="None of the 2 texts of the toy corpus"):
+        tokenize_corpus(Texts(["", " "]).corpus, make_tokenizer(), max_length=10, layout=layout, cache_dir=tmp_path)
+    assert not any((path / "manifest.json").exists() for path in tmp_path.iterdir())
+
+
+def test_id_beyond_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    backend = Tokenizer(WordLevel({"[UNK]": 0, "w1": 5}, unk_token="[UNK]"))  # 2 ids, the larger one is 5
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(ValueError, match="the id 5 for the toy corpus and has only 2"):
+        tokenize_corpus(Texts(["w1"]).corpus, tokenizer, max_length=4, layout="rows", cache_dir=tmp_path)
+
+
+def test_arguments_are_checked_before_the_corpus_is_read(tmp_path: Path) -> None:
+    texts = Texts()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"layout": "padded"}, "layout='padded'.*'packed', 'rows'"),
+        ({"layout": "packed", "split_long": True}, "split_long=True"),
+        ({"layout": "packed", "max_length": 1}, "max_length=1 .*at least 2"),
+        ({"layout": "rows", "max_length": 2}, "max_length=2 .*at least 3"),
+    ]
+    for wrong, said in cases:
+        with pytest.raises(ValueError, match=said):
+            tokenize_corpus(texts.corpus, make_tokenizer(), cache_dir=tmp_path, **{"max_length": 8, **wrong})
+    slow = cast(PreTrainedTokenizerFast, SimpleNamespace(is_fast=False))
+    with pytest.raises(TypeError, match=r"not a fast one.*AutoTokenizer"):
+        tokenize_corpus(texts.corpus, slow, max_length=8, layout="rows", cache_dir=tmp_path)
+    assert texts.times_read == 0

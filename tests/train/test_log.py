@@ -1,0 +1,114 @@
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from fastkd.train.log import Progress, RunLog, peak_memory_mb, read_log
+
+
+def strict(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def steps(path):
+    return [(entry.get("stage"), entry["step"]) for entry in read_log(path)]
+
+
+def write(output_dir, stage, numbers, resume_step=None):
+    with RunLog(output_dir, stage=stage, resume_step=resume_step) as log:
+        for step in numbers:
+            log.write({"step": step, "loss": 1 / step})
+
+
+def test_lines_are_strict_json_and_visible_at_once(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with RunLog(tmp_path, stage="pretrain") as log:
+        log.write({"step": 1, "loss": 0.1 + 0.2, "grad_norm": math.nan})
+        assert strict(path) == [{"stage": "pretrain", "step": 1, "loss": 0.1 + 0.2, "grad_norm": "nan"}]
+        log.write({"step": 2, "loss": math.inf, "scores": {"a": -math.inf, "b": [np.float64("nan"), 1]}})
+        assert strict(path)[1] == {"stage": "pretrain", "step": 2, "loss": "inf", "scores": {"a": "-inf", "b": ["nan", 1]}}
+    with RunLog(tmp_path) as log:
+        log.write({"step": 3})
+    assert read_log(path)[2] == {"step": 3}
+
+
+def test_resume_cuts_what_will_happen_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    write(tmp_path, "first", [10, 20, 30])
+    write(tmp_path, "second", [10, 20, 30, 40])
+    before = path.read_bytes()
+    write(tmp_path, "second", [], resume_step=40)
+    assert path.read_bytes() == before
+    write(tmp_path, "second", [30, 40], resume_step=25)
+    assert path.read_bytes() == before  # the same lines again: the file of an uninterrupted run
+    write(tmp_path, "second", [], resume_step=0)
+    assert steps(path) == [("first", 10), ("first", 20), ("first", 30)]
+
+
+def test_resume_in_an_earlier_stage_cuts_the_later_one(tmp_path):
+    write(tmp_path, "first", [10, 20])
+    write(tmp_path, "second", [10, 20])
+    write(tmp_path, "first", [], resume_step=20)
+    assert steps(tmp_path / "log.jsonl") == [("first", 10), ("first", 20)]
+
+
+def test_resume_without_stages(tmp_path):
+    write(tmp_path, None, [1, 2, 3])
+    write(tmp_path, None, [3], resume_step=2)
+    assert steps(tmp_path / "log.jsonl") == [(None, 1), (None, 2), (None, 3)]
+
+
+@pytest.mark.parametrize("half", [b'{"step": 3, "lo', b'{"step": 3}', b"\xc3"])
+def test_half_line_is_dropped(tmp_path, half):
+    path = tmp_path / "log.jsonl"
+    write(tmp_path, "first", [1, 2])
+    whole = path.read_bytes()
+    path.write_bytes(whole + half)
+    assert [entry["step"] for entry in read_log(path)] == [1, 2]
+    RunLog(tmp_path, stage="second").close()
+    assert path.read_bytes() == whole
+
+
+def test_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_log(path)
+
+
+def use_progress():
+    with Progress(10, initial=4, description="train") as bar:
+        bar.update(3)
+        bar.set_postfix(loss=1.25)
+        bar.refresh()
+
+
+def test_progress_writes_nothing_to_a_file(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    use_progress()
+    assert stream.getvalue() == ""
+
+
+def test_progress_shows_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    use_progress()
+    assert "train" in stream.getvalue() and "7/10" in stream.getvalue() and "loss=1.25" in stream.getvalue()
+
+
+def test_peak_memory_is_in_mebibytes():
+    before = peak_memory_mb()
+    block = np.ones(2**24)  # 128 MiB
+    assert 100 < peak_memory_mb() < 100_000
+    assert peak_memory_mb() >= before and block[0] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"fastkd: there is no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr)
         return BAD_INPUT
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastkd").setLevel(logging.INFO)
     try:

@@ -107,11 +107,9 @@ class WordPrediction(Objective):
                 divergence=self.options.divergence,
                 temperature=self.options.temperature,
                 mask=self.mask(batch),
-                student_softcap=student.transform.softcap,
-                teacher_softcap=teacher.transform.softcap,
-                student_logit_scale=student.transform.scale,
-                teacher_logit_scale=teacher.transform.scale,
                 denominator=denominator,
+                **student.logit_options("student"),
+                **teacher.logit_options("teacher"),
             )
             assert isinstance(loss, Tensor)
             return loss

@@ -81,11 +81,9 @@ class KnowledgeDistillation(Objective):
                 labels=batch.labels,
                 # The op divides both terms by `denominator`, a count of tokens; cross-entropy is to be averaged over labelled ones.
                 label_weight=options.label_weight * tokens / max(labelled, 1),
-                student_softcap=student.transform.softcap,
-                teacher_softcap=teacher.transform.softcap,
-                student_logit_scale=student.transform.scale,
-                teacher_logit_scale=teacher.transform.scale,
                 denominator=denominator,
+                **student.logit_options("student"),
+                **teacher.logit_options("teacher"),
             )
             assert isinstance(loss, Tensor)
             return loss

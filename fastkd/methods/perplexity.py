@@ -27,26 +27,37 @@ def perplexity(
     *,
     fold: VocabMap | None = None,
     slot_bias: Tensor | None = None,
+    kept_only: VocabMap | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> float:
     """exp of the mean negative log-likelihood of the labels, in evaluation mode.
 
     fold: judge a model over all ids on this map's slots. slot_bias: (V,) added to the model's logits before the softmax.
+    kept_only: judge only the labels that this map keeps, by the model's distribution over the kept ids alone; no two ids share a slot
+    there. `poll` is called once a batch.
     """
-    training = model.training
+    training, transform = model.training, model.transform
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
         poll()
         batch = batch.to(model.device)
-        labels = model.to_slots(batch.labels, ignore_index=IGNORE_INDEX)
+        labels = batch.labels
+        if kept_only is not None:
+            labels = torch.where(kept_only.is_kept.to(labels.device)[labels.clamp_min(0)], labels, IGNORE_INDEX)
+            if model.vocab_map is None:
+                slots = kept_only.id_to_slot.to(labels.device)[labels.clamp_min(0)]
+                labels = torch.where(labels == IGNORE_INDEX, labels, slots)
+        labels = model.to_slots(labels, ignore_index=IGNORE_INDEX)
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor = labels) -> Tensor:
             if fold is not None:
                 return _folded(model, hidden, weight, bias, labels, fold)
             if slot_bias is not None:
                 bias = slot_bias.to(weight.dtype) if bias is None else bias + slot_bias.to(bias.dtype)
-            transform = model.transform
+            if kept_only is not None and model.vocab_map is None:
+                rows = kept_only.kept_ids.to(weight.device)
+                weight, bias = weight[rows], None if bias is None else bias[rows]
             return linear_cross_entropy(
                 hidden, weight, labels, bias=bias, softcap=transform.softcap, logit_scale=transform.scale, reduction="sum"
             )

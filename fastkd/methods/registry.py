@@ -39,6 +39,13 @@ class StageSpec:
         """Whether student and teacher are sequence classifiers in this stage."""
         return self.name == "task_scores" and task is not None and task.kind == "classification"
 
+    def check_task(self, task: ClozeTask) -> None:
+        if self.name == "task_words" and task.kind == "classification":
+            raise ValueError(
+                "Stage task_words compares words and is judged by cloze scores, which kind 'classification' has not. Use kind "
+                "'verbalizer' or 'choices', or leave task_words out and go from pretrain to task_scores."
+            )
+
 
 @dataclass(frozen=True)
 class Method:
@@ -76,7 +83,7 @@ class StageInputs:
 
 def build_stage(method: str, spec: StageSpec, inputs: StageInputs) -> Stage:
     """Put the stage together; what cannot work is refused here, before the first step."""
-    _check_kinds(spec, inputs)
+    _check_kinds(inputs)
     objective = _objective(method, spec, inputs)
     if spec.data == "text":
         make_batch, lengths, evaluate = _text(inputs, objective)
@@ -148,8 +155,6 @@ def _text(inputs: StageInputs, objective: Objective) -> _Parts:
 def _task(inputs: StageInputs, objective: Objective) -> _Parts:
     task, rows, eval_rows = inputs.task, inputs.rows, inputs.eval_rows
     assert task is not None and not isinstance(rows, TokenRows) and eval_rows is not None and not isinstance(eval_rows, TokenRows)
-    if any(example.label < 0 for example in eval_rows):
-        raise ValueError(f"Some evaluation rows have no {task.label_column}; labels are needed there to select the best weights.")
     pad_id = _pad_id(inputs.tokenizer)
     if isinstance(objective, TaskScores):
         scorer = objective
@@ -181,13 +186,8 @@ def _task(inputs: StageInputs, objective: Objective) -> _Parts:
     return make_batch, lengths, evaluate
 
 
-def _check_kinds(spec: StageSpec, inputs: StageInputs) -> None:
+def _check_kinds(inputs: StageInputs) -> None:
     student, teacher = inputs.student, inputs.teacher
-    if spec.name == "task_words" and inputs.task is not None and inputs.task.kind == "classification":
-        raise ValueError(
-            "Stage task_words compares words and is judged by cloze scores, which kind 'classification' has not. Use kind 'verbalizer' "
-            "or 'choices', or leave task_words out and go from pretrain to task_scores."
-        )
     if isinstance(student, LanguageModel) and isinstance(teacher, LanguageModel) and student.causal != teacher.causal:
         kinds = {True: "a decoder", False: "an encoder"}
         raise ValueError(f"The teacher is {kinds[teacher.causal]} and the student {kinds[student.causal]}; both must be of one kind.")

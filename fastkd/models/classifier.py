@@ -12,7 +12,7 @@ from ..vocab.map import VocabMap
 from .load import VOCAB_MAP_FOLDER, load_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 class Classifier(nn.Module):
@@ -49,11 +49,3 @@ def load_classifier(name_or_path: str, num_labels: int, *, seed: int, dtype: tor
         )
     folder = Path(name_or_path) / VOCAB_MAP_FOLDER
     return Classifier(model, VocabMap.load(folder) if folder.is_dir() else None)
-
-
-def save_classifier(classifier: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The classifier on the kept rows, the teacher's tokenizer, and the map between them."""
-    classifier.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if classifier.vocab_map is not None:
-        classifier.vocab_map.save(folder / VOCAB_MAP_FOLDER)

@@ -72,6 +72,10 @@ class LanguageModel(nn.Module):
         """Rows of the head: slots with a map, ids without."""
         return self.head.out_features
 
+    def logit_options(self, role: str) -> dict[str, Any]:
+        """What `linear_kl_div` must know of this model's logits, in its `role` of "student" or "teacher"."""
+        return {f"{role}_softcap": self.transform.softcap, f"{role}_logit_scale": self.transform.scale}
+
     def to_slots(self, ids: Tensor, ignore_index: int | None = None) -> Tensor:
         """The model's own row for every id; entries equal to `ignore_index` stay."""
         if self.vocab_map is None:

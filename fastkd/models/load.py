@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from .language_model import LanguageModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from .classifier import Classifier
 
 log = logging.getLogger("fastkd")
 VOCAB_MAP_FOLDER = "vocab_map"
@@ -45,7 +48,7 @@ def load_language_model(name_or_path: str, dtype: torch.dtype = torch.float32) -
     return LanguageModel(model, VocabMap.load(folder) if folder.is_dir() else None)
 
 
-def save_language_model(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(model: LanguageModel | Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The mapped form: the transformers model on the kept rows, the teacher's tokenizer, and the map between them."""
     model.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -92,9 +95,10 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
     )
 
 
-def check_padded_vocabulary(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+def check_padded_vocabulary(model: LanguageModel | Classifier, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
     """A model with fewer rows than its tokenizer has ids is refused; one with more (padding) is sliced, with one log line."""
-    rows, tokens = model.vocab_map.vocab_size if model.vocab_map is not None else model.vocabulary, len(tokenizer)
+    own_rows = model.model.get_input_embeddings().weight.shape[0]
+    rows, tokens = own_rows if model.vocab_map is None else model.vocab_map.vocab_size, len(tokenizer)
     if rows < tokens:
         raise ValueError(
             f"The {role} has {rows} vocabulary rows and its tokenizer {tokens} ids: ids from {rows} on have no row. "
@@ -102,6 +106,18 @@ def check_padded_vocabulary(model: LanguageModel, tokenizer: PreTrainedTokenizer
         )
     if rows > tokens:
         log.info("The %s's vocabulary is padded: %d rows for %d tokens; rows from %d on are left out.", role, rows, tokens, tokens)
+
+
+def check_row_length(model: LanguageModel | Classifier, longest: int, role: str) -> None:
+    """Rows longer than the model's learned positions are refused; rotary and relative positions have no such end."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and re.search(r"(position_embeddings|embed_positions|wpe)$", name):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from its pad on
+            if longest > module.num_embeddings - offset:
+                raise ValueError(
+                    f"The longest row takes {longest} positions and the {role} has {module.num_embeddings - offset}; lower the "
+                    "max_length of text or task.cloze."
+                )
 
 
 def _check_folder(name_or_path: str, needed: str, what: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..tasks.cloze_task import ClozeTask
+from .schedule import learning_rate_factor, resolve_warmup
 from .schema import ConfigError, apply_flags, from_mapping
 
 
@@ -176,6 +177,8 @@ class StageArguments:
             raise ValueError(f"lr_final_ratio is {self.lr_final_ratio}; it is a share of the peak, between 0 and 1.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}; give a number >= 1, or -1 for num_train_epochs to decide.")
+        warmup_steps = resolve_warmup(self.warmup_steps, total_steps=1)
+        learning_rate_factor(self.lr_scheduler_type, 0, total_steps=1, warmup_steps=warmup_steps)  # raises what does not fit
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both on; choose one.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ from .config import TaskData, TextData
 class TextRows:
     train: TokenRows
     eval: TokenRows | None
+
+
+def longest_row(rows: TokenRows | Sequence[Example]) -> int:
+    """Positions that the longest row takes in a batch, which is padded to a multiple of 8."""
+    lengths = rows.lengths if isinstance(rows, TokenRows) else [len(ids) for example in rows for ids in example.sequences]
+    return -(-int(max(lengths)) // 8) * 8
 
 
 def train_corpus(text: TextData) -> Corpus:
@@ -71,7 +78,7 @@ def task_rows(data: TaskData, tokenizer: Any, *, causal: bool) -> tuple[list[Exa
     split = data.eval_split if data.eval_path is None else "train"
     train = load_examples(data.path, name=data.name, split=data.train_split, max_rows=data.max_rows)
     judged = load_examples(data.eval_path or data.path, name=data.name, split=split, max_rows=data.max_eval_rows)
-    return (
-        encode_examples(data.cloze, train, tokenizer, causal=causal),
-        encode_examples(data.cloze, judged, tokenizer, causal=causal),
-    )
+    eval_rows = encode_examples(data.cloze, judged, tokenizer, causal=causal)
+    if any(example.label < 0 for example in eval_rows):
+        raise ValueError(f"Some evaluation rows have no {data.cloze.label_column}; labels are needed there to select the best weights.")
+    return encode_examples(data.cloze, train, tokenizer, causal=causal), eval_rows

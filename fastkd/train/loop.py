@@ -101,7 +101,7 @@ class StageTrainer:
         ):
             self.rng = rng_tensors()
             try:
-                if self.at.step == 0 and stage.evaluate_first:
+                if stage.evaluate_first and self.at.evaluated_step < 0:
                     self._evaluate(lines, flag)
                 while self.at.step < self.total_steps:
                     self._catch_up(lines, flag)
@@ -192,10 +192,10 @@ class StageTrainer:
         step, end = self.at.step, self.at.step == self.total_steps
         if step == 0:
             return
+        self.rng = rng_tensors()  # the finished step's: a signal during the evaluation saves this one
         if (step % self.eval_steps == 0 or end) and self.at.evaluated_step < step:
             self._evaluate(lines, flag)
         if step % self.save_steps == 0 or end:
-            self.rng = rng_tensors()
             self._save()
 
     def _evaluate(self, lines: RunLog, flag: SignalFlag) -> None:

@@ -54,7 +54,7 @@ def prepare_output_dir(output_dir: str | Path, run: Mapping[str, Any], *, overwr
     try:
         for leftover in list(path.rglob("*.tmp-*")):  # we hold the lock, so whoever was writing these is gone
             logger.warning("removing %s, left half-written by a process that ended", leftover.name)
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)  # one may lie in another
         _claim(path, run, overwrite)
     except BaseException:
         lock.close()
@@ -95,7 +95,10 @@ def _claim(path: Path, run: Mapping[str, Any], overwrite: bool) -> None:
         recorded = json.loads((path / RUN_FILE).read_bytes())
         if recorded["fingerprint"] == fingerprint:
             return
-        conflict = "belongs to a run with other settings: " + "; ".join(_differences(recorded["run"], run))
+        if _was_trained_in(path):
+            conflict = "belongs to a run with other settings: " + "; ".join(_differences(recorded["run"], run))
+        else:
+            _delete_run(path)  # refused before its first step: the corrected settings may have the folder
     elif list_checkpoints(path):
         conflict = f"holds checkpoints and no {RUN_FILE}, so they are not known to be of this run"
     if conflict and not overwrite:
@@ -106,6 +109,10 @@ def _claim(path: Path, run: Mapping[str, Any], overwrite: bool) -> None:
     if conflict:
         _delete_run(path)
     write_json_atomic(path / RUN_FILE, {"fingerprint": fingerprint, "fastkd": __version__, "run": run})
+
+
+def _was_trained_in(path: Path) -> bool:
+    return bool(list_checkpoints(path)) or any(path.glob(LOG_FILE)) or any(path.glob(f"*/{LOG_FILE}"))
 
 
 def _delete_run(path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from ..files import write_json_atomic
 from ..methods.perplexity import perplexity
-from ..models.load import load_frozen, load_language_model
+from ..models.load import load_frozen, load_language_model, load_tokenizer
 from ..models.student import count_parameters
 from ..tasks.corpus import open_corpus
 from ..tasks.text import TextBatch, collate_text
@@ -30,11 +30,11 @@ from .run import distill
 
 log = logging.getLogger("fastkd")
 
-VOCABULARY = 4096
+VOCABULARY = 8192
 LENGTH = 128
-TEACHER_STEPS = 300
-STUDENT_STEPS = 180
-TEST_ROWS = 500
+TEACHER_STEPS = 1300
+STUDENT_STEPS = 250
+TEST_ROWS = 400
 STUDENTS = ("student_alone", "student_kd", "student_distilled", "student_alone_equal_time")
 
 
@@ -63,10 +63,13 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     teacher = load_frozen(_teacher_dir(output_dir))
     distilled = load_language_model(results["student_distilled"]["student_dir"])
     assert distilled.vocab_map is not None
-    scores = {"teacher": perplexity(teacher, batches, fold=distilled.vocab_map)}
+    kept = distilled.vocab_map
+    scores = {"teacher": perplexity(teacher, batches, fold=kept)}
+    kept_scores = {"teacher": perplexity(teacher, batches, kept_only=kept)}
     for name in STUDENTS:
         student = load_language_model(results[name]["student_dir"])
-        scores[name] = perplexity(student, batches, slot_bias=_slot_bias(student.vocab_map, name, VOCABULARY))
+        scores[name] = perplexity(student, batches, slot_bias=_slot_bias(kept, name))
+        kept_scores[name] = perplexity(student, batches, kept_only=kept)
     summary = {
         "method": "glmd",
         "seed": seed,
@@ -74,6 +77,7 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
         "metric": "perplexity over mapped tokens, held-out files of the Python standard library",
         "higher_is_better": False,
         **scores,
+        "kept_tokens_only": kept_scores,
         "teacher_parameters": count_parameters(teacher),
         "student_parameters": count_parameters(distilled),
         "teacher_vocab": teacher.vocabulary,
@@ -83,7 +87,7 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
         "train_seconds": {"teacher": teacher_result["seconds"], **{name: results[name]["seconds"] for name in STUDENTS}},
     }
     folder = output_dir / f"seed-{seed}"
-    _draw(folder, scores["teacher"])
+    _draw(folder)
     write_json_atomic(folder / "results.json", summary)
     write_json_atomic(output_dir / "results.json", summary)
     return summary
@@ -114,14 +118,14 @@ def _tokenizer(output_dir: Path) -> Path:
 
 
 def _text(**extra: Any) -> dict[str, Any]:
-    return {"path": "stdlib", "train_split": "train", "eval_split": "dev", "max_length": LENGTH, "max_eval_rows": 60, **extra}
+    return {"path": "stdlib", "train_split": "train", "eval_split": "dev", "max_length": LENGTH, "max_eval_rows": 20, **extra}
 
 
 def _shared(output_dir: Path) -> dict[str, Any]:
     return {
         "cache_dir": str(output_dir / "cache"),
         "text": _text(),
-        "per_device_train_batch_size": 32,
+        "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 32,
         "adam_beta2": 0.98,
         "weight_decay": 0.1,
@@ -145,9 +149,9 @@ def _teacher_config(output_dir: Path) -> RunConfig:
             "tokenizer_name_or_path": str(output_dir / "tokenizer"),
             "student": {
                 "model_type": "llama",
-                "hidden_size": 192,
-                "intermediate_size": 512,
-                "num_hidden_layers": 4,
+                "hidden_size": 160,
+                "intermediate_size": 448,
+                "num_hidden_layers": 3,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 4,
                 "max_position_embeddings": 512,
@@ -157,7 +161,7 @@ def _teacher_config(output_dir: Path) -> RunConfig:
                 "pad_token_id": 0,
             },
             "max_steps": TEACHER_STEPS,
-            "learning_rate": 3e-3,
+            "learning_rate": 4e-3,
             "seed": 0,
         }
     )
@@ -184,7 +188,7 @@ def _student_config(output_dir: Path, seed: int, name: str, steps: int, *, overw
             "options": dict(options),
             "max_steps": steps,
             "learning_rate": 5e-3,
-            "eval_steps": max(1, steps // 8),
+            "eval_steps": max(1, steps // 5),
             "save_steps": steps,
             "seed": seed,
             "overwrite_output_dir": overwrite,
@@ -192,16 +196,14 @@ def _student_config(output_dir: Path, seed: int, name: str, steps: int, *, overw
     )
 
 
-def _slot_bias(vocab_map: VocabMap | None, name: str, tokens: int) -> torch.Tensor | None:
+def _slot_bias(vocab_map: VocabMap, name: str) -> torch.Tensor | None:
     """Plain KD's student answers for every id of the teacher, so a slot's probability is that of all ids that share it."""
-    if name != "student_kd" or vocab_map is None:
+    if name != "student_kd":
         return None
-    return torch.bincount(vocab_map.id_to_slot[:tokens], minlength=vocab_map.num_kept).double().log().float()
+    return torch.bincount(vocab_map.id_to_slot, minlength=vocab_map.num_kept).double().log().float()
 
 
 def _test_batches(output_dir: Path, tokenizer_dir: Path) -> list[TextBatch]:
-    from ..models.load import load_tokenizer
-
     tokenizer: Any = load_tokenizer(str(tokenizer_dir))
     rows = tokenize_corpus(
         open_corpus("stdlib", split="test"), tokenizer, max_length=LENGTH, layout="packed", cache_dir=output_dir / "cache" / "tokens"
@@ -211,7 +213,7 @@ def _test_batches(output_dir: Path, tokenizer_dir: Path) -> list[TextBatch]:
     return [collate_text(kept[i : i + 25], pad_id=0, masking=None, generator=generator) for i in range(0, len(kept), 25)]
 
 
-def _draw(folder: Path, teacher: float) -> None:
+def _draw(folder: Path) -> None:
     """Perplexity on the development files over the steps, one curve a student."""
     labels = dict(zip(STUDENTS, ("hard labels alone", "plain KD", "GLMD", "hard labels, as long as GLMD"), strict=True))
     series = {}

@@ -13,22 +13,25 @@ import torch
 
 from ..files import new_folder, remove_folder, write_json_atomic
 from ..methods.registry import METHODS, Model, StageInputs, StageSpec, build_stage
-from ..models.classifier import Classifier, load_classifier, save_classifier
+from ..models.classifier import load_classifier
 from ..models.language_model import LanguageModel
 from ..models.load import (
     VOCAB_MAP_FOLDER,
+    auto_class,
     check_padded_vocabulary,
+    check_row_length,
     check_same_tokenizer,
+    load_config,
     load_frozen,
     load_language_model,
     load_tokenizer,
-    save_language_model,
+    save_model,
 )
 from ..models.student import build_student, prune_model
 from ..vocab.map import VocabMap
 from .config import RunConfig, StageArguments, read_config
 from .curves import plot_curves
-from .data import task_rows, text_rows, train_corpus
+from .data import eval_corpus, longest_row, task_rows, text_rows, train_corpus
 from .log import LOG_FILE, read_log
 from .loop import StageResult, StageTrainer
 from .output import prepare_output_dir
@@ -64,6 +67,8 @@ def distill(config: RunConfig | Mapping[str, Any] | str | Path, *, only_stage: s
     output_dir = Path(config.output_dir)
     with prepare_output_dir(output_dir, _identity(config), overwrite=config.overwrite_output_dir):
         run = _Run(config, output_dir)
+        for planned in stages:
+            run.check(planned)
         results = {}
         for planned in stages:
             results[planned.spec.name] = run.stage(planned)
@@ -89,6 +94,8 @@ def _plan(config: RunConfig, only_stage: str | None) -> list[_PlannedStage]:
         prefix = f"{where}." if where else ""
         if getattr(arguments, spec.data) is None:
             raise ConfigError(f"{prefix}{spec.data} is not set, and stage {spec.name} of {config.method} needs it.")
+        if spec.data == "task" and arguments.task is not None:
+            spec.check_task(arguments.task.cloze)
         if spec.needs_teacher and arguments.teacher_model_name_or_path is None:
             raise ConfigError(f"{prefix}teacher_model_name_or_path is not set, and stage {spec.name} needs a teacher.")
         options: Any = from_mapping(method.options, arguments.options, where=f"{prefix}options")
@@ -124,11 +131,28 @@ class _Run:
         if config.model_name_or_path is not None and config.model_name_or_path != source:
             check_same_tokenizer(self.tokenizer, load_tokenizer(config.model_name_or_path))
 
+    def check(self, planned: _PlannedStage) -> None:
+        """Refuse what needs no model to be refused: every stage's data are opened before the first stage starts."""
+        arguments = planned.arguments
+        if self._finished(planned.spec.name):
+            return
+        if planned.spec.data == "text":
+            assert arguments.text is not None
+            train_corpus(arguments.text)
+            eval_corpus(arguments.text)
+        else:
+            assert arguments.task is not None and planned.teacher is not None
+            classifier = planned.spec.wants_classifier(arguments.task.cloze)
+            self._rows(planned, causal=not classifier and auto_class(load_config(planned.teacher)).__name__ == "AutoModelForCausalLM")
+
+    def _finished(self, stage: str) -> bool:
+        return (self.output_dir / stage / RESULT_FILE).is_file()
+
     def stage(self, planned: _PlannedStage) -> dict[str, Any]:
         """Train one stage, or return the result it already has."""
         spec, arguments = planned.spec, planned.arguments
         folder = self.output_dir / spec.name
-        if (folder / RESULT_FILE).is_file():
+        if self._finished(spec.name):
             log.info("Stage %s is finished already.", spec.name)
             return _read_result(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,10 +165,14 @@ class _Run:
                 teacher = load_classifier(planned.teacher, task.num_labels, seed=self.config.seed).eval().requires_grad_(False)
             else:
                 teacher = load_frozen(planned.teacher)
-                check_padded_vocabulary(teacher, self.tokenizer, "teacher")
+            check_padded_vocabulary(teacher, self.tokenizer, "teacher")
         student = self._student(planned, teacher, classifier, task.num_labels if task is not None else 0)
         causal = isinstance(student, LanguageModel) and student.causal
         rows, eval_rows = self._rows(planned, causal)
+        longest = max(longest_row(rows), 0 if eval_rows is None else longest_row(eval_rows))
+        for model, role in ((student, "student"), (teacher, "teacher")):
+            if model is not None:
+                check_row_length(model, longest, role)
         if arguments.torch_compile:
             for model in (student, teacher):
                 if model is not None:
@@ -180,9 +208,13 @@ class _Run:
     def _student(self, planned: _PlannedStage, teacher: Model | None, classifier: bool, num_labels: int) -> Model:
         """The finished student of the stage before; else the model named, or a new one."""
         names = [spec.name for spec in METHODS[self.config.method].stages]
-        before = [self.output_dir / name / STUDENT_FOLDER for name in names[: names.index(planned.spec.name)]]
-        source = next((str(folder) for folder in reversed(before) if folder.is_dir()), None)
-        if source is not None:
+        before = [name for name in names[: names.index(planned.spec.name)] if name in self.config.stages]
+        if before:
+            if not self._finished(before[-1]):
+                raise ConfigError(
+                    f"stage {planned.spec.name} starts from the student of {before[-1]}, which is not finished; run that first."
+                )
+            source = str(self.output_dir / before[-1] / STUDENT_FOLDER)
             return load_classifier(source, num_labels, seed=self.config.seed) if classifier else load_language_model(source)
         if classifier:
             if self.config.model_name_or_path is None:
@@ -205,7 +237,14 @@ class _Run:
             vocabulary = None if vocab_map is not None else len(self.tokenizer)
             return build_student(base, config.student, vocab_map, seed=config.seed, vocabulary=vocabulary)
         check_padded_vocabulary(named, self.tokenizer, "student")
-        return named if vocab_map is None else prune_model(named.model, vocab_map)
+        if vocab_map is not None:
+            return prune_model(named.model, vocab_map)
+        padding = named.vocabulary - len(self.tokenizer)
+        if not padding:
+            return named
+        tokens = torch.arange(len(self.tokenizer))
+        sliced = VocabMap(tokens, torch.cat([tokens, tokens.new_zeros(padding)]))
+        return LanguageModel(prune_model(named.model, sliced).model)
 
     def _vocab_map(self, rows_of: LanguageModel | None) -> VocabMap | None:
         if self.config.vocabulary is None:
@@ -220,7 +259,8 @@ class _Run:
         corpus = train_corpus(texts[0]) if texts else None
         tasks = [stage.task.cloze for stage in stages if stage.task is not None]
         vocab_map = build_vocab_map(self.config.vocabulary, self.tokenizer, rows_of, corpus, tasks, self.cache_dir)
-        vocab_map.save(folder)
+        with new_folder(folder) as unfinished:
+            vocab_map.save(unfinished)
         return vocab_map
 
     def _finish(self, folder: Path, student: Model, result: StageResult) -> dict[str, Any]:
@@ -229,10 +269,7 @@ class _Run:
         if final.exists():
             remove_folder(final)
         with new_folder(final) as unfinished:
-            if isinstance(student, Classifier):
-                save_classifier(student, self.tokenizer, unfinished)
-            else:
-                save_language_model(student, self.tokenizer, unfinished)
+            save_model(student, self.tokenizer, unfinished)
         _draw(folder)
         summary = {**asdict(result), "student_dir": str(final)}
         write_json_atomic(folder / RESULT_FILE, summary)

@@ -1,4 +1,4 @@
-"""Preemption: a signal sets a flag that is polled at every micro-batch and evaluation batch; a second one exits at once."""
+"""Preemption: a signal sets a flag, polled at every micro-batch, evaluation batch and the stage's end; a second one exits at once."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ class SignalFlag:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if kind is None:  # a signal after the last poll stops the run before its next stage
+            self.poll()
 
     def poll(self) -> None:
         if self.received is not None:

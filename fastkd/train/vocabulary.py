@@ -36,6 +36,11 @@ def build_vocab_map(
     """
     if vocabulary.counts is not None:
         counts = TokenCounts.load(vocabulary.counts)
+        if counts.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
+            raise ValueError(
+                f"vocabulary.counts={vocabulary.counts!r} holds the counts of another tokenizer; count with this one (`fastkd vocab "
+                "count --model`), or leave the key out."
+            )
     elif corpus is not None:
         name = f"{corpus.fingerprint[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}"
         counts = count_tokens(corpus, tokenizer, cache_dir / "counts" / name)

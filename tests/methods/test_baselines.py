@@ -65,6 +65,18 @@ def test_perplexity_counts_the_same_event_for_all():
     assert perplexity(student, [batch], slot_bias=objective.slot_bias()) == pytest.approx(mode_a, rel=1e-6)
 
 
+def test_perplexity_of_kept_tokens_alone():
+    """Only labels that are kept, every model's distribution renormalised over the kept ids."""
+    student, teacher = models(tiny.llama)
+    batch, vocab_map = text_batch(causal=True), student.vocab_map
+    predicted = (batch.labels != -100) & vocab_map.is_kept[batch.labels.clamp_min(0)]
+    slots = vocab_map.id_to_slot[batch.labels[predicted]]
+    for model, columns in ((student, slice(None)), (teacher, vocab_map.kept_ids)):
+        log_q = model(batch.input_ids, batch.attention_mask)[predicted][:, columns].log_softmax(-1)
+        expected = math.exp(-log_q.gather(1, slots[:, None]).mean())
+        assert perplexity(model, [batch], kept_only=vocab_map) == pytest.approx(expected, rel=1e-6)
+
+
 def test_perplexity_leaves_the_model_as_it_was():
     student, _ = models(tiny.llama)
     student.train()

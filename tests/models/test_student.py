@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastkd.models.language_model import LanguageModel
-from fastkd.models.load import check_padded_vocabulary, check_same_tokenizer, load_language_model, save_language_model
+from fastkd.models.load import check_padded_vocabulary, check_same_tokenizer, load_language_model, save_model
 from fastkd.models.student import build_student, export_student, prune_model
 from fastkd.vocab.map import VocabMap
 from fastkd.vocab.tokenizer import protected_ids, prune_tokenizer, token_requirements
@@ -69,7 +69,7 @@ def test_another_architecture_and_unknown_settings():
 def test_mapped_students_round_trip(make, tokenizer, tmp_path):
     vocab_map = vocab_map_for(tokenizer())
     student = LanguageModel(make(vocab_map.num_kept), vocab_map).eval()
-    save_language_model(student, tokenizer(), tmp_path)
+    save_model(student, tokenizer(), tmp_path)
     loaded = load_language_model(str(tmp_path)).eval()
     ids = torch.randint(len(tokenizer()), (3, 11), generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(ids), student(ids))

@@ -88,3 +88,21 @@ def test_killed_while_saving(tmp_path):
     with prepare_output_dir(tmp_path, {"seed": 1}):
         assert names(tmp_path) == [".lock", "checkpoint-1", "run.json"]
         assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_run_refused_before_its_first_step_leaves_the_folder_free(tmp_path):
+    with prepare_output_dir(tmp_path, {"seed": 1}):
+        (tmp_path / "pretrain").mkdir()
+        (tmp_path / "vocab_map").mkdir()  # chosen by the other settings
+    with prepare_output_dir(tmp_path, {"seed": 2}):
+        assert names(tmp_path) == [".lock", "pretrain", "run.json"]
+        (tmp_path / "pretrain" / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match="seed \\(2 there, 1 here\\)"):
+        prepare_output_dir(tmp_path, {"seed": 1})
+
+
+def test_a_leftover_within_a_leftover_is_cleared(tmp_path):
+    (tmp_path / "student.tmp-1").mkdir()
+    (tmp_path / "student.tmp-1" / "map.json.tmp-1").write_text("")
+    with prepare_output_dir(tmp_path, {}):
+        assert names(tmp_path) == [".lock", "run.json"]

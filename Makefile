@@ -1,0 +1,38 @@
+# Two commands matter: `make quickstart` and `make test`. Each works on a fresh clone that has Python >= 3.11 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: setup quickstart test lint format docs clean
+
+setup: .venv/installed
+
+# torch first and by its exact version, so that nothing that depends on it chooses another.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fastkd needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/fastkd quickstart --method glmd --output_dir runs/quickstart $(ARGS)
+
+test: setup lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv build *.egg-info

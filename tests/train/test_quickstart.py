@@ -1,0 +1,94 @@
+"""The quickstart in miniature: every field of results.json, one initialisation for all students, and the YAML it prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from fastkd.cli.main import main
+from fastkd.models.load import load_frozen, load_language_model
+from fastkd.tasks import stdlib
+from fastkd.train import quickstart
+from fastkd.train.config import read_config
+from fastkd.train.run import _Run
+
+FIELDS = {
+    "method",
+    "seed",
+    "seconds",
+    "metric",
+    "higher_is_better",
+    "teacher",
+    "student_alone",
+    "student_kd",
+    "student_distilled",
+    "teacher_parameters",
+    "student_parameters",
+    "teacher_vocab",
+    "student_vocab",
+    "student_dir",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A few files, a few steps."""
+    patch = pytest.MonkeyPatch()
+    whole = {split: stdlib.stdlib_files(split) for split in stdlib.SPLITS}
+    patch.setattr(stdlib, "stdlib_files", lambda split: whole[split][:8])
+    for name, value in {"VOCABULARY": 768, "LENGTH": 32, "TEACHER_STEPS": 6, "STUDENT_STEPS": 8, "TEST_ROWS": 20}.items():
+        patch.setattr(quickstart, name, value)
+    output_dir = tmp_path_factory.mktemp("quickstart")
+    results = quickstart.quickstart(output_dir, seed=3)
+    yield output_dir, results
+    patch.undo()
+
+
+def test_results(finished):
+    output_dir, results = finished
+    assert set(results) >= FIELDS
+    assert (
+        results
+        == json.loads((output_dir / "results.json").read_text())
+        == json.loads((output_dir / "seed-3" / "results.json").read_text())
+    )
+    assert results["seed"] == 3 and results["higher_is_better"] is False
+    assert results["student_vocab"] * 2 <= results["teacher_vocab"] == 768
+    assert results["student_parameters"] < results["teacher_parameters"]
+    for row in ("teacher", *quickstart.STUDENTS):
+        assert 1.0 < results[row] < 5000.0
+    assert results["steps"]["student_alone_equal_time"] >= results["steps"]["student_alone"] == 8
+    assert (output_dir / "seed-3" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    student = load_language_model(results["student_dir"])
+    assert student.vocabulary == results["student_vocab"]
+
+
+def test_all_students_start_from_the_same_weights(finished):
+    output_dir, _ = finished
+    teacher = load_frozen(quickstart._teacher_dir(output_dir))
+    states = []
+    for name in quickstart.STUDENTS:
+        config = quickstart._student_config(output_dir, 3, name, 8)
+        states.append(_Run(config, output_dir / "seed-3" / name)._first_student(teacher).state_dict())
+    for state in states[1:]:
+        assert all(torch.equal(state[key], value) for key, value in states[0].items())
+
+
+def test_a_second_call_keeps_the_teacher_and_the_students(finished):
+    output_dir, results = finished
+    weights = output_dir / "teacher" / "train" / "student" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    again = quickstart.quickstart(output_dir, seed=3)
+    assert weights.stat().st_mtime_ns == before
+    assert {k: again[k] for k in quickstart.STUDENTS[:3]} == {k: results[k] for k in quickstart.STUDENTS[:3]}
+
+
+def test_the_printed_config_is_the_run(finished, capsys):
+    output_dir, _ = finished
+    assert main(["quickstart", "--output_dir", str(output_dir), "--seed", "3", "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert read_config(printed) == quickstart.glmd_config(output_dir, 3)
+    assert printed["method"] == "glmd" and printed["options"] == {"temperature": 1.0}

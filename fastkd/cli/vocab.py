@@ -56,7 +56,7 @@ def _prune(known: argparse.Namespace) -> int:
     from ..train.vocabulary import build_vocab_map
     from .export import write_export
 
-    keep = known.keep if known.keep < 1 else int(known.keep)
+    keep = int(known.keep) if known.keep >= 1 and known.keep == int(known.keep) else known.keep
     vocabulary = Vocabulary(keep=keep, counts=known.counts, protected=tuple(known.protected))
     model, tokenizer = load_language_model(known.model), load_tokenizer(known.model)
     vocab_map = build_vocab_map(vocabulary, tokenizer, model, None, [], known.output_dir)

@@ -21,6 +21,8 @@ class LanguageModelingOptions:
 
     def __post_init__(self) -> None:
         check_mask_probability(self.mask_probability)
+        if self.mask_probability == 0:
+            raise ValueError("mask_probability=0 leaves an encoder nothing to predict; BERT uses 0.15.")
 
 
 class LanguageModeling(Objective):

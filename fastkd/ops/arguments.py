@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .backends import BACKENDS, row_kernel
 from .chunked import LogitSource, Problem, StudentSource
 from .divergence import Divergence
 from .plan import plan_chunks
 from .rows import LogitTransform, RowOptions
 
-BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -56,8 +56,6 @@ class LossArguments:
                 raise ValueError(f"{name}={count!r} must be a whole number >= 1 ({'rows' if name == 'chunk_size' else 'bytes'}).")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is not known; use one of {', '.join(map(repr, BACKENDS))}.")
-        if self.backend not in ("auto", "torch"):
-            raise ValueError(f"backend={self.backend!r} is not available in this build; use 'auto' or 'torch'.")
 
     def _check_denominator(self, denominator: float | Tensor) -> None:
         if self.reduction != "mean":
@@ -118,7 +116,8 @@ class LossArguments:
             memory_budget=self.memory_budget,
         )
         per_token = self.reduction == "none"
-        return Problem(student, teacher, options, plan, dtype, device, weight, labels, label_weight, scale, per_token)
+        kernel = row_kernel(self.backend, device)
+        return Problem(student, teacher, options, plan, kernel, dtype, device, weight, labels, label_weight, scale, per_token)
 
     def _labels(
         self, leading: torch.Size, vocabulary: int, valid: Tensor | None, weight: Tensor, scale: Tensor

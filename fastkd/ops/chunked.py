@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .backends import RowKernel
 from .plan import Plan
-from .rows import RowLosses, RowOptions, softmax_divergence_
+from .rows import RowLosses, RowOptions
 
 
 class LogitSource(Protocol):
@@ -63,6 +64,7 @@ class Problem:
     teacher: LogitSource | None
     options: RowOptions
     plan: Plan
+    kernel: RowKernel
     dtype: torch.dtype
     device: torch.device
     row_weight: Tensor
@@ -87,7 +89,7 @@ class Problem:
             if self.teacher is not None and teacher_buffer is not None:
                 teacher_logits = teacher_buffer[:size]
                 self.teacher.load(chunk, teacher_logits)
-            softmax_divergence_(
+            self.kernel(
                 student_logits,
                 teacher_logits,
                 self.options,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self, get_args
 import numpy as np
 from filelock import FileLock
 
-from fastkd.files import json_bytes, new_folder, write_bytes_synced
+from fastkd.files import json_bytes, new_folder
 from fastkd.tasks.corpus import Corpus
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _write_cache(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFas
             "dropped_rows": dropped,
             "bytes": {name: (unfinished / name).stat().st_size for name in (_IDS, _OFFSETS)},
         }
-        write_bytes_synced(unfinished / _MANIFEST, json_bytes(manifest))
+        (unfinished / _MANIFEST).write_bytes(json_bytes(manifest))
         shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can be there
 
     rows = TokenRows(folder)

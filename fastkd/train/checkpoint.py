@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import __version__
-from fastkd.files import file_sha256, json_bytes, new_folder, remove_folder, sync, write_bytes_synced
+from fastkd.files import file_sha256, json_bytes, new_folder, remove_folder
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,7 @@ def save_checkpoint(output_dir: str | Path, step: int, tensors: Mapping[str, Map
     with new_folder(final) as folder:
         for name, entries in tensors.items():
             safetensors.torch.save_file(_separate(entries), folder / f"{name}.safetensors")
-            sync(folder / f"{name}.safetensors")
-        write_bytes_synced(folder / STATE_FILE, json_bytes(state))
+        (folder / STATE_FILE).write_bytes(json_bytes(state))
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -65,7 +64,7 @@ def save_checkpoint(output_dir: str | Path, step: int, tensors: Mapping[str, Map
             "torch": torch.__version__,
             "files": {file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)} for file in sorted(folder.iterdir())},
         }
-        write_bytes_synced(folder / MANIFEST_FILE, _sealed(manifest))
+        (folder / MANIFEST_FILE).write_bytes(_sealed(manifest))
     return final
 
 

@@ -104,7 +104,7 @@ class StageArguments:
     teacher_model_name_or_path: str | None = None
     """Folder or hub name of the teacher; task stages want the one fine-tuned on the task."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The method's own options, such as temperature; `fastkd train --help` lists them per method."""
+    """The method's own options, such as temperature; docs/configuration.md lists them per method."""
     per_device_train_batch_size: int = 16
     """Rows (examples, in task stages) in a micro-batch."""
     per_device_eval_batch_size: int = 16

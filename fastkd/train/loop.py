@@ -109,7 +109,6 @@ class StageTrainer:
                     bar.update()
                 self._catch_up(lines, flag)
             except Preempted:
-                restore_rng(self.rng)
                 self._save()
                 raise
         if stage.keep == "best" and self.best_state:

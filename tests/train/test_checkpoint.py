@@ -150,10 +150,12 @@ def test_everything_is_synced_and_the_manifest_is_written_last(tmp_path, monkeyp
     monkeypatch.setattr(os, "open", recording_open)
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(by_descriptor[fd]), real_fsync(fd)))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), real_rename(a, b)))
-    save(tmp_path, 1)
+    path = save(tmp_path, 1)
     monkeypatch.undo()
     temporary = f"checkpoint-1.tmp-{os.getpid()}"
-    assert events == [*FILES, temporary, "rename", tmp_path.name]
+    assert sorted(events[: len(FILES)]) == sorted(FILES)
+    assert events[len(FILES) :] == [temporary, "rename", tmp_path.name]
+    assert max(path.iterdir(), key=lambda file: file.stat().st_mtime_ns).name == "MANIFEST.json"
 
 
 def test_verified_checkpoint_is_not_overwritten_and_a_broken_one_is_replaced(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastkd.methods.objective import Objective, Stage
 from fastkd.train import loop
+from fastkd.train.batches import counter_torch_generator
 from fastkd.train.checkpoint import list_checkpoints, load_checkpoint
 from fastkd.train.config import StageArguments
 from fastkd.train.loop import NonFiniteError, StageResult, StageTrainer
@@ -128,11 +129,10 @@ def same_end(left: Toy, right: Toy, results: tuple[StageResult, StageResult]) ->
 
 
 def test_a_step_is_adamw_on_the_clipped_gradient_of_the_whole_steps_mean(tmp_path):
-    """Against a loop written out: decay on matrices alone, warm-up, clipping, one denominator for both micro-batches."""
+    """Against a loop written out: decay on matrices alone, warm-up, clipping, one denominator, each micro-batch's own generator."""
     toy = Toy(
         tmp_path,
         dropout=0.0,
-        noise=0.0,
         max_steps=3,
         gradient_accumulation_steps=2,
         max_grad_norm=0.5,
@@ -153,7 +153,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_whole_steps_mean(tmp_pat
     )
     losses = []
     for step, rate in enumerate((0.0, 0.025, 0.05)):
-        both = [make_batch(order.batch(i), torch.Generator()) for i in (2 * step, 2 * step + 1)]
+        both = [make_batch(order.batch(i), counter_torch_generator(0, i)) for i in (2 * step, 2 * step + 1)]
         joined = ToyBatch(*(torch.cat([getattr(b, name) for b in both]) for name in ("input_ids", "attention_mask", "noise")))
         loss = truth(joined, float(joined.attention_mask.sum()))
         optimizer.zero_grad()

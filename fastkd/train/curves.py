@@ -29,6 +29,7 @@ def plot_curves(
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
     except ImportError:
         logger.warning("%s is not drawn: matplotlib is not installed (pip install 'fastkd[plots]').", path)
         return None
@@ -41,6 +42,9 @@ def plot_curves(
         axes.plot(x, y, style, label=label, color=COLOURS[index % len(COLOURS)], linewidth=1.6, marker=marker, markersize=3)
     if log_y:
         axes.set_yscale("log")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_formatter(plain)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)

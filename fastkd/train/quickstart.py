@@ -118,7 +118,7 @@ def _tokenizer(output_dir: Path) -> Path:
 
 
 def _text(**extra: Any) -> dict[str, Any]:
-    return {"path": "stdlib", "train_split": "train", "eval_split": "dev", "max_length": LENGTH, "max_eval_rows": 20, **extra}
+    return {"path": "stdlib", "train_split": "train", "eval_split": "dev", "max_length": LENGTH, "max_eval_rows": 60, **extra}
 
 
 def _shared(output_dir: Path) -> dict[str, Any]:

@@ -6,10 +6,13 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+
+PACKAGES = ("torch", "transformers", "triton", "fastkd", "liger-kernel", "trl")
 
 
 def stamp() -> dict[str, Any]:
@@ -22,7 +25,7 @@ def stamp() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "fastkd")},
+        "versions": {name: metadata.version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
         "commit": commit.stdout.strip() or "unknown",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

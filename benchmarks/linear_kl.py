@@ -8,6 +8,7 @@ float64 where student and teacher are close. `python benchmarks/linear_kl.py` wr
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
 import statistics
@@ -50,13 +51,49 @@ def eager(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) 
     F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").backward()
 
 
-def fused(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> None:
-    loss = fastkd.linear_kl_div(student, head, teacher, teacher_head)
-    assert isinstance(loss, Tensor)
-    loss.backward()
+def fused(backend: str) -> Callable[..., None]:
+    def run(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> None:
+        loss = fastkd.linear_kl_div(student, head, teacher, teacher_head, backend=backend)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+
+    return run
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {"GEMMs alone": gemms_alone, "eager": eager, "fastkd": fused}
+def liger(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> None:
+    """Liger's chunked loss at beta = 0, forward KL alone, as TRL called it (not compiled)."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+    loss(student, head, teacher, teacher_head, torch.zeros(len(student), dtype=torch.int64)).backward()
+
+
+def trl(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> None:
+    """TRL's chunked divergence; without a GPU its pure torch twin."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    ChunkedDivergenceFunction.apply(student, head, None, teacher, teacher_head, None, 0.0)[0].mean().backward()
+
+
+def torch_cross_entropy(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> None:
+    """torch's chunked linear cross-entropy with the teacher's probabilities, all of them, as targets: the same gradient."""
+    with torch.no_grad():
+        targets = F.linear(teacher, teacher_head).float().softmax(-1).to(student.dtype)
+    F.linear_cross_entropy(student, head, targets, options=torch.nn.LinearCrossEntropyOptions()).backward()
+
+
+def implementations() -> dict[str, Callable[..., None]]:
+    """Those that this machine has; the floor first."""
+    found = {"GEMMs alone": gemms_alone, "eager": eager, "fastkd torch": fused("torch"), "fastkd cpp": fused("cpp")}
+    for module, name, run in (("liger_kernel", "Liger chunked JSD", liger), ("trl", "TRL chunked divergence", trl)):
+        if importlib.util.find_spec(module):
+            found[name] = run
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        found["torch linear_cross_entropy"] = torch_cross_entropy
+    return found
+
+
+IMPLEMENTATIONS = implementations()
 
 
 def make_inputs(dtype: torch.dtype, tokens: int = TOKENS) -> Inputs:
@@ -122,6 +159,7 @@ def gradient_error(name: str, dtype: torch.dtype, noise: float) -> tuple[float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="+", default=["torch.float32", "torch.bfloat16"])
     parser.add_argument("--peak", nargs=2, metavar=("NAME", "DTYPE"), help=argparse.SUPPRESS)
     known = parser.parse_args()
     dtypes = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
@@ -129,7 +167,7 @@ def main() -> None:
         print(measure_peak(known.peak[0], dtypes[known.peak[1]]))
         return
     results: list[dict[str, Any]] = []
-    for dtype in dtypes.values():
+    for dtype in (dtypes[name] for name in known.dtypes):
         seconds = times(dtype, known.repeats)
         for name in IMPLEMENTATIONS:
             row: dict[str, Any] = {"implementation": name, "dtype": str(dtype), "seconds": seconds[name]}

@@ -22,6 +22,7 @@ def test_the_readmes_snippet_runs():
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     torch.manual_seed(0)
     names = {
+        "torch": torch,
         "student_backbone": torch.nn.Embedding(50, 8),
         "teacher_backbone": torch.nn.Embedding(50, 16),
         "student_head": torch.nn.Linear(8, 50, bias=False),

@@ -67,7 +67,8 @@ class KnowledgeDistillation(Objective):
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if student.vocab_map is not None:
                 slots = student.id_to_slot[: self.tokens]
-                weight, bias = weight[slots], None if bias is None else bias[slots]
+                # index_select, because its backward adds in a fixed order: indexing's does not, and a resumed run must be bit-equal.
+                weight, bias = weight.index_select(0, slots), None if bias is None else bias.index_select(0, slots)
             loss = linear_kl_div(
                 hidden,
                 weight,

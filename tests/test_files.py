@@ -61,7 +61,7 @@ def test_a_new_folder_appears_when_it_is_full(tmp_path, events):
         assert folder == leftover and names(folder) == []
         (folder / "data").write_text("all")
         assert not (tmp_path / "rows").exists()
-    assert events == [leftover.name, "rename", tmp_path.name]
+    assert events == ["data", leftover.name, "rename", tmp_path.name]
     assert names(tmp_path) == ["rows"] and names(tmp_path / "rows") == ["data"]
 
 

@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup quickstart test lint format docs clean
+.PHONY: setup quickstart test lint format docs kernels clean
 
 setup: .venv/installed
 
@@ -34,6 +34,10 @@ format: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# Every Triton kernel for sm_80, sm_90 and sm_100, without a GPU: registers, shared memory and spills; fails if any spills.
+kernels: setup
+	$(BIN)/python -m fastkd.kernels.compile
 
 clean:
 	rm -rf .venv build *.egg-info

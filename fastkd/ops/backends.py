@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import cpp, rows
+from . import cpp, rows, triton
 
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
 RowKernel = Callable[..., None]
@@ -14,12 +14,24 @@ RowKernel = Callable[..., None]
 
 
 def row_kernel(backend: str, device: torch.device) -> RowKernel:
-    """The kernel named, or for "auto" the fastest that is ready: C++ on the CPU if it is compiled, else torch."""
-    if backend == "torch" or (backend == "auto" and not (device.type == "cpu" and cpp.is_built())):
+    """The kernel named, or for "auto" the fastest that was measured: C++ on the CPU if it is compiled, else torch.
+
+    On CUDA "auto" is torch until a GPU run has checked and timed the Triton kernel; backend="triton" takes it.
+    """
+    if backend == "auto":
+        backend = "cpp" if device.type == "cpu" and cpp.is_built() else "torch"
+    if backend == "torch":
         return rows.softmax_divergence_
-    if backend in ("auto", "cpp"):
+    if backend == "cpp":
         if device.type != "cpu":
             raise ValueError(f"backend='cpp' runs on the CPU and the tensors are on {device}; use 'auto' or 'torch'.")
         cpp.extension(build=True)
         return cpp.softmax_divergence_
-    raise ValueError(f"backend={backend!r} is not available in this build; use 'auto', 'torch' or 'cpp'.")
+    if backend == "triton":
+        if not triton.is_ready(device):
+            raise ValueError(
+                f"backend='triton' needs triton and tensors on CUDA, or on the CPU with TRITON_INTERPRET=1 in the environment; "
+                f"the tensors are on {device}. Install triton, move them, or use 'auto' or 'torch'."
+            )
+        return triton.softmax_divergence_
+    raise ValueError(f"backend={backend!r} is not available in this build; use 'auto', 'torch', 'cpp' or 'triton'.")

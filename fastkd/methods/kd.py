@@ -11,6 +11,7 @@ from ..models.language_model import LanguageModel
 from ..ops.divergence import Divergence
 from ..ops.linear_kl import linear_kl_div
 from ..tasks.text import IGNORE_INDEX, TextBatch
+from ..vocab.map import VocabMap
 from .language_modeling import check_mask_probability
 from .objective import Objective
 
@@ -92,8 +93,10 @@ class KnowledgeDistillation(Objective):
         return student(batch.input_ids, batch.attention_mask, at_head)
 
     def slot_bias(self) -> Tensor | None:
-        """(V_k,) log of how many ids share each slot; None without a map."""
-        if self.student.vocab_map is None:
-            return None
-        counts = torch.bincount(self.student.id_to_slot[: self.tokens], minlength=self.student.vocabulary)
-        return counts.double().log().float()
+        """What turns the student's logits into those of its slots; None without a map."""
+        return None if self.student.vocab_map is None else slot_bias(self.student.vocab_map, self.tokens)
+
+
+def slot_bias(vocab_map: VocabMap, tokens: int) -> Tensor:
+    """(V_k,) log of how many of the first `tokens` ids share each slot."""
+    return torch.bincount(vocab_map.id_to_slot[:tokens], minlength=vocab_map.num_kept).double().log().float()

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from ..files import write_json_atomic
+from ..methods.kd import slot_bias
 from ..methods.perplexity import perplexity
 from ..models.load import load_frozen, load_language_model, load_tokenizer
 from ..models.student import count_parameters
 from ..tasks.corpus import open_corpus
 from ..tasks.text import TextBatch, collate_text
 from ..tasks.tokenized import tokenize_corpus
-from ..vocab.map import VocabMap
 from .config import RunConfig, read_config
 from .curves import plot_curves
 from .log import LOG_FILE, read_log
@@ -68,7 +68,8 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     kept_scores = {"teacher": perplexity(teacher, batches, kept_only=kept)}
     for name in STUDENTS:
         student = load_language_model(results[name]["student_dir"])
-        scores[name] = perplexity(student, batches, slot_bias=_slot_bias(kept, name))
+        # Plain KD's student answers for every id of the teacher, so a slot's probability is that of all ids that share it.
+        scores[name] = perplexity(student, batches, slot_bias=slot_bias(kept, VOCABULARY) if name == "student_kd" else None)
         kept_scores[name] = perplexity(student, batches, kept_only=kept)
     summary = {
         "method": "glmd",
@@ -194,13 +195,6 @@ def _student_config(output_dir: Path, seed: int, name: str, steps: int, *, overw
             "overwrite_output_dir": overwrite,
         }
     )
-
-
-def _slot_bias(vocab_map: VocabMap, name: str) -> torch.Tensor | None:
-    """Plain KD's student answers for every id of the teacher, so a slot's probability is that of all ids that share it."""
-    if name != "student_kd":
-        return None
-    return torch.bincount(vocab_map.id_to_slot, minlength=vocab_map.num_kept).double().log().float()
 
 
 def _test_batches(output_dir: Path, tokenizer_dir: Path) -> list[TextBatch]:

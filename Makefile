@@ -1,10 +1,11 @@
 # Two commands matter: `make quickstart` and `make test`. Each works on a fresh clone that has Python >= 3.11 and make.
 PYTHON ?= python3
 BIN := .venv/bin
+OUT ?= benchmarks/results
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup quickstart test lint format docs kernels clean
+.PHONY: setup quickstart test lint format docs kernels bench-cpu bench-gpu clean
 
 setup: .venv/installed
 
@@ -35,9 +36,21 @@ format: setup
 docs: setup
 	$(BIN)/python docs/generate.py
 
-# Every Triton kernel for sm_80, sm_90 and sm_100, without a GPU: registers, shared memory and spills; fails if any spills.
+# Every Triton kernel for sm_80, sm_90 and sm_100, and with nvcc the CUDA kernel, without a GPU: registers, shared memory, spills (fatal).
 kernels: setup
 	$(BIN)/python -m fastkd.kernels.compile
+
+# What fastkd claims on a CPU, beside every peer: about half an hour on two idle cores. Then `.venv/bin/fastkd bench report`.
+bench-cpu: .venv/bench
+	$(BIN)/fastkd bench --device cpu --output $(OUT) $(ARGS)
+
+.venv/bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
+# The whole GPU proof, checks first, with nothing installed: $(PYTHON) needs torch, triton and numpy.
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py --output $(OUT) $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .ops.kl import kl_div
     from .ops.linear_cross_entropy import linear_cross_entropy
     from .ops.linear_kl import LinearKLDivLoss, linear_kl_div
+    from .ops.topk_kl import topk_kl_div
     from .train.run import distill
     from .vocab.map import VocabMap
 
@@ -28,6 +29,7 @@ _HOME = {
     "kl_div": ".ops.kl",
     "linear_cross_entropy": ".ops.linear_cross_entropy",
     "linear_kl_div": ".ops.linear_kl",
+    "topk_kl_div": ".ops.topk_kl",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl_div",
     "reference",
+    "topk_kl_div",
 ]
 
 

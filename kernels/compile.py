@@ -1,4 +1,4 @@
-"""Floor 1: `python -m fastkd.kernels.compile` compiles every Triton kernel ahead of time, without a GPU, and reports what it takes.
+"""Floor 1: `python -m fastkd.kernels.compile` compiles every Triton and CUDA kernel ahead of time, without a GPU: what does it take?
 
 One line a variant and architecture: registers a thread, shared memory and spilled bytes. Exits with 1 if any variant spills.
 """
@@ -20,9 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gather, rows
+from ..csrc import nvcc
+from . import gather, rows, topk
 
 ARCHITECTURES = (80, 90, 100)
+CUDA_WARPS = 16  # `warps` of csrc/cuda/rows.cu
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,16 @@ def variants() -> Iterator[Variant]:
         yield row_variant(kind, label_weight=True)
         yield row_variant(kind, label_weight=True, softcap=True, stats=kind != "none")
     yield row_variant("forward_kl", aligned=False)
-    yield row_variant("forward_kl", gradient=False)
+    yield row_variant("forward_kl", gradient=None)
     yield row_variant("forward_kl", softcap=True)
     yield row_variant("forward_kl", stats=True)
-    yield row_variant("forward_kl", logits="bf16")
-    yield row_variant("forward_kl", logits="fp64")
+    yield row_variant("forward_kl", logits="bf16", gradient="bf16")
+    yield row_variant("forward_kl", gradient="bf16")
+    yield row_variant("jsd", gradient="bf16")
+    yield row_variant("forward_kl", logits="fp64", gradient="fp64")
     for is_rows, dtype in itertools.product((True, False), ("bf16", "fp32")):
         yield gather_variant(is_rows, dtype)
+    yield from topk_variants()
 
 
 def row_variant(
@@ -80,21 +85,25 @@ def row_variant(
     label_weight: bool = False,
     softcap: bool = False,
     stats: bool = False,
-    gradient: bool = True,
+    gradient: str | None = "fp32",
     aligned: bool = True,
 ) -> Variant:
     has_teacher = kind != "none"
     vectors = {"row_weight": True, "label_weight": label_weight, "divergence_out": has_teacher, "cross_entropy_out": label_weight}
     vectors |= dict.fromkeys(("student_entropy_out", "teacher_entropy_out", "agreement_out"), stats)
     scalars = ("temperature", "mixing", "student_scale", "student_softcap", "teacher_scale", "teacher_softcap")
-    types = {"student": f"*{logits}", "student_stride": "i32", "teacher_stride": "i32", "vocabulary": "i32"}
+    types = {"student": f"*{logits}", "vocabulary": "i32"}
+    types |= dict.fromkeys(("student_stride", "teacher_stride", "gradient_stride"), "i32")
     types |= {name: "*fp64" if logits == "fp64" else "*fp32" for name, present in vectors.items() if present}
     types |= dict.fromkeys(scalars, "fp64")
     if has_teacher:
         types["teacher"] = f"*{logits}"
+    if gradient is not None:
+        types["gradient"] = f"*{gradient}"
     if label_weight:
         types["labels"] = "*i64"
-    switches = {"labels": label_weight, "softcap": softcap, "stats": stats, "no gradient": not gradient, "unaligned": not aligned}
+    switches = {"labels": label_weight, "softcap": softcap, "stats": stats, "unaligned": not aligned}
+    switches |= {"no gradient": gradient is None, f"{gradient} gradient": gradient not in (None, logits)}
     return Variant(
         name=" ".join(["rows", kind, logits, *(name for name, on in switches.items() if on)]),
         kernel=rows.softmax_divergence_kernel,
@@ -105,7 +114,7 @@ def row_variant(
             "HAS_LABEL_WEIGHT": label_weight,
             "STUDENT_SOFTCAP": softcap,
             "TEACHER_SOFTCAP": softcap and has_teacher,
-            "WANTS_GRADIENT": gradient,
+            "WANTS_GRADIENT": gradient is not None,
             "WANTS_STATS": stats,
             "BLOCK": rows.BLOCK,
         },
@@ -125,15 +134,89 @@ def gather_variant(is_rows: bool, dtype: str) -> Variant:
     )
 
 
+def topk_variants() -> Iterator[Variant]:
+    """Every tail bare and with labels and soft-cap; around the commonest, the longest lists and what else a call can change."""
+    for tail in topk.TAILS:
+        yield topk_variant(tail)
+        yield topk_variant(tail, labels=True, softcap=True)
+    yield topk_variant("bucket", labels=True)
+    yield topk_variant("bucket", block_k=512)
+    yield topk_variant("bucket", block_k=topk.LONGEST_LIST, labels=True, softcap=True)
+    yield topk_variant("bucket", gradient=None)
+    yield topk_variant("bucket", gradient="bf16")
+    yield topk_variant("bucket", logits="bf16", gradient="bf16")
+    yield topk_variant("bucket", logits="fp64", gradient="fp64", block_k=topk.LONGEST_LIST, labels=True, softcap=True)
+    yield topk_variant("bucket", aligned=False)
+
+
+def topk_variant(
+    tail: str,
+    *,
+    logits: str = "fp32",
+    gradient: str | None = "fp32",
+    block_k: int = 64,
+    labels: bool = False,
+    softcap: bool = False,
+    aligned: bool = True,
+) -> Variant:
+    accurate = "*fp64" if logits == "fp64" else "*fp32"
+    strides = [name for name in topk.topk_divergence_kernel.arg_names if name.endswith("_stride")]
+    types = {"student": f"*{logits}", "ids": "*i64", "log_probabilities": "*fp32", "row_weight": accurate, "divergence_out": accurate}
+    types |= dict.fromkeys((*strides, "vocabulary", "entries"), "i32") | dict.fromkeys(("temperature", "scale", "softcap"), "fp64")
+    if tail == "bucket":
+        types["log_tail"] = "*fp32"
+    if gradient is not None:
+        types["gradient"] = f"*{gradient}"
+    if labels:
+        types |= {"labels": "*i64", "label_weight": accurate, "cross_entropy_out": accurate}
+    switches = {"labels": labels, "softcap": softcap, "unaligned": not aligned}
+    return Variant(
+        name=" ".join(["topk", tail, f"K{block_k}", f"{logits}>{gradient}", *(name for name, on in switches.items() if on)]),
+        kernel=topk.topk_divergence_kernel,
+        types=types,
+        constants={
+            "TAIL": tail,
+            "HAS_LABELS": labels,
+            "HAS_LABEL_WEIGHT": labels,
+            "SOFTCAP": softcap,
+            "WANTS_GRADIENT": gradient is not None,
+            "BLOCK_K": block_k,
+            "BLOCK": topk.BLOCK,
+        },
+        options=topk.launch_options(block_k, double=logits == "fp64"),
+        aligned=aligned,
+    )
+
+
+def cuda_resources(library: bytes) -> dict[str, Resources]:
+    """The CUDA row kernel's instantiations in what nvcc built. Shared memory for the slices of a row comes on top."""
+    took = {}
+    for function, of_function in _resources_by_function(library).items():
+        name = re.search(r"softmax_divergenceI(f|13__nv_bfloat16)LN\w+KindE(\d)ELb([01])E", function)
+        assert name is not None, function
+        logits = "fp32" if name[1] == "f" else "bf16"
+        took[f"cuda rows {rows.KINDS[int(name[2])]} {logits}{' extras' if name[3] == '1' else ''}"] = of_function
+    return took
+
+
 def resources(cubin: bytes) -> Resources:
-    """What `cuobjdump --dump-resource-usage` says of a compiled kernel; STACK and LOCAL are where spilled registers live."""
+    """What a cubin of one kernel takes."""
+    (took,) = _resources_by_function(cubin).values()
+    return took
+
+
+def _resources_by_function(binary: bytes) -> dict[str, Resources]:
+    """What `cuobjdump --dump-resource-usage` says of compiled kernels; STACK and LOCAL are where spilled registers live."""
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
+        path = Path(folder) / "kernels"
+        path.write_bytes(binary)
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", said)}
-    return Resources(numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"])
+    took = {}
+    for function, line in re.findall(r"Function (\S+):\s+(REG:.*)", said):
+        numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+        took[function] = Resources(numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"])
+    return took
 
 
 def main() -> int:
@@ -149,6 +232,12 @@ def main() -> int:
         shared = max(took.shared, compiled.metadata.shared)
         head = f"{variant.name:<44} {f'sm_{architecture}':>6} {variant.options['num_warps']:>5}"
         print(f"{head} {took.registers:>9} {shared:>7} {took.spills:>6}", flush=True)
+    if nvcc.find() is None:
+        print("nvcc was not found: the CUDA row kernel is left out.")
+    else:
+        for name, took in cuda_resources(nvcc.build()).items():
+            spilling += took.spills > 0
+            print(f"{name:<44} {'sm_90a':>6} {CUDA_WARPS:>5} {took.registers:>9} {took.shared:>7} {took.spills:>6}", flush=True)
     if spilling:
         print(f"error: {spilling} variants spill registers; use more warps or a smaller block.", file=sys.stderr)
     return 1 if spilling else 0

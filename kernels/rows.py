@@ -1,4 +1,4 @@
-"""Floor 1: the Triton row kernel. Two rows of logits in, their divergence out, the student's row overwritten by its gradient.
+"""Floor 1: the Triton row kernel. Two rows of logits in, their divergence and the gradient of the student's row out.
 
 `fastkd/ops/rows.py` states the mathematics and holds the torch backend, whose results these are. One program serves one row, in two or
 three passes, each of which begins where the one before it ended, so that it finds that end of the row in the second-level cache:
@@ -6,9 +6,10 @@ three passes, each of which begins where the one before it ended, so that it fin
 1. statistics: both maxima and normalisers, online; forward and reverse KL are complete after it, since their sum over the row is a
    moment of the difference of the logits, which is rescaled as the maxima move;
 2. where that is not enough (the other divergences; entropies): the divergence and sum(c), c = dD / d log q;
-3. the gradient c - q sum(c), chained through temperature and soft-cap and written over the student's logits.
+3. the gradient c - q sum(c), chained through temperature and soft-cap. This pass runs forward, because the gradient may lie over the
+   student's own logits in a narrower dtype: it then covers only what was read before.
 
-Logits may be float16, bfloat16, float32 or float64; all arithmetic is in the dtype of the row weights, float32 or float64.
+Logits and gradient may be float16, bfloat16, float32 or float64; all arithmetic is in the dtype of the row weights, float32 or float64.
 """
 
 import torch
@@ -99,8 +100,10 @@ def _value_and_coefficient(p, q, log_ratio, own, log_own, log_other, KIND: tl.co
 def softmax_divergence_kernel(
     student,
     teacher,
+    gradient,
     student_stride,
     teacher_stride,
+    gradient_stride,
     vocabulary,
     row_weight,
     labels,
@@ -128,7 +131,7 @@ def softmax_divergence_kernel(
     DTYPE: tl.constexpr = row_weight.dtype.element_ty
     HAS_TEACHER: tl.constexpr = KIND != "none"
     HAS_MOMENT: tl.constexpr = KIND == "forward_kl" or KIND == "reverse_kl"
-    SECOND_PASS: tl.constexpr = WANTS_STATS or (HAS_TEACHER and not HAS_MOMENT)
+    SECOND_PASS: tl.constexpr = HAS_TEACHER and (WANTS_STATS or not HAS_MOMENT)
     # Scalars travel in float64, so that float64 logits lose nothing.
     temperature = tl.full((), temperature, DTYPE)
     inverse_temperature = 1.0 / temperature
@@ -144,6 +147,8 @@ def softmax_divergence_kernel(
     student += row * student_stride
     if HAS_TEACHER:
         teacher += row * teacher_stride
+    if WANTS_GRADIENT:
+        gradient += row * gradient_stride
     offsets = tl.arange(0, BLOCK)
     blocks = tl.cdiv(vocabulary, BLOCK)
     if HAS_LABELS:
@@ -154,7 +159,8 @@ def softmax_divergence_kernel(
         if STUDENT_SOFTCAP:
             label_logit = student_softcap * _tanh(label_logit / student_softcap)
 
-    # Pass 1. Sums stay apart by lane and are rescaled by the whole block's maximum: one reduction a block and model.
+    # Pass 1, in the direction that lets the last pass run forward. Sums stay apart by lane and are rescaled by the whole block's
+    # maximum: one reduction a block and model.
     student_max = minus_infinity
     teacher_max = minus_infinity
     student_best = 0
@@ -163,7 +169,8 @@ def softmax_divergence_kernel(
     teacher_sum = tl.zeros((BLOCK,), DTYPE)
     label_sum = tl.zeros((BLOCK,), DTYPE)
     moment = tl.zeros((BLOCK,), DTYPE)
-    for block in range(blocks):
+    for step in range(blocks):
+        block = step if SECOND_PASS or not WANTS_GRADIENT else blocks - 1 - step
         columns = block * BLOCK + offsets
         s = _logits(student, columns, vocabulary, student_scale, student_softcap, STUDENT_SOFTCAP, DTYPE)
         if WANTS_STATS:
@@ -233,7 +240,7 @@ def softmax_divergence_kernel(
             coefficient_sum = value + 1.0
 
     # Pass 2, last block first.
-    if SECOND_PASS and HAS_TEACHER:
+    if SECOND_PASS:
         values = tl.zeros((BLOCK,), DTYPE)
         coefficients = tl.zeros((BLOCK,), DTYPE)
         student_entropies = tl.zeros((BLOCK,), DTYPE)
@@ -264,30 +271,33 @@ def softmax_divergence_kernel(
     if HAS_TEACHER:
         tl.store(divergence_out + row, temperature * temperature * value)
 
-    # Pass 3, from the end where the one before it ended.
+    # Pass 3, first block first.
     if WANTS_GRADIENT:
         if HAS_TEACHER:
             # T^2 from the loss, 1/T from z/T.
             factor = temperature * tl.load(row_weight + row)
-        for step in range(blocks):
-            block = step if SECOND_PASS else blocks - 1 - step
+        for block in range(blocks):
             columns = block * BLOCK + offsets
             s = _logits(student, columns, vocabulary, student_scale, student_softcap, STUDENT_SOFTCAP, DTYPE)
-            gradient = tl.zeros((BLOCK,), DTYPE)
+            slope = tl.zeros((BLOCK,), DTYPE)
             if HAS_TEACHER:
                 t = _logits(teacher, columns, vocabulary, teacher_scale, teacher_softcap, TEACHER_SOFTCAP, DTYPE)
                 q = tl.exp((s - student_max) * inverse_temperature) / student_normaliser
                 p = tl.exp((t - teacher_max) * inverse_temperature) / teacher_normaliser
                 log_ratio = ((t - s) - center) * inverse_temperature - log_center
                 _, coefficient = _value_and_coefficient(p, q, log_ratio, mixing, log_own, log_other, KIND)
-                gradient = factor * (coefficient - q * coefficient_sum)
+                slope = factor * (coefficient - q * coefficient_sum)
             if HAS_LABEL_WEIGHT:
-                gradient += label_share * tl.exp(s - student_max) - tl.where(columns == label, label_factor, 0.0)
+                slope += label_share * tl.exp(s - student_max) - tl.where(columns == label, label_factor, 0.0)
             if STUDENT_SOFTCAP:
                 capped = s / student_softcap
-                gradient *= 1.0 - capped * capped
-            gradient *= student_scale
-            tl.store(student + columns, gradient.to(student.dtype.element_ty), mask=columns < vocabulary)
+                slope *= 1.0 - capped * capped
+            slope *= student_scale
+            if gradient.dtype.element_ty.primitive_bitwidth < student.dtype.element_ty.primitive_bitwidth:
+                # Over the student's row, this block's gradient covers this block's logits and earlier ones, which other warps read:
+                # all of them must have done so.
+                tl.debug_barrier()
+            tl.store(gradient + columns, slope.to(gradient.dtype.element_ty), mask=columns < vocabulary)
 
 
 def softmax_divergence(
@@ -309,17 +319,18 @@ def softmax_divergence(
     student_softcap: float | None = None,
     teacher_scale: float = 1.0,
     teacher_softcap: float | None = None,
-    gradient: bool = True,
+    gradient: Tensor | None = None,
     block: int = BLOCK,
 ) -> None:
-    """Launch the kernel: losses per row into the (C,) outputs, and over `student` (C, V) its gradient if `gradient`.
+    """Launch the kernel: losses per row into the (C,) outputs, and the gradient of `student` (C, V) into `gradient` if it is given.
 
-    Logits: unit stride along the vocabulary, any stride between rows. `divergence` is needed with a teacher, `cross_entropy` with
+    Logits and gradient: unit stride along the vocabulary, any stride between rows; `gradient` may be `student`, or lie over it in a
+    narrower dtype with each row beginning where its logits do. `divergence` is needed with a teacher, `cross_entropy` with
     `labels` ((C,) int64, negative for none); the three statistics come together or not at all. Outputs and weights are contiguous
     and of one dtype, float32 or float64. Nothing is allocated and the host never waits.
     """
     rows, vocabulary = student.shape
-    for name, logits in (("student", student), ("teacher", teacher)):
+    for name, logits in (("student", student), ("teacher", teacher), ("gradient", gradient)):
         if logits is not None and vocabulary > 1 and logits.stride(1) != 1:
             raise ValueError(
                 f"{name} has strides {logits.stride()}; the row kernel needs stride 1 along the vocabulary: .contiguous()."
@@ -330,8 +341,10 @@ def softmax_divergence(
         softmax_divergence_kernel[(rows,)](
             student,
             teacher,
+            gradient,
             student.stride(0),
             0 if teacher is None else teacher.stride(0),
+            0 if gradient is None else gradient.stride(0),
             vocabulary,
             row_weight,
             labels,
@@ -352,7 +365,7 @@ def softmax_divergence(
             HAS_LABEL_WEIGHT=label_weight is not None,
             STUDENT_SOFTCAP=student_softcap is not None,
             TEACHER_SOFTCAP=teacher_softcap is not None,
-            WANTS_GRADIENT=gradient,
+            WANTS_GRADIENT=gradient is not None,
             WANTS_STATS=student_entropy is not None,
             BLOCK=block,
             **launch_options(bare=labels is None and student_entropy is None and student_softcap is None and teacher_softcap is None),

@@ -1,16 +1,22 @@
-// The row kernel on the CPU: two rows of logits in, their divergence out, the student's row overwritten by its gradient.
+// The row kernel on the CPU: two rows of logits in, their divergence and the gradient of the student's row out.
 //
 // It answers for `softmax_divergence_` of fastkd/ops/rows.py, whose torch backend is its reference. A row of both models (2 x 122 kB at
-// a vocabulary of 30 522) stays in the second-level cache over all passes, so memory is read once and written once. The loops are plain
-// C++: the compiler vectorises them, exp and log included (glibc's libmvec), for AVX-512, AVX2 and the baseline, and the loader takes
-// what the machine has (target_clones). Rows are spread over torch's own thread pool.
+// a vocabulary of 30 522) stays in the second-level cache over all passes, so memory is read once and written once. Rows of the compute
+// type are worked on in place, others are raised into two scratch rows a thread; a gradient of another type is rounded at the end. The
+// loops are plain C++: the compiler vectorises them, exp and log included (glibc's libmvec), for AVX-512, AVX2 and the baseline; the
+// loader takes what the machine has (target_clones). Rows are spread over torch's own thread pool.
 
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -21,17 +27,25 @@
 
 namespace {
 
-enum Kind : int64_t { none, forward_kl, reverse_kl, tvd, jsd, skew_kl, skew_rkl };
+enum Kind : int64_t { none, forward_kl, reverse_kl, tvd, jsd, skew_kl, skew_rkl, simple_forward_kl };
 
 // logits = softcap * tanh(scale * raw / softcap); softcap 0: scale * raw.
 struct Transform {
   double scale, softcap;
-  bool identity() const { return scale == 1.0 && softcap == 0.0; }
+};
+
+// (rows, V) of any floating dtype; null where the call has none.
+struct Matrix {
+  void* data;
+  int64_t stride;
+  at::ScalarType type;
+  template <typename T>
+  T* row(int64_t index) const { return static_cast<T*>(data) + index * stride; }
 };
 
 template <typename T>
 struct Call {
-  T *student, *teacher;  // (rows, V), contiguous; the teacher's rows are scratch once read
+  Matrix student, teacher, gradient;  // rows of logits are scratch once read
   int64_t vocabulary;
   Kind kind;
   double mixing, temperature;
@@ -40,8 +54,67 @@ struct Call {
   const int64_t* labels;  // null: no labels
   const T* label_weight;  // null: cross-entropy without gradient
   T *divergence, *cross_entropy, *student_entropy, *teacher_entropy, *top1_agreement;  // entropies and agreement may be null
-  bool gradient;
 };
+
+constexpr int64_t kBlock = 1024;
+
+template <typename From, typename T>
+INLINED T* raise(From* row, int64_t n, T* scratch) {
+  if constexpr (std::is_same_v<From, T>) {
+    return row;
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) scratch[j] = static_cast<T>(row[j]);
+    return scratch;
+  }
+}
+
+// The row in the compute type: itself if it is of that type, else a copy in `scratch`.
+template <typename T>
+INLINED T* load(const Matrix& logits, int64_t row, int64_t n, T* scratch) {
+  switch (logits.type) {
+    case at::kFloat: return raise(logits.row<float>(row), n, scratch);
+    case at::kDouble: return raise(logits.row<double>(row), n, scratch);
+    case at::kHalf: return raise(logits.row<at::Half>(row), n, scratch);
+    default: return raise(logits.row<at::BFloat16>(row), n, scratch);
+  }
+}
+
+// To nearest, ties to even; NaN stays. c10's own bfloat16 branches on NaN, which keeps the loop from being vectorised.
+template <typename To, typename T>
+INLINED To rounded(T value) {
+  if constexpr (std::is_same_v<To, at::BFloat16>) {
+    const float single = static_cast<float>(value);
+    const uint32_t bits = std::bit_cast<uint32_t>(single);
+    const uint32_t nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return {static_cast<uint16_t>(single != single ? 0x7FC0 : nearest), at::BFloat16::from_bits()};
+  } else {
+    return static_cast<To>(value);
+  }
+}
+
+// `to` may begin where `from` does if its type is narrower: a block is wholly read before it is written, and element j of `to` lies
+// over no element of `from` past j. memcpy, because that memory holds both types.
+template <typename T, typename To>
+INLINED void round_row(const T* from, int64_t n, To* to) {
+  To block[kBlock];
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t size = std::min(kBlock, n - start);
+#pragma omp simd
+    for (int64_t j = 0; j < size; ++j) block[j] = rounded<To>(from[start + j]);
+    std::memcpy(to + start, block, size * sizeof(To));
+  }
+}
+
+template <typename T>
+INLINED void store(const T* from, const Matrix& gradient, int64_t row, int64_t n) {
+  switch (gradient.type) {
+    case at::kFloat: return round_row(from, n, gradient.row<float>(row));
+    case at::kDouble: return round_row(from, n, gradient.row<double>(row));
+    case at::kHalf: return round_row(from, n, gradient.row<at::Half>(row));
+    default: return round_row(from, n, gradient.row<at::BFloat16>(row));
+  }
+}
 
 template <typename T>
 INLINED void transform_row(T* row, int64_t n, Transform transform, T inverse_temperature) {
@@ -114,9 +187,10 @@ INLINED void entry(T log_p, T log_q, T mixing, T log_own, T log_other, T& value,
   }
 }
 
-// Forward KL in three passes with one exponential an element and model: the exponentials stay in the rows.
+// Forward KL in three passes with one exponential an element and model: the exponentials stay in the rows. The gradient is written to
+// `g`, which may be `s`; null: not wanted.
 template <typename T>
-INLINED void forward_kl_row(const Call<T>& call, int64_t row, T* s, T* t) {
+INLINED void forward_kl_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
   const int64_t n = call.vocabulary;
   const T max_s = row_max(s, n), max_t = row_max(t, n);
   T sum_s = 0, sum_t = 0, cross = 0;
@@ -132,15 +206,15 @@ INLINED void forward_kl_row(const Call<T>& call, int64_t row, T* s, T* t) {
   }
   const T temperature = call.temperature;
   call.divergence[row] = temperature * temperature * (cross / sum_t + std::log(sum_s) - std::log(sum_t));
-  if (!call.gradient) return;
+  if (!g) return;
   const T factor = temperature * call.row_weight[row] * T(call.student_transform.scale);
   const T of_s = factor / sum_s, of_t = factor / sum_t;
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) s[j] = s[j] * of_s - t[j] * of_t;
+  for (int64_t j = 0; j < n; ++j) g[j] = s[j] * of_s - t[j] * of_t;
 }
 
 template <typename T, Kind kind>
-INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t) {
+INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
   const int64_t n = call.vocabulary;
   const T temperature = call.temperature, mixing = call.mixing;
   const T log_own = std::log(mixing), log_other = std::log1p(-mixing);
@@ -185,7 +259,7 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t) {
       if (call.label_weight) label_factor = call.label_weight[row];
     }
   }
-  if (!call.gradient) return;
+  if (!g) return;
   const T weight = kind == none ? T(0) : temperature * call.row_weight[row];
   const T cap = call.student_transform.softcap, scale = call.student_transform.scale;
   // The slope of the transform at a logit z is scale * (1 - (z / cap)^2), scale without a cap (where z may be infinite).
@@ -199,33 +273,37 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t) {
     T gradient = 0;
     if constexpr (kind != none) gradient = weight * (t[j] - std::exp(s[j] - log_z_s) * coefficients);
     if (label_factor != 0) gradient += label_factor * std::exp(temperature * s[j] - log_z_1);
-    s[j] = gradient * slope(s[j]);
+    g[j] = gradient * slope(s[j]);
   }
-  if (label_factor != 0) s[label] -= at_label;
+  if (label_factor != 0) g[label] -= at_label;
 }
 
 template <typename T>
 INLINED void rows(const Call<T>& call, int64_t begin, int64_t end) {
+  constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
+  const int64_t n = call.vocabulary;
   const T inverse_temperature = T(1) / T(call.temperature);
   const bool simple = call.kind == forward_kl && call.student_transform.softcap == 0 && !call.labels && !call.student_entropy;
+  const bool has_scratch = call.student.type != type || (call.teacher.data && call.teacher.type != type);
+  const auto scratch = std::make_unique_for_overwrite<T[]>(has_scratch ? 2 * n : 0);
+  const bool rounds = call.gradient.data && call.gradient.type != type;
   for (int64_t row = begin; row < end; ++row) {
-    T* s = call.student + row * call.vocabulary;
-    T* t = call.teacher ? call.teacher + row * call.vocabulary : nullptr;
-    transform_row(s, call.vocabulary, call.student_transform, inverse_temperature);
-    if (t) transform_row(t, call.vocabulary, call.teacher_transform, inverse_temperature);
-    if (simple) {
-      forward_kl_row(call, row, s, t);
-      continue;
+    T* s = load(call.student, row, n, scratch.get());
+    T* t = call.teacher.data ? load(call.teacher, row, n, scratch.get() + n) : nullptr;
+    T* g = !call.gradient.data ? nullptr : rounds ? s : call.gradient.template row<T>(row);
+    transform_row(s, n, call.student_transform, inverse_temperature);
+    if (t) transform_row(t, n, call.teacher_transform, inverse_temperature);
+    switch (simple ? simple_forward_kl : call.kind) {
+      case simple_forward_kl: forward_kl_row(call, row, s, t, g); break;
+      case none: any_row<T, none>(call, row, s, t, g); break;
+      case forward_kl: any_row<T, forward_kl>(call, row, s, t, g); break;
+      case reverse_kl: any_row<T, reverse_kl>(call, row, s, t, g); break;
+      case tvd: any_row<T, tvd>(call, row, s, t, g); break;
+      case jsd: any_row<T, jsd>(call, row, s, t, g); break;
+      case skew_kl: any_row<T, skew_kl>(call, row, s, t, g); break;
+      case skew_rkl: any_row<T, skew_rkl>(call, row, s, t, g); break;
     }
-    switch (call.kind) {
-      case none: any_row<T, none>(call, row, s, t); break;
-      case forward_kl: any_row<T, forward_kl>(call, row, s, t); break;
-      case reverse_kl: any_row<T, reverse_kl>(call, row, s, t); break;
-      case tvd: any_row<T, tvd>(call, row, s, t); break;
-      case jsd: any_row<T, jsd>(call, row, s, t); break;
-      case skew_kl: any_row<T, skew_kl>(call, row, s, t); break;
-      case skew_rkl: any_row<T, skew_rkl>(call, row, s, t); break;
-    }
+    if (rounds) store(s, call.gradient, row, n);
   }
 }
 
@@ -235,35 +313,47 @@ CLONED void rows_double(const Call<double>& call, int64_t begin, int64_t end) { 
 
 using Optional = std::optional<at::Tensor>;
 
+// A vector (rows,); null for None.
 template <typename T>
-T* data(const Optional& tensor) {
-  return tensor ? tensor->mutable_data_ptr<T>() : nullptr;
+T* data(const Optional& vector) {
+  if (!vector) return nullptr;
+  TORCH_CHECK(vector->is_contiguous(), "row weights, labels and losses must be contiguous");
+  return vector->mutable_data_ptr<T>();
 }
 
-template <typename T, typename Run>
-void launch(Run run, const at::Tensor& student, const Optional& teacher, int64_t kind, double mixing, double temperature,
-            Transform student_transform, Transform teacher_transform, const at::Tensor& row_weight, const Optional& labels,
-            const Optional& label_weight, const std::vector<Optional>& out, bool gradient) {
-  Call<T> call{student.mutable_data_ptr<T>(), data<T>(teacher), student.size(1), Kind(kind), mixing, temperature,
-               student_transform, teacher_transform, row_weight.const_data_ptr<T>(), data<int64_t>(labels), data<T>(label_weight),
-               data<T>(out[0]), data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4]), gradient};
-  at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+Matrix matrix(const Optional& tensor, const at::Tensor& shaped_like) {
+  if (!tensor) return {};
+  TORCH_CHECK(tensor->sizes() == shaped_like.sizes() && (tensor->size(1) <= 1 || tensor->stride(1) == 1),
+              "logits and their gradient must have one shape and stride 1 along the vocabulary");
+  const at::ScalarType type = tensor->scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+              "logits and their gradient must be float16, bfloat16, float32 or float64, got ", type);
+  return {tensor->mutable_data_ptr(), tensor->stride(0), type};
 }
 
-// Tensors: logits (rows, V) and vectors (rows,), all contiguous and of one dtype; labels int64. The caller has checked them.
+// Matrices (rows, V) with stride 1 along V; vectors (rows,) of one dtype, float or double, and labels int64.
 void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, double mixing, double temperature, double student_scale,
                          double student_softcap, double teacher_scale, double teacher_softcap, at::Tensor row_weight, Optional labels,
-                         Optional label_weight, std::vector<Optional> out, bool gradient) {
-  const Transform of_student{student_scale, student_softcap}, of_teacher{teacher_scale, teacher_softcap};
-  TORCH_CHECK(student.is_contiguous() && (!teacher || teacher->is_contiguous()), "logits must be contiguous");
-  if (student.scalar_type() == at::kFloat)
-    launch<float>(rows_float, student, teacher, kind, mixing, temperature, of_student, of_teacher, row_weight, labels, label_weight, out, gradient);
-  else
-    launch<double>(rows_double, student, teacher, kind, mixing, temperature, of_student, of_teacher, row_weight, labels, label_weight, out, gradient);
+                         Optional label_weight, std::vector<Optional> out, Optional gradient) {
+  const auto launch = [&]<typename T>(void (*run)(const Call<T>&, int64_t, int64_t)) {
+    const Call<T> call{matrix(student, student), matrix(teacher, student), matrix(gradient, student), student.size(1), Kind(kind),
+                       mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap}, data<T>(row_weight),
+                       data<int64_t>(labels), data<T>(label_weight), data<T>(out[0]), data<T>(out[1]), data<T>(out[2]),
+                       data<T>(out[3]), data<T>(out[4])};
+    at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+  };
+  row_weight.scalar_type() == at::kFloat ? launch(rows_float) : launch(rows_double);
 }
 
 }  // namespace
 
+// csrc/cpu/gemm.cpp
+bool has_mm_16bit();
+void mm_16bit_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate);
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("softmax_divergence_", &softmax_divergence_, py::call_guard<py::gil_scoped_release>());
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+  module.def("softmax_divergence_", &softmax_divergence_, without_gil);
+  module.def("has_mm_16bit", &has_mm_16bit);
+  module.def("mm_16bit_", &mm_16bit_, without_gil);
 }

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from . import export, quickstart, train, vocab
+from . import bench, export, quickstart, train, vocab
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "quickstart": (quickstart.main, "distil a small language model on Python's own library, in minutes, without a network"),
     "train": (train.main, "run all stages of a method from a YAML file; the same command resumes"),
     "vocab": (vocab.main, "count a corpus's tokens; prune a model to the frequent ones"),
     "export": (export.main, "rewrite a student so that plain transformers opens it"),
+    "bench": (bench.main, "measure what fastkd claims beside every peer, and draw the tables and plots"),
 }
 USAGE = "usage: fastkd COMMAND [options]     (fastkd COMMAND --help for the options)\n\n" + "\n".join(
     f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()

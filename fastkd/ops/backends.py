@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import cpp, rows, triton
+from . import cpp, cuda, rows, topk_rows, triton
 
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
 RowKernel = Callable[..., None]
@@ -16,7 +16,7 @@ RowKernel = Callable[..., None]
 def row_kernel(backend: str, device: torch.device) -> RowKernel:
     """The kernel named, or for "auto" the fastest that was measured: C++ on the CPU if it is compiled, else torch.
 
-    On CUDA "auto" is torch until a GPU run has checked and timed the Triton kernel; backend="triton" takes it.
+    On CUDA "auto" is torch until a GPU run has checked and timed the others; backend="triton" and "cuda" take them.
     """
     if backend == "auto":
         backend = "cpp" if device.type == "cpu" and cpp.is_built() else "torch"
@@ -27,11 +27,30 @@ def row_kernel(backend: str, device: torch.device) -> RowKernel:
             raise ValueError(f"backend='cpp' runs on the CPU and the tensors are on {device}; use 'auto' or 'torch'.")
         cpp.extension(build=True)
         return cpp.softmax_divergence_
-    if backend == "triton":
-        if not triton.is_ready(device):
+    if backend == "cuda":
+        if not cuda.is_ready(device):
             raise ValueError(
-                f"backend='triton' needs triton and tensors on CUDA, or on the CPU with TRITON_INTERPRET=1 in the environment; "
-                f"the tensors are on {device}. Install triton, move them, or use 'auto' or 'torch'."
+                "backend='cuda' needs a GPU of compute capability 9.x, and the library compiled or nvcc to compile it; "
+                f"the tensors are on {device}. Use 'auto', 'torch' or 'triton'."
             )
-        return triton.softmax_divergence_
-    raise ValueError(f"backend={backend!r} is not available in this build; use 'auto', 'torch', 'cpp' or 'triton'.")
+        return cuda.softmax_divergence_
+    _check_triton(device)
+    return triton.softmax_divergence_
+
+
+def topk_kernel(backend: str, device: torch.device) -> RowKernel:
+    """The same for a sparse teacher, whose kernels are torch's and Triton's."""
+    if backend in ("auto", "torch"):
+        return topk_rows.topk_divergence_
+    if backend == "triton":
+        _check_triton(device)
+        return triton.topk_divergence_
+    raise ValueError(f"backend={backend!r} has no kernel for a top-k teacher; use 'auto', 'torch' or 'triton'.")
+
+
+def _check_triton(device: torch.device) -> None:
+    if not triton.is_ready(device):
+        raise ValueError(
+            f"backend='triton' needs triton and tensors on CUDA, or on the CPU with TRITON_INTERPRET=1 in the environment; "
+            f"the tensors are on {device}. Install triton, move them, or use 'auto' or 'torch'."
+        )

@@ -1,48 +1,36 @@
 """The one pass that every logit loss makes: chunk by chunk, logits in, losses and gradients out, one chunk of logits alive.
 
-Gradients are computed in the forward pass and scaled by the upstream gradient in the backward pass; only reduction="none", whose
-upstream gradient differs from row to row, makes the pass again in backward, with that gradient as row weights.
+Nothing is allocated inside its loop and the host waits for nothing in it. Masked rows are packed out before it, which reads their
+number from the device once; while a CUDA graph is captured, where nothing can be read, they stay in with weight zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .backends import RowKernel
-from .plan import Plan
-from .rows import RowLosses, RowOptions
-
-
-class LogitSource(Protocol):
-    """Rows of logits that can be made a chunk at a time."""
-
-    def load(self, rows: slice, out: Tensor) -> None:
-        """Write the logits of `rows` into `out` (rows, V)."""
-
-
-class StudentSource(LogitSource, Protocol):
-    """A source that also takes the gradient of its logits back to what they were made of."""
-
-    def begin(self, needed: Sequence[bool]) -> None:
-        """Allocate gradients for the inputs that need one."""
-
-    def collect(self, rows: slice, gradient: Tensor) -> None:
-        """Add the gradient of the logits of `rows` (rows, V) to the inputs' gradients."""
-
-    def finish(self, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """The inputs' gradients times `scale` (0-dim), each in its input's dtype."""
+from .arguments import LossOptions, check_index_values, check_row_values, check_topk_values, compute_dtype
+from .backends import row_kernel, topk_kernel
+from .fp8_logits import Fp8Logits
+from .given_logits import GivenLogits
+from .grad_filter import GradFilter
+from .linear_logits import LinearLogits
+from .plan import Plan, plan_chunks
+from .rows import RowLosses
+from .topk_rows import TopK
 
 
 @dataclass(frozen=True)
 class LossStats:
     """Per-token values in the shape of the leading dims, zero where masked; no gradient flows. Nats; `divergence` carries T^2.
 
-    Entropies are those of the tempered distributions; `top1_agreement` is 1 where both models rank the same token first.
+    Entropies are those of the tempered distributions; `top1_agreement` is 1 where both models rank the same token first. With
+    `grad_filter`, `columns_kept` is the share of the vocabulary that the token's chunk kept, and `dropped_mass` the share of the L1
+    norm of the token's logit gradient in the columns that were replaced by their mean; both are zero where no gradient was made.
     """
 
     divergence: Tensor | None = None
@@ -50,126 +38,232 @@ class LossStats:
     student_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
     top1_agreement: Tensor | None = None
+    columns_kept: Tensor | None = None
+    dropped_mass: Tensor | None = None
 
 
-@dataclass
-class Problem:
-    """One call of a loss, validated and packed: only the valid rows, weights of order one, everything else in `scale`.
+STATISTICS = tuple(field.name for field in fields(LossStats))
 
-    loss = scale * sum_i (row_weight_i T^2 D_i + label_weight_i CE_i). Keeping 1 / denominator out of the row weights keeps 16-bit
-    gradients from underflowing.
+
+class TeacherSource(Protocol):
+    """Rows of logits that are made a few at a time."""
+
+    def logits(self, rows: slice) -> Tensor:
+        """The logits of `rows`, (rows, V), in a buffer of the source's own that the next call overwrites."""
+
+
+class StudentSource(TeacherSource, Protocol):
+    """A source that also takes the gradient of its logits back to what they were made of."""
+
+    def gradient_target(self, rows: slice) -> Tensor:
+        """Where the gradient of the logits of `rows`, just made, is to be written: (rows, V), often over them."""
+
+    def collect(self, rows: slice) -> None:
+        """Add that gradient to the inputs' gradients."""
+
+    def gradients(self) -> list[Tensor]:
+        """The inputs' gradients; empty tensors where none is needed."""
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """loss = scale * sum_i (row_i T^2 D_i + label_i CE_i) over the `valid` rows, (n,) indices; None: all rows.
+
+    Weights are of order one and 1 / denominator stands in `scale`, so that 16-bit gradients do not underflow.
     """
 
-    student: StudentSource
-    teacher: LogitSource | None
-    options: RowOptions
-    plan: Plan
-    kernel: RowKernel
-    dtype: torch.dtype
-    device: torch.device
-    row_weight: Tensor
+    valid: Tensor | None
+    row: Tensor
     labels: Tensor | None
-    label_weight: Tensor | None
+    label: Tensor | None
     scale: Tensor
-    per_token: bool
 
-    def run(self, row_weight: Tensor, label_weight: Tensor | None, needed: Sequence[bool]) -> RowLosses:
-        """Make the pass. Gradients are left in the student's source if any is `needed`."""
-        rows, vocabulary = self.plan.chunk_rows, self.plan.vocabulary
-        student_buffer = torch.empty(rows, vocabulary, dtype=self.dtype, device=self.device)
-        teacher_buffer = torch.empty_like(student_buffer) if self.teacher is not None else None
-        losses = self._empty_losses()
-        gradient = any(needed)
-        self.student.begin(needed)
-        for chunk in self.plan.slices():
-            size = chunk.stop - chunk.start
-            student_logits = student_buffer[:size]
-            self.student.load(chunk, student_logits)
-            teacher_logits = None
-            if self.teacher is not None and teacher_buffer is not None:
-                teacher_logits = teacher_buffer[:size]
-                self.teacher.load(chunk, teacher_logits)
-            self.kernel(
-                student_logits,
-                teacher_logits,
-                self.options,
-                RowLosses(*(None if x is None else x[chunk] for x in _values(losses))),
-                row_weight=row_weight[chunk],
-                labels=None if self.labels is None else self.labels[chunk],
-                label_weight=None if label_weight is None else label_weight[chunk],
-                gradient=gradient,
-            )
-            if gradient:
-                self.student.collect(chunk, student_logits)
-        return losses
+    def times(self, upstream: Tensor) -> RowWeights:
+        """With the upstream gradient, 0-dim or one a token, and the scale multiplied in."""
+        if upstream.dim() and self.valid is not None:
+            upstream = upstream[self.valid]
+        factor = upstream * self.scale
+        label = None if self.label is None else self.label * factor
+        return RowWeights(self.valid, self.row * factor, self.labels, label, torch.ones_like(self.scale))
 
-    def weighted(self, losses: RowLosses) -> Tensor:
-        """row_weight_i T^2 D_i + label_weight_i CE_i, (N,)."""
-        total = torch.zeros(self.plan.tokens, dtype=self.dtype, device=self.device)
+    def total(self, losses: RowLosses) -> Tensor:
+        """row_i T^2 D_i + label_i CE_i, (n,)."""
+        total = torch.zeros_like(self.row)
         if losses.divergence is not None:
-            total += self.row_weight * losses.divergence
-        if losses.cross_entropy is not None and self.label_weight is not None:
-            total += self.label_weight * losses.cross_entropy
+            total += self.row * losses.divergence
+        if losses.cross_entropy is not None and self.label is not None:
+            total += self.label * losses.cross_entropy
         return total
 
-    def _empty_losses(self) -> RowLosses:
-        def column(wanted: bool) -> Tensor | None:
-            return torch.empty(self.plan.tokens, dtype=self.dtype, device=self.device) if wanted else None
-
-        teacher, stats = self.teacher is not None, self.options.stats and self.teacher is not None
-        return RowLosses(column(teacher), column(self.labels is not None), column(stats), column(stats), column(stats))
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """(problem, *inputs of the student's source) -> loss and the per-row statistics."""
-
-    @staticmethod
-    def forward(ctx: Any, problem: Problem, needed: Sequence[bool], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        now = [False] * len(needed) if problem.per_token else needed
-        losses = problem.run(problem.row_weight, problem.label_weight, now)
-        total = problem.weighted(losses)
-        if problem.per_token:
-            ctx.problem, ctx.needed = problem, needed
-        else:
-            total = total.sum() * problem.scale
-            gradients = problem.student.finish(problem.scale) if any(needed) else tuple(None for _ in inputs)
-            ctx.save_for_backward(*gradients)
-        statistics = _values(losses)
-        ctx.mark_non_differentiable(*(x for x in statistics if x is not None))
-        ctx.set_materialize_grads(False)
-        return total, *statistics
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
-        if hasattr(ctx, "problem"):
-            problem: Problem = ctx.problem
-            label_weight = None if problem.label_weight is None else problem.label_weight * upstream
-            problem.run(problem.row_weight * upstream, label_weight, ctx.needed)
-            return None, None, *problem.student.finish(problem.scale)
-        return None, None, *(None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+    def spread(self, values: Tensor, tokens: int) -> Tensor:
+        """(..., n) values of the valid rows as (..., tokens), zero elsewhere."""
+        if self.valid is None:
+            return values
+        return values.new_zeros(*values.shape[:-1], tokens).index_copy_(-1, self.valid, values)
 
 
-def evaluate(
-    problem: Problem, inputs: Sequence[Tensor | None], leading: torch.Size, valid: Tensor | None, return_stats: bool
-) -> Tensor | tuple[Tensor, LossStats]:
-    """Run `problem`, spread per-token results over the leading dims, and return what the public functions return."""
-    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    loss, *statistics = ChunkedLoss.apply(problem, needed, *inputs)
+@dataclass(frozen=True)
+class Result:
+    """What one pass leaves: `gradients` of sum_i (row_i T^2 D_i + label_i CE_i), not yet times `scale`; `statistics` (7, N)."""
 
-    def spread(values: Tensor) -> Tensor:
-        if valid is not None:
-            values = values.new_zeros(leading.numel()).index_copy(0, valid, values)
-        return values.view(leading)
-
-    if problem.per_token:
-        loss = spread(loss)
-    if not return_stats:
-        return loss
-    return loss, LossStats(*(None if x is None else spread(x) for x in statistics))
+    loss: Tensor
+    scale: Tensor
+    statistics: Tensor
+    gradients: list[Tensor]
 
 
-def _values(losses: RowLosses) -> tuple[Tensor | None, ...]:
-    return tuple(getattr(losses, f.name) for f in fields(losses))
+def chunked_pass(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    vocab_index: Tensor | None,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    denominator: Tensor | None,
+    upstream: Tensor | None,
+    needs_grad: Sequence[bool],
+    options: LossOptions,
+) -> Result:
+    """Make the pass over checked, flattened arguments.
+
+    student: [logits (N, V)], or [hidden (N, H), weight (V, H)] and perhaps a bias (V,). teacher: the same; or, with `options.tail`,
+    what a `TopK` holds; or [] for none. mask, labels: (N,). upstream: 0-dim or (N,); if given, it and `scale` are multiplied into
+    the gradients.
+    """
+    tokens, device = student[0].shape[0], student[0].device
+    vocabulary = student[0].shape[1] if len(student) == 1 else student[1].shape[0]
+    check_row_values(options, vocabulary, mask, labels)
+    dtype = compute_dtype(student[0], *teacher[:1])
+    weights = _row_weights(options, tokens, dtype, device, mask, labels, denominator)
+    if upstream is not None:
+        weights = weights.times(upstream.to(dtype))
+    plan = plan_chunks(
+        weights.row.numel(),
+        vocabulary,
+        device=device,
+        element_size=dtype.itemsize,
+        has_teacher=bool(teacher) and options.tail is None,
+        chunk_size=options.chunk_size,
+        memory_budget=options.memory_budget,
+    )
+    statistics = torch.zeros(len(STATISTICS), plan.tokens, dtype=dtype, device=device)
+    source = _student_source(student, weights.valid, plan, dtype, needs_grad, options, statistics)
+    teacher_source = _teacher_source(teacher, vocab_index, weights.valid, plan, dtype, options)
+    losses = _loop(source, teacher_source, weights, plan, options, statistics, any(needs_grad))
+    total = weights.total(losses)
+    loss = weights.spread(total, tokens) if options.reduction == "none" else total.sum() * weights.scale
+    return Result(loss, weights.scale, weights.spread(statistics, tokens), source.gradients())
+
+
+def _loop(
+    student: StudentSource,
+    teacher: TeacherSource | TopK | None,
+    weights: RowWeights,
+    plan: Plan,
+    options: LossOptions,
+    statistics: Tensor,
+    wants_gradient: bool,
+) -> RowLosses:
+    """Fill the rows of `statistics` that the call asks for, and the student's gradients if wanted."""
+    select = topk_kernel if isinstance(teacher, TopK) else row_kernel
+    kernel = select(options.backend, statistics.device)
+    row_options = options.row_options(has_teacher=teacher is not None)
+    is_dense = teacher is not None and not isinstance(teacher, TopK)
+    asked = [teacher is not None, weights.labels is not None, *[is_dense and options.return_stats] * 3]
+    losses = [row if is_asked else None for row, is_asked in zip(statistics, asked, strict=False)]
+    for chunk in plan.slices():
+        student_logits = student.logits(chunk)
+        gradient = student.gradient_target(chunk) if wants_gradient else None
+        for part in plan.parts(chunk):
+            inside = slice(part.start - chunk.start, part.stop - chunk.start)
+            kernel(
+                student_logits[inside],
+                teacher[part] if isinstance(teacher, TopK) else None if teacher is None else teacher.logits(part),
+                row_options,
+                RowLosses(*(_at(row, part) for row in losses)),
+                row_weight=weights.row[part],
+                labels=_at(weights.labels, part),
+                label_weight=_at(weights.label, part),
+                gradient=_at(gradient, inside),
+            )
+        if wants_gradient:
+            student.collect(chunk)
+    return RowLosses(*losses)
+
+
+def _at(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _student_source(
+    student: Sequence[Tensor],
+    valid: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype,
+    needs_grad: Sequence[bool],
+    options: LossOptions,
+    statistics: Tensor,
+) -> StudentSource:
+    if len(student) == 1:
+        return GivenLogits(student[0], valid, plan.chunk_rows, dtype, needs_grad=needs_grad[0])
+    columns_kept, dropped_mass = statistics[-2:]
+    grad_filter = None if options.grad_filter is None else GradFilter(options.grad_filter, columns_kept, dropped_mass)
+    return LinearLogits(student, valid, plan.chunk_rows, dtype, options.operand_dtype, needs_grad=needs_grad, grad_filter=grad_filter)
+
+
+def _teacher_source(
+    teacher: Sequence[Tensor],
+    vocab_index: Tensor | None,
+    valid: Tensor | None,
+    plan: Plan,
+    dtype: torch.dtype,
+    options: LossOptions,
+) -> TeacherSource | TopK | None:
+    """The teacher over the student's vocabulary: what it lists, the rows that `vocab_index` names, or the first V."""
+    if not teacher:
+        return None
+    if options.tail is not None:
+        check_topk_values(teacher[0], plan.vocabulary)
+        return TopK(*(x if valid is None else x.index_select(0, valid) for x in teacher))
+    check_index_values(vocab_index, teacher[0].shape[1] if len(teacher) == 1 else teacher[1].shape[0])
+    if len(teacher) == 1:
+        logits = teacher[0] if vocab_index is not None else teacher[0][:, : plan.vocabulary]
+        return GivenLogits(logits, valid, plan.teacher_rows, dtype, columns=vocab_index)
+    hidden, *head = teacher
+    head = [x[: plan.vocabulary] if vocab_index is None else x.index_select(0, vocab_index) for x in head]
+    if options.teacher_precision == "fp8":
+        return Fp8Logits(hidden, head, valid, plan.teacher_rows, dtype)
+    return LinearLogits([hidden, *head], valid, plan.teacher_rows, dtype, options.operand_dtype)
+
+
+def _row_weights(
+    options: LossOptions,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    denominator: Tensor | None,
+) -> RowWeights:
+    valid = None
+    row = torch.ones(tokens, dtype=dtype, device=device) if mask is None else mask.to(dtype)
+    if mask is not None and not (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        valid = mask.nonzero()[:, 0]
+        row = row[valid]
+    scale = torch.ones((), dtype=dtype, device=device)
+    if options.reduction == "mean":
+        scale = _inverse_or_zero(row.sum() if denominator is None else denominator.to(dtype))
+    if labels is None:
+        return RowWeights(valid, row, None, None, scale)
+    labels = torch.where(labels == options.ignore_index, -1, labels)
+    labels = labels if valid is None else labels[valid]
+    if options.label_weight == 0:
+        return RowWeights(valid, row, labels, None, scale)
+    label = row * (labels >= 0) * options.label_weight
+    if options.reduction == "mean" and denominator is None:
+        # Cross-entropy is averaged over its own tokens: undo the divergence's 1 / sum(row), which `scale` applies to all.
+        label = label * (_inverse_or_zero(label.sum() / options.label_weight) * _inverse_or_zero(scale))
+    return RowWeights(valid, row, labels, label, scale)
+
+
+def _inverse_or_zero(total: Tensor) -> Tensor:
+    return torch.where(total > 0, 1.0 / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)

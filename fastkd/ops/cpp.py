@@ -1,6 +1,7 @@
-"""The C++ row kernel on the CPU (`csrc/cpu/rows.cpp`): compiled once per source and torch version, found again in later processes.
+"""The C++ kernels on the CPU (`csrc/cpu`): the row kernel, and products of 16-bit matrices.
 
-`python -m fastkd.ops.cpp` compiles it ahead of time; `backend="cpp"` does when it has to; `backend="auto"` takes it if it is there.
+They are compiled once per source and torch version and found again in later processes. `python -m fastkd.ops.cpp` compiles them ahead
+of time; `backend="cpp"` does when it has to; `backend="auto"` takes them if they are there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
-import os
 import platform
 import sys
 from pathlib import Path
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..files import write_bytes_atomic
-from .rows import LogitTransform, RowLosses, RowOptions
+from .compiled import cache_folder, kind_and_mixing, scale_and_softcap
+from .rows import RowLosses, RowOptions
 
-_KINDS = {"forward_kl": 1, "reverse_kl": 2, "tvd": 3, "jsd": 4, "skew_kl": 5, "skew_rkl": 6}
 # __FAST_MATH__ alone makes glibc declare the vector forms of exp, log and tanh; infinities and NaN keep their meaning.
 _COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-D__FAST_MATH__=1"]
 _LINK_FLAGS = ["-lmvec", "-lm"] if platform.system() == "Linux" and platform.machine() == "x86_64" else []
@@ -37,79 +37,96 @@ def softmax_divergence_(
     row_weight: Tensor,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
-    gradient: bool = True,
+    gradient: Tensor | None = None,
 ) -> None:
-    """`fastkd.ops.rows.softmax_divergence_` in one compiled pass a row; the teacher's logits are scratch afterwards."""
-    divergence = options.divergence
+    """`fastkd.ops.rows.softmax_divergence_` in one compiled pass a row."""
     extension(build=True).softmax_divergence_(
         student_logits,
         teacher_logits,
-        0 if divergence is None else _KINDS[divergence.kind],
-        0.5 if divergence is None or divergence.mixing is None else divergence.mixing,
+        *kind_and_mixing(options.divergence),
         options.temperature,
-        *_transform(options.student),
-        *_transform(options.teacher),
-        row_weight,
-        labels,
-        label_weight,
+        *scale_and_softcap(options.student),
+        *scale_and_softcap(options.teacher),
+        row_weight.contiguous(),
+        None if labels is None else labels.contiguous(),
+        None if label_weight is None else label_weight.contiguous(),
         [out.divergence, out.cross_entropy, out.student_entropy, out.teacher_entropy, out.top1_agreement],
         gradient,
     )
 
 
+def mm_16bit_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """out (M, N) float32 = a (M, K) b (K, N), both bfloat16 or both float16, or out += a b; see `unraised_dtypes` for where it works.
+
+    Products are exact and sums in float32. a and b have unit stride along one dimension (transposed views do), out along its rows.
+    """
+    extension(build=True).mm_16bit_(out, a, b, accumulate)
+
+
+def unraised_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes that `mm_16bit_` takes here: none where torch was built without MKL or the extension is not there; never compiles."""
+    module = extension(build=False)
+    return frozenset((torch.bfloat16, torch.float16) if module is not None and module.has_mm_16bit() else ())
+
+
 def is_built() -> bool:
-    """Whether the extension for this source, compiler flags, Python and torch is there; never compiles."""
+    """Whether the extension for these sources, compiler flags, Python and torch is there; never compiles."""
     return extension(build=False) is not None
 
 
-@functools.cache
 def extension(build: bool) -> Any:
     """The compiled module; None if it is not there and not to be built. RuntimeError with the compiler's words if it cannot be."""
-    name = f"fastkd_cpu_{_fingerprint()}"
-    library = _cache_folder() / f"{name}.so"
-    if library.is_file():
-        loader = importlib.machinery.ExtensionFileLoader(name, str(library))
-        spec = importlib.util.spec_from_loader(name, loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-        return module
-    return _compile(name, library) if build else None
+    library = _library()
+    if not library.is_file():
+        if not build:
+            return None
+        _compile(library)
+    return _open(library)
 
 
-def _compile(name: str, library: Path) -> Any:
+@functools.cache
+def _open(library: Path) -> Any:
+    loader = importlib.machinery.ExtensionFileLoader(library.stem, str(library))
+    spec = importlib.util.spec_from_loader(library.stem, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _compile(library: Path) -> None:
     """Compile in a folder of our own, so that no killed process's lock is ever waited for, and put the library in place whole."""
     from torch.utils.cpp_extension import load
 
     try:
         with TemporaryDirectory() as folder:
-            module = load(name, [str(_source())], extra_cflags=_COMPILE_FLAGS, extra_ldflags=_LINK_FLAGS, build_directory=folder)
+            load(
+                library.stem,
+                [str(source) for source in _sources()],
+                extra_cflags=_COMPILE_FLAGS,
+                extra_ldflags=_LINK_FLAGS,
+                build_directory=folder,
+            )
             library.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomic(library, (Path(folder) / library.name).read_bytes())
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(f"The C++ row kernel could not be compiled: {error} Use backend='torch', or install a compiler.") from error
-    return module
+        raise RuntimeError(f"The C++ kernels could not be compiled: {error} Use backend='torch', or install a compiler.") from error
 
 
-def _source() -> Path:
+def _sources() -> list[Path]:
     from .. import csrc
 
-    return Path(csrc.__path__[0]) / "cpu" / "rows.cpp"
+    return sorted((Path(csrc.__path__[0]) / "cpu").glob("*.cpp"))
 
 
-def _fingerprint() -> str:
+@functools.cache
+def _library() -> Path:
+    """Where the library for these sources, compiler flags, Python and torch lies, or will."""
     stamp = f"{torch.__version__} {sys.implementation.cache_tag} {_COMPILE_FLAGS} {_LINK_FLAGS}"
-    return hashlib.sha256(_source().read_bytes() + stamp.encode()).hexdigest()[:16]
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastkd"
-
-
-def _transform(transform: LogitTransform) -> tuple[float, float]:
-    return transform.scale, transform.softcap or 0.0
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _sources()) + stamp.encode())
+    return cache_folder() / f"fastkd_cpu_{digest.hexdigest()[:16]}.so"
 
 
 if __name__ == "__main__":
     extension(build=True)
-    print("fastkd: the C++ row kernel is compiled.")
+    print("fastkd: the C++ kernels are compiled.")

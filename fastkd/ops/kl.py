@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .arguments import LossArguments, check_vocab_index, compute_dtype, leading_shape
-from .chunked import LossStats, evaluate
+from .arguments import (
+    LossOptions,
+    check_denominator,
+    check_row_tensors,
+    check_teacher,
+    check_vocab_index,
+    divergence_options,
+    leading_shape,
+)
+from .chunked import LossStats
 from .divergence import Divergence
-from .rows import LogitTransform
+from .operator import chunked_loss
 
 
 def kl_div(
@@ -38,8 +44,8 @@ def kl_div(
     """T^2 D(softmax(z_t / T), softmax(z_s / T)) per token from logits, reduced over tokens.
 
     `student_logits` (..., V_s), `teacher_logits` (..., V_t); no gradient flows to the teacher. `vocab_index` (V_s,) int64 picks the
-    teacher's columns. All other options, the result and the errors are those of `linear_kl_div`. Beside its gradient, which is as
-    large as `student_logits`, only chunks in float32 (float64 for float64 inputs) are alive.
+    teacher's columns. All other options, the result and the errors are those of `linear_kl_div`. Logits are read once in
+    forward and once in backward, where the gradient is written; beside it only a chunk of both is alive.
     """
     leading = leading_shape("student_logits", student_logits)
     if leading_shape("teacher_logits", teacher_logits) != leading:
@@ -47,61 +53,37 @@ def kl_div(
             f"student_logits has leading dims {tuple(leading)} and teacher_logits {tuple(teacher_logits.shape[:-1])}; "
             "both models must have seen the same tokens."
         )
-    if teacher_logits.device != student_logits.device:
-        raise ValueError(f"teacher_logits is on {teacher_logits.device} and student_logits on {student_logits.device}.")
-    vocabulary = student_logits.shape[-1]
-    check_vocab_index(vocab_index, vocabulary, teacher_logits.shape[-1])
-    arguments = LossArguments(
-        divergence=Divergence.parse(divergence),
+    device = student_logits.device
+    if teacher_logits.device != device:
+        raise ValueError(f"teacher_logits is on {teacher_logits.device} and student_logits on {device}; move them together.")
+    check_teacher("teacher_logits", teacher_logits)
+    check_vocab_index(vocab_index, student_logits.shape[-1], teacher_logits.shape[-1], device)
+    options = LossOptions(
+        **divergence_options(divergence),
         temperature=temperature,
-        mask=mask,
-        labels=labels,
         label_weight=label_weight,
         ignore_index=ignore_index,
-        student=LogitTransform(student_logit_scale, student_softcap),
-        teacher=LogitTransform(teacher_logit_scale, teacher_softcap),
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
         reduction=reduction,
-        denominator=denominator,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         backend=backend,
         return_stats=return_stats,
     )
-    device = student_logits.device
-    valid = arguments.valid_rows(leading, device)
-    dtype = compute_dtype(student_logits, teacher_logits)
-    student = GivenLogits(student_logits, valid)
-    teacher = GivenLogits(teacher_logits if vocab_index is not None else teacher_logits[..., :vocabulary], valid, vocab_index)
-    problem = arguments.problem(student, teacher, leading, vocabulary, valid, dtype, device)
-    return evaluate(problem, student.inputs, leading, valid, return_stats)
-
-
-class GivenLogits:
-    """Logits that exist, as a source of chunks (`LogitSource`) and, for the student, as a sink of their gradient."""
-
-    def __init__(self, logits: Tensor, valid: Tensor | None, columns: Tensor | None = None) -> None:
-        self.inputs = (logits,)
-        self.logits = logits.detach().reshape(-1, logits.shape[-1])
-        self.valid, self.columns = valid, columns
-
-    def load(self, rows: slice, out: Tensor) -> None:
-        chunk = self.logits[rows] if self.valid is None else self.logits[self.valid[rows]]
-        out.copy_(chunk if self.columns is None else chunk.index_select(1, self.columns))
-
-    def begin(self, needed: Sequence[bool]) -> None:
-        # Masked rows are never written, so they start as zeros.
-        self.gradient = torch.zeros_like(self.logits) if needed[0] else None
-
-    def collect(self, rows: slice, gradient: Tensor) -> None:
-        assert self.gradient is not None
-        target: slice | Tensor = rows if self.valid is None else self.valid[rows]
-        self.gradient[target] = gradient.to(self.gradient.dtype)
-
-    def finish(self, scale: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, self.gradient = self.gradient, None
-        if gradient is None:
-            return (None,)
-        return (gradient.mul_(scale).view(self.inputs[0].shape),)
+    mask, labels = check_row_tensors(leading, device, options, mask, labels)
+    return chunked_loss(
+        [student_logits.reshape(-1, student_logits.shape[-1])],
+        [teacher_logits.reshape(-1, teacher_logits.shape[-1])],
+        options,
+        leading,
+        vocab_index=vocab_index,
+        mask=mask,
+        labels=labels,
+        denominator=check_denominator(denominator, reduction, device),
+    )
 
 
 def kl_div_reference(

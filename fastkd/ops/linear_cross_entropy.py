@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import LossArguments, compute_dtype
-from .chunked import evaluate
-from .linear_logits import LinearLogits, autocast_dtype, check_head
-from .rows import LogitTransform
+from .arguments import LossOptions, check_denominator, check_row_tensors
+from .linear_logits import autocast_dtype, check_head, flatten_head
+from .operator import chunked_loss
 
 
 def linear_cross_entropy(
@@ -33,24 +32,28 @@ def linear_cross_entropy(
     label. Result in float32 (float64 for float64 inputs); memory, chunking and errors as in `linear_kl_div`.
     """
     leading = check_head("student", hidden, weight, bias)
-    arguments = LossArguments(
-        mask=labels != ignore_index,
-        labels=labels,
+    device = hidden.device
+    options = LossOptions(
         label_weight=1.0,
         ignore_index=ignore_index,
-        student=LogitTransform(logit_scale, softcap),
+        student_softcap=softcap,
+        student_logit_scale=logit_scale,
         reduction=reduction,
-        denominator=denominator,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         backend=backend,
+        operand_dtype=autocast_dtype(device),
     )
-    device = hidden.device
-    valid = arguments.valid_rows(leading, device)
-    dtype = compute_dtype(hidden)
-    student = LinearLogits(hidden, weight, bias, valid, dtype, autocast_dtype(device))
-    problem = arguments.problem(student, None, leading, weight.shape[0], valid, dtype, device)
-    loss = evaluate(problem, student.inputs, leading, valid, return_stats=False)
+    mask, flat_labels = check_row_tensors(leading, device, options, labels != ignore_index, labels)
+    loss = chunked_loss(
+        flatten_head(hidden, weight, bias),
+        [],
+        options,
+        leading,
+        mask=mask,
+        labels=flat_labels,
+        denominator=check_denominator(denominator, reduction, device),
+    )
     assert not isinstance(loss, tuple)
     return loss
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import LossArguments, check_vocab_index, compute_dtype
-from .chunked import LossStats, evaluate
+from .arguments import LossOptions, check_denominator, check_row_tensors, check_vocab_index, divergence_options
+from .chunked import LossStats
 from .divergence import Divergence
 from .kl import kl_div_reference
-from .linear_logits import LinearLogits, autocast_dtype, check_head
-from .rows import LogitTransform
+from .linear_logits import autocast_dtype, check_head, flatten_head
+from .operator import chunked_loss
 
 
 def linear_kl_div(
@@ -40,6 +40,8 @@ def linear_kl_div(
     memory_budget: int | None = None,
     backend: str = "auto",
     return_stats: bool = False,
+    grad_filter: float | None = None,
+    teacher_precision: str = "full",
 ) -> Tensor | tuple[Tensor, LossStats]:
     """T^2 D(softmax(z_t / T), softmax(z_s / T)) per token, with z = softcap(scale (h W^T + b)), reduced over tokens.
 
@@ -55,7 +57,7 @@ def linear_kl_div(
         temperature: T > 0. Value and gradient both carry T^2 (Hinton et al., arXiv:1503.02531).
         mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
         vocab_index: (V_s,) int64, the teacher row behind every student row: the teacher's softmax is taken over those rows alone.
-            None: same ids, a longer teacher is sliced to V_s rows.
+            Each row at most once. None: same ids, a longer teacher is sliced to V_s rows.
         labels: (...) int64 student ids; adds label_weight times the cross-entropy of the same student logits at T = 1, averaged over
             its own unmasked labelled tokens (or over `denominator`).
         student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale: what the model does after its head.
@@ -64,6 +66,10 @@ def linear_kl_div(
         chunk_size, memory_budget: rows, or bytes of logits alive; None: planned (`fastkd.ops.plan`).
         backend: "auto" or a backend's name.
         return_stats: also return `LossStats`, per token and without gradient.
+        grad_filter: approximate, off by default. The two backward GEMMs run over those vocabulary columns alone in which the gradient
+            of some token of the chunk exceeds this (before the division by the denominator); the others are replaced by their mean,
+            token by token. `LossStats.columns_kept` and `.dropped_mass` say what it did. The value stays exact.
+        teacher_precision: "full", or approximate "fp8": the teacher's GEMM in float8 e4m3, on GPUs that have it (and slowly on CPUs).
 
     Returns:
         The loss in float32 (float64 for float64 inputs). Gradients accumulate in that dtype and come back in each input's own.
@@ -78,37 +84,39 @@ def linear_kl_div(
             f"student_hidden has leading dims {tuple(leading)} and teacher_hidden {tuple(teacher_hidden.shape[:-1])}; "
             "both models must have seen the same tokens."
         )
-    if teacher_hidden.device != student_hidden.device:
-        raise ValueError(f"teacher_hidden is on {teacher_hidden.device} and student_hidden on {student_hidden.device}.")
-    vocabulary = student_weight.shape[0]
-    check_vocab_index(vocab_index, vocabulary, teacher_weight.shape[0])
-    arguments = LossArguments(
-        divergence=Divergence.parse(divergence),
+    device = student_hidden.device
+    if teacher_hidden.device != device:
+        raise ValueError(f"teacher_hidden is on {teacher_hidden.device} and student_hidden on {device}; move them together.")
+    check_vocab_index(vocab_index, student_weight.shape[0], teacher_weight.shape[0], device)
+    options = LossOptions(
+        **divergence_options(divergence),
         temperature=temperature,
-        mask=mask,
-        labels=labels,
         label_weight=label_weight,
         ignore_index=ignore_index,
-        student=LogitTransform(student_logit_scale, student_softcap),
-        teacher=LogitTransform(teacher_logit_scale, teacher_softcap),
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
         reduction=reduction,
-        denominator=denominator,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         backend=backend,
         return_stats=return_stats,
+        grad_filter=grad_filter,
+        teacher_precision=teacher_precision,
+        operand_dtype=autocast_dtype(device),
     )
-    device = student_hidden.device
-    valid = arguments.valid_rows(leading, device)
-    dtype = compute_dtype(student_hidden, teacher_hidden)
-    with torch.no_grad():
-        kept_weight = _rows(teacher_weight, vocab_index, vocabulary)
-        kept_bias = None if teacher_bias is None else _rows(teacher_bias, vocab_index, vocabulary)
-    operand_dtype = autocast_dtype(device)
-    student = LinearLogits(student_hidden, student_weight, student_bias, valid, dtype, operand_dtype)
-    teacher = LinearLogits(teacher_hidden, kept_weight, kept_bias, valid, dtype, operand_dtype)
-    problem = arguments.problem(student, teacher, leading, vocabulary, valid, dtype, device)
-    return evaluate(problem, student.inputs, leading, valid, return_stats)
+    mask, labels = check_row_tensors(leading, device, options, mask, labels)
+    return chunked_loss(
+        flatten_head(student_hidden, student_weight, student_bias),
+        flatten_head(teacher_hidden, teacher_weight, teacher_bias),
+        options,
+        leading,
+        vocab_index=vocab_index,
+        mask=mask,
+        labels=labels,
+        denominator=check_denominator(denominator, reduction, device),
+    )
 
 
 def linear_kl_div_reference(
@@ -125,10 +133,6 @@ def linear_kl_div_reference(
     student_logits = torch.nn.functional.linear(student_hidden, student_weight, student_bias)
     teacher_logits = torch.nn.functional.linear(teacher_hidden, teacher_weight, teacher_bias)
     return kl_div_reference(student_logits, teacher_logits, **options)
-
-
-def _rows(tensor: Tensor, vocab_index: Tensor | None, vocabulary: int) -> Tensor:
-    return tensor[:vocabulary] if vocab_index is None else tensor.index_select(0, vocab_index)
 
 
 class LinearKLDivLoss(torch.nn.Module):

@@ -1,101 +1,140 @@
-"""Logits of a linear head, made a chunk at a time: hidden (N, H) times weight (V, H) transposed, plus bias (V,)."""
+"""Logits of a linear head, a few rows at a time: hidden (N, H) times weight (V, H) transposed, plus bias (V,)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .arguments import check_plain, leading_shape
+from .arguments import check_plain, check_teacher, leading_shape
+from .gemm import mm_, multiplies_unraised
+from .grad_filter import GradFilter
 
-# 16-bit weights are raised to the compute dtype a tile at a time, so that no second copy of the head exists.
+# A weight that has to be raised to the compute dtype is, a tile at a time, so that no second copy of the head exists.
 _TILE_ROWS = 4096
 
 
 class LinearLogits:
-    """A head and its hidden states as a source of logits (`LogitSource`), and for the student as a sink of their gradient.
+    """A head and its hidden states as a source of logits (`TeacherSource`), and for the student as a sink of their gradient.
 
     Products are accumulated in `dtype`, float32 or float64, whatever the dtype of hidden states and weight: 16-bit operands are exact
-    in float32, and their logits are never rounded back. Weight and bias gradients accumulate in `dtype` too.
+    in float32, and their logits are never rounded back. Where 16-bit operands are multiplied as they are, the logits' gradient is
+    rounded to 16 bits and lies over the first half of its float32 logits. The inputs' gradients accumulate in `dtype`.
     """
 
     def __init__(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        tensors: Sequence[Tensor],
         valid: Tensor | None,
+        rows: int,
         dtype: torch.dtype,
         operand_dtype: torch.dtype | None,
+        *,
+        needs_grad: Sequence[bool] = (),
+        grad_filter: GradFilter | None = None,
     ) -> None:
-        self.inputs = (hidden, weight, bias)
-        self.valid, self.dtype = valid, dtype
-        with torch.no_grad():
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            rows = rows if valid is None else rows.index_select(0, valid)
-            self.hidden = rows.to(operand_dtype or rows.dtype).to(dtype)
-            self.weight = weight.detach().to(operand_dtype or weight.dtype)
-            self.bias = None if bias is None else bias.detach().to(dtype)
-
-    def load(self, rows: slice, out: Tensor) -> None:
-        hidden = self.hidden[rows]
-        for tile, weight in self._tiles():
-            torch.mm(hidden, weight.T, out=out if weight.shape[0] == out.shape[1] else out[:, tile])
-        if self.bias is not None:
-            out.add_(self.bias)
-
-    def begin(self, needed: Sequence[bool]) -> None:
-        wants_hidden, wants_weight, wants_bias = needed
-        self.grad_hidden = torch.zeros_like(self.hidden) if wants_hidden else None
-        self.grad_weight = torch.empty_like(self.weight, dtype=self.dtype) if wants_weight else None
-        self.grad_bias = torch.zeros_like(self.bias) if wants_bias and self.bias is not None else None
+        hidden, weight, *bias = tensors
+        vocabulary, width = weight.shape
+        operand = operand_dtype or weight.dtype
+        raises = not multiplies_unraised(operand, dtype, weight.device)
+        self.tokens, self.valid, self.dtype = hidden.shape[0], valid, dtype
+        packed = hidden if valid is None else hidden.index_select(0, valid)
+        self.hidden = packed.to(operand).to(dtype if raises else operand)
+        self.weight = weight.to(operand)
+        self.bias = bias[0].to(dtype) if bias else None
+        self.tile = weight.new_empty(min(_TILE_ROWS, vocabulary), width, dtype=dtype) if raises else None
+        self.buffer = weight.new_empty(rows, vocabulary, dtype=dtype)
+        over = raises or operand == dtype
+        self.gradient_buffer = self.buffer if over else self.buffer.view(operand)[:, :vocabulary]
+        # The first chunk writes, later ones add; nothing is filled with zeros first.
         self.first = True
+        shapes = [self.hidden.shape, weight.shape, weight.shape[:1]]
+        self.wanted = [*needs_grad, False, False, False][:3]
+        self.grad_hidden, self.grad_weight, self.grad_bias = (
+            weight.new_empty(shape if wanted else 0, dtype=dtype) for shape, wanted in zip(shapes, self.wanted, strict=True)
+        )
+        self.bias_sum = torch.empty_like(self.grad_bias)
+        self.results = len(tensors)
+        self.grad_filter = grad_filter
+        if grad_filter is not None:
+            self.weight_sum = self.weight.sum(0, dtype=dtype)
 
-    def collect(self, rows: slice, gradient: Tensor) -> None:
-        if self.grad_hidden is not None:
-            for tile, weight in self._tiles():
-                self.grad_hidden[rows].addmm_(gradient[:, tile], weight)
-        if self.grad_weight is not None:
-            if self.first:
-                torch.mm(gradient.T, self.hidden[rows], out=self.grad_weight)
-            else:
-                self.grad_weight.addmm_(gradient.T, self.hidden[rows])
-        if self.grad_bias is not None:
-            self.grad_bias.add_(gradient.sum(0))
+    def logits(self, rows: slice) -> Tensor:
+        out = self.buffer[: rows.stop - rows.start]
+        for columns, weight in self._tiles():
+            mm_(out[:, columns], self.hidden[rows], weight.T)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def gradient_target(self, rows: slice) -> Tensor:
+        return self.gradient_buffer[: rows.stop - rows.start]
+
+    def collect(self, rows: slice) -> None:
+        gradient = self.gradient_target(rows)
+        wants_hidden, wants_weight, wants_bias = self.wanted
+        if self.grad_filter is not None:
+            self._collect_filtered(self.grad_filter, rows, gradient)
+            return
+        if wants_hidden:
+            for columns, weight in self._tiles():
+                mm_(self.grad_hidden[rows], gradient[:, columns], weight, accumulate=columns.start > 0)
+        if wants_weight:
+            mm_(self.grad_weight, gradient.T, self.hidden[rows], accumulate=not self.first)
+        if wants_bias:
+            torch.sum(gradient, 0, dtype=self.dtype, out=self.grad_bias if self.first else self.bias_sum)
+            if not self.first:
+                self.grad_bias.add_(self.bias_sum)
         self.first = False
 
-    def finish(self, scale: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = self.inputs
-        if self.grad_weight is not None and self.first:
+    def _collect_filtered(self, grad_filter: GradFilter, rows: slice, gradient: Tensor) -> None:
+        """The gradient with its small columns replaced by their mean: products over the kept columns, and one of rank 1."""
+        kept, gradient, tail = grad_filter.split(rows, gradient, self.dtype)
+        wants_hidden, wants_weight, wants_bias = self.wanted
+        if self.first:
             self.grad_weight.zero_()
-        results: list[Tensor | None] = []
-        for gradient, original in ((self.grad_hidden, hidden), (self.grad_weight, weight), (self.grad_bias, bias)):
-            results.append(None if gradient is None or original is None else gradient.mul_(scale).to(original.dtype))
-        if results[0] is not None:
-            if self.valid is not None:
-                full = results[0].new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
-                results[0] = full.index_copy_(0, self.valid, results[0])
-            results[0] = results[0].view(hidden.shape)
-        self.grad_hidden = self.grad_weight = self.grad_bias = None
-        return tuple(results)
+            self.grad_bias.zero_()
+            self.tail_weight, self.tail_bias = torch.zeros_like(self.weight_sum), torch.zeros_like(self.weight_sum[0])
+            self.first = False
+        if wants_hidden:
+            weight = self.weight.index_select(0, kept).to(gradient.dtype)
+            mm_(self.grad_hidden[rows], gradient, weight)
+            self.grad_hidden[rows].addr_(tail, self.weight_sum - weight.sum(0, dtype=self.dtype))
+        # What every row of the head gets from the tail is added once at the end, and taken back here from the rows that are kept.
+        if wants_weight:
+            hidden = self.hidden[rows]
+            product = self.grad_weight.new_empty(kept.numel(), hidden.shape[1])
+            mm_(product, gradient.T, hidden)
+            shared = tail @ hidden.to(self.dtype)
+            self.grad_weight.index_add_(0, kept, product.sub_(shared))
+            self.tail_weight += shared
+        if wants_bias:
+            self.grad_bias.index_add_(0, kept, gradient.sum(0, dtype=self.dtype) - tail.sum())
+            self.tail_bias += tail.sum()
 
-    def _tiles(self) -> list[tuple[slice, Tensor]] | _RaisedTiles:
-        if self.weight.dtype == self.dtype:
-            return [(slice(0, self.weight.shape[0]), self.weight)]
-        return _RaisedTiles(self.weight, self.dtype)
+    def gradients(self) -> list[Tensor]:
+        results = [self.grad_hidden, self.grad_weight, self.grad_bias][: self.results]
+        if self.first:  # no rows at all
+            for gradient in results:
+                gradient.zero_()
+        elif self.grad_filter is not None:
+            self.grad_weight += self.tail_weight if self.wanted[1] else 0
+            self.grad_bias += self.tail_bias
+        if self.valid is not None and self.wanted[0]:
+            full = self.grad_hidden.new_zeros(self.tokens, self.grad_hidden.shape[1])
+            results[0] = full.index_copy_(0, self.valid, self.grad_hidden)
+        return results
 
-
-class _RaisedTiles:
-    """Tiles of a 16-bit weight in the compute dtype, each alive only while it is used."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight, self.dtype = weight, dtype
-
-    def __iter__(self):
-        for start in range(0, self.weight.shape[0], _TILE_ROWS):
-            tile = slice(start, start + _TILE_ROWS)
-            yield tile, self.weight[tile].to(self.dtype)
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the head, those rows as GEMMs take them)."""
+        vocabulary = self.weight.shape[0]
+        if self.tile is None:
+            yield slice(0, vocabulary), self.weight
+            return
+        for start in range(0, vocabulary, _TILE_ROWS):
+            columns = slice(start, min(start + _TILE_ROWS, vocabulary))
+            tile = self.tile[: columns.stop - start]
+            tile.copy_(self.weight[columns])
+            yield columns, tile
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -116,11 +155,18 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
         check_plain(f"{side}_bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{side}_bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), one value a vocabulary row.")
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{side}_{name} is on {tensor.device} and {side}_hidden on {hidden.device}; move them together.")
+        if side == "teacher":
+            check_teacher(f"{side}_{name}", tensor)
     if weight.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
         raise TypeError(
             f"{side}_hidden has dtype {hidden.dtype} and {side}_weight {weight.dtype}; cast one of them, or call under torch.autocast."
         )
     return leading
+
+
+def flatten_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """As the chunked pass takes them: hidden states (N, H), weight, and the bias if there is one."""
+    return [hidden.reshape(-1, hidden.shape[-1]), weight, *([] if bias is None else [bias])]

@@ -1,4 +1,4 @@
-"""The door to the row kernels: two blocks of logits in, per-row losses out, the student's block overwritten by its gradient.
+"""The door to the row kernels: two blocks of logits in, per-row losses and the gradient of the student's logits out.
 
 This file holds the torch backend, which is exact on every device and dtype; compiled backends answer the same call.
 """
@@ -38,18 +38,22 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """What is computed of each row. `divergence` None means that there is no teacher, only the labels' cross-entropy."""
+    """What is computed of each row. `divergence` None: no dense teacher; `tail`: how a sparse one (`topk_rows.py`) is completed."""
 
     divergence: Divergence | None = field(default_factory=lambda: Divergence("forward_kl"))
     temperature: float = 1.0
     student: LogitTransform = LogitTransform()
     teacher: LogitTransform = LogitTransform()
     stats: bool = False
+    tail: str = "bucket"
 
 
 @dataclass
 class RowLosses:
-    """Per-row results, (C,) each, in the logits' dtype. `divergence` carries T^2; entropies are those of the tempered distributions."""
+    """Per-row results, (C,) each, in the row weights' dtype.
+
+    `divergence` carries T^2; entropies are those of the tempered distributions.
+    """
 
     divergence: Tensor | None = None
     cross_entropy: Tensor | None = None
@@ -67,37 +71,44 @@ def softmax_divergence_(
     row_weight: Tensor,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
-    gradient: bool = True,
+    gradient: Tensor | None = None,
 ) -> None:
-    """Fill `out` with per-row losses and overwrite `student_logits` (C, V) with the gradient, with respect to itself, of
+    """Fill `out` with per-row losses, and `gradient` if it is given with the gradient, with respect to `student_logits`, of
 
         sum_i row_weight_i T^2 D(softmax(teacher_i / T), softmax(student_i / T)) + label_weight_i CE(student_i, labels_i)
 
-    Shapes: logits (C, V) float32 or float64 as the heads' GEMMs wrote them (before `LogitTransform`); labels (C,) int64, negative
-    where a row has none; weights (C,). Losses in `out` are unweighted. Without `gradient`, `student_logits` is left unspecified.
+    Logits and `gradient` are (C, V), each in float16, bfloat16, float32 or float64, of any row stride and unit column stride; logits
+    are as the heads' GEMMs wrote them (before `LogitTransform`). Labels are (C,) int64, negative where a row has none. Weights (C,) and
+    `out` are float32 or float64, and so is all arithmetic. Losses in `out` are unweighted.
+
+    `gradient` may be `student_logits`, or lie over it in a narrower dtype, each of its rows beginning where a row of logits begins (a
+    bfloat16 view of a float32 buffer, of twice its row stride), or lie elsewhere. Both blocks of logits are scratch afterwards.
     """
     rows, vocabulary = student_logits.shape
+    dtype = row_weight.dtype
     elements = _GPU_BLOCK_ELEMENTS if student_logits.is_cuda else _CPU_BLOCK_ELEMENTS
     step = max(1, elements // max(1, vocabulary))
     for start in range(0, rows, step):
         block = slice(start, start + step)
-        student = options.student.apply(student_logits[block])
+        student = options.student.apply(student_logits[block].to(dtype))
         total = None
         if options.divergence is not None:
             assert teacher_logits is not None and out.divergence is not None
-            total = _divergence_block(student, options.teacher.apply(teacher_logits[block]), options, out, block, gradient)
+            teacher = options.teacher.apply(teacher_logits[block].to(dtype))
+            total = _divergence_block(student, teacher, options, out, block, gradient is not None)
             if total is not None:
                 total.mul_(row_weight[block, None])
         if labels is not None:
             assert out.cross_entropy is not None
-            wanted = gradient and label_weight is not None
+            wanted = gradient is not None and label_weight is not None
             label_gradient = _cross_entropy_block(student, labels[block], out.cross_entropy[block], wanted)
             if label_gradient is not None and label_weight is not None:
                 label_gradient.mul_(label_weight[block, None])
                 total = label_gradient if total is None else total.add_(label_gradient)
-        if gradient:
+        if gradient is not None:
             assert total is not None
-            student_logits[block] = options.student.backward_(total, student)
+            # `total` has memory of its own and a row of `gradient` lies over none but its own row of logits: all of those were read.
+            gradient[block] = options.student.backward_(total, student)
 
 
 def _divergence_block(

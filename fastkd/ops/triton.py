@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .rows import RowLosses, RowOptions
+from .topk_rows import TopK, check_tail
 
 
 def softmax_divergence_(
@@ -23,9 +24,9 @@ def softmax_divergence_(
     row_weight: Tensor,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
-    gradient: bool = True,
+    gradient: Tensor | None = None,
 ) -> None:
-    """`fastkd.ops.rows.softmax_divergence_` with one program a row; bf16 logits too, with losses and weights in float32."""
+    """`fastkd.ops.rows.softmax_divergence_` with one program a row."""
     from ..kernels.rows import softmax_divergence
 
     divergence = options.divergence
@@ -47,6 +48,40 @@ def softmax_divergence_(
         student_softcap=options.student.softcap,
         teacher_scale=options.teacher.scale,
         teacher_softcap=options.teacher.softcap,
+        gradient=gradient,
+    )
+
+
+def topk_divergence_(
+    student_logits: Tensor,
+    teacher: TopK,
+    options: RowOptions,
+    out: RowLosses,
+    *,
+    row_weight: Tensor,
+    labels: Tensor | None = None,
+    label_weight: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> None:
+    """`fastkd.ops.topk_rows.topk_divergence_` with one program a row (`kernels/topk.py`)."""
+    from ..kernels.topk import topk_divergence
+
+    check_tail(options.tail, teacher.log_tail is not None)
+    assert out.divergence is not None
+    topk_divergence(
+        student_logits,
+        teacher.ids,
+        teacher.log_probabilities,
+        None if teacher.log_tail is None else teacher.log_tail.contiguous(),
+        tail=options.tail,
+        row_weight=row_weight.contiguous(),
+        divergence=out.divergence,
+        cross_entropy=out.cross_entropy,
+        labels=None if labels is None else labels.contiguous(),
+        label_weight=None if label_weight is None else label_weight.contiguous(),
+        temperature=options.temperature,
+        student_scale=options.student.scale,
+        student_softcap=options.student.softcap,
         gradient=gradient,
     )
 

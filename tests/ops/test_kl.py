@@ -48,8 +48,9 @@ def test_impossible_tokens_add_nothing(divergence):
     teacher = teacher[:, :STUDENT_VOCAB].clone()
     student = student.detach()
     banned = torch.arange(STUDENT_VOCAB) % 3 == 0
-    holes = [x.masked_fill(banned, -math.inf).requires_grad_() for x in (student, teacher)]
-    kept = [x[:, ~banned].clone().requires_grad_() for x in (student, teacher)]
+    holes, kept = [x.masked_fill(banned, -math.inf) for x in (student, teacher)], [x[:, ~banned].clone() for x in (student, teacher)]
+    holes[0].requires_grad_()
+    kept[0].requires_grad_()
     value, truth = (fastkd.kl_div(*x, divergence=divergence, temperature=2.0) for x in (holes, kept))
     assert_close(value, truth, 1e-12)
     gradient = torch.autograd.grad(value, holes[0])[0]
@@ -97,8 +98,21 @@ def test_nan_logits_are_never_hidden():
         assert fastkd.kl_div(student, poisoned_teacher, divergence=divergence).isnan()
 
 
-def test_wrong_shapes_are_refused():
+def test_forward_keeps_no_gradient_sized_buffer_and_backward_follows_the_upstream_gradient():
+    """The gradient is made in backward, so that an upstream gradient of each token's own costs nothing."""
     student, teacher = make_logits()
+    per_token = fastkd.kl_div(student, teacher, reduction="none", mask=MASK)
+    upstream = torch.linspace(-2.0, 3.0, TOKENS, dtype=torch.float64)
+    exact = student.detach().requires_grad_()
+    truth = fastkd.reference.kl_div(exact, teacher, reduction="none", mask=MASK)
+    assert_close(torch.autograd.grad(per_token, student, upstream)[0], torch.autograd.grad(truth, exact, upstream)[0], 1e-12)
+
+
+def test_wrong_arguments_are_refused():
+    student, teacher = make_logits()
+    with pytest.raises(ValueError, match="teacher_logits requires a gradient"):
+        fastkd.kl_div(student, teacher.requires_grad_())
+    teacher = teacher.detach()
     with pytest.raises(ValueError, match="the same tokens"):
         fastkd.kl_div(student, teacher[:-1])
     with pytest.raises(ValueError, match="only 10"):

@@ -12,7 +12,10 @@ from fastkd.ops.plan import CPU_BUDGET, KNEE_ROWS, plan_chunks
 def test_every_row_once(tokens, vocabulary):
     plan = plan_chunks(tokens, vocabulary)
     assert [row for chunk in plan.slices() for row in range(chunk.start, chunk.stop)] == list(range(tokens))
-    assert len(plan.slices()) == plan.chunks
+    parts = [part for chunk in plan.slices() for part in plan.parts(chunk)]
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(tokens))
+    assert max((part.stop - part.start for part in parts), default=0) <= plan.teacher_rows
+    assert len(list(plan.slices())) == plan.chunks
     assert plan.buffer_bytes <= max(CPU_BUDGET, KNEE_ROWS * 8 * vocabulary)
 
 
@@ -34,11 +37,18 @@ def test_chunk_size_decides_alone():
 
 
 def test_float64_and_a_lone_student_count():
-    assert plan_chunks(10**6, 30_522, element_size=8).chunk_rows == KNEE_ROWS
-    assert plan_chunks(10**6, 30_522, logit_buffers=1).chunk_rows > plan_chunks(10**6, 30_522).chunk_rows
+    assert KNEE_ROWS <= plan_chunks(10**6, 30_522, element_size=8).chunk_rows < plan_chunks(10**6, 30_522).chunk_rows
+    assert plan_chunks(10**6, 30_522, has_teacher=False).chunk_rows > plan_chunks(10**6, 30_522).chunk_rows
 
 
 def test_it_prints():
     assert str(plan_chunks(4096, 30_522)) == (
-        "4096 tokens x 30522 vocabulary in 8 chunk(s) of 512 rows: 119.2 MiB of logits alive instead of 953.8 MiB"
+        "4096 tokens x 30522 vocabulary in 6 chunk(s) of 683 rows: 159.0 MiB of logits alive instead of 953.8 MiB"
     )
+
+
+def test_the_teacher_comes_in_parts_where_two_chunks_at_the_knee_do_not_fit():
+    small, large = plan_chunks(4096, 30_522), plan_chunks(4096, 262_144)
+    assert small.teacher_rows == small.chunk_rows
+    assert (large.chunk_rows, large.teacher_rows) == (KNEE_ROWS, KNEE_ROWS // 4)
+    assert plan_chunks(4096, 1000, memory_budget=10_000).teacher_rows == 1

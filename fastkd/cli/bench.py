@@ -1,0 +1,32 @@
+"""`fastkd bench`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    from ..benchmarks import CLAIMS, claim
+
+    if argv[:1] == ["report"]:
+        from ..benchmarks import report
+
+        return report.main(argv[1:])
+    listed = "\n".join(f"  {name:<14}{sentence}" for name, sentence in CLAIMS.items())
+    parser = argparse.ArgumentParser(
+        prog="fastkd bench",
+        usage="fastkd bench [CLAIM ...] [options]    |    fastkd bench report [options]",
+        description=f"Measure what fastkd claims, beside every peer that is installed (pip install 'fastkd[bench]').\n\n{listed}",
+        epilog="`fastkd bench report` draws the tables and plots of the documentation from the JSON files alone.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("claims", nargs="*", metavar="CLAIM", help="default: all; grad_filter only with --pair")
+    claim.add_arguments(parser)
+    known = parser.parse_args(argv)
+    unknown = [name for name in known.claims if name not in CLAIMS]
+    if unknown:
+        raise ValueError(f"There is no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}, and `fastkd bench report`.")
+    settings = claim.read_settings(known)
+    claim.run_claims(known.claims or claim.default_claims(settings), settings)
+    return 0

@@ -1,0 +1,38 @@
+"""Matrix products whose result and sums are in float32 (or float64) whatever the operands are; nothing is allocated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cpp
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def multiplies_unraised(operand: torch.dtype, result: torch.dtype, device: torch.device) -> bool:
+    """Whether `mm_` takes operands of dtype `operand` into `result` as they are; otherwise they are to be raised to `result` first.
+
+    True for equal dtypes, and for 16-bit operands into float32 where a library has that product: on CUDA, and on CPUs with MKL.
+    """
+    if operand == result:
+        return True
+    if operand not in _SIXTEEN_BITS or result != torch.float32:
+        return False
+    return device.type == "cuda" or (device.type == "cpu" and operand in cpp.unraised_dtypes())
+
+
+def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
+    """out (M, N) = a (M, K) b (K, N), or out += a b. 16-bit operands are exact in float32, so that only sums round."""
+    if a.dtype == out.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif out.is_cuda:
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        cpp.mm_16bit_(out, a, b, accumulate)

@@ -1,0 +1,98 @@
+"""Every claim runs, by the command line, on tiny shapes, and leaves its record; the GPU proof starts in a bare checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd.benchmarks import CLAIMS, checks, claim
+from fastkd.cli.main import main
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    assert main(["bench", "--smoke", "--device", "cpu", "--output", str(folder)]) == 0
+    return {path.stem.removesuffix("_cpu"): json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_all_claims_leave_a_record(records):
+    assert set(records) == set(CLAIMS)
+    for name, record in records.items():
+        assert record["claim"] == name and record["device"] == "cpu" and record["smoke"] is True and record["repeats"] == 1
+        assert record["environment"]["versions"]["torch"] == torch.__version__ and record["environment"]["threads"] >= 1
+        assert record["results"]
+
+
+def test_linear_kl(records):
+    rows = {row["implementation"]: row for row in records["linear_kl"]["results"]}
+    assert rows["GEMMs alone"]["ratio_to_gemms"] == 1.0 and rows["GEMMs alone, float32"]["seconds"]["rounds"] == 1
+    for row in rows.values():
+        assert row["ratio_to_gemms"] == pytest.approx(row["seconds"]["median"] / rows["GEMMs alone"]["seconds"]["median"])
+    for target, ours, theirs in zip(
+        (4e-4, 4e-3, 3e-2), rows["fastkd torch"]["gradient_error"], rows["eager"]["gradient_error"], strict=True
+    ):
+        assert ours["kl"] == pytest.approx(target, rel=0.05)
+        assert max(ours["student"], ours["head"]) < 5e-3 < min(theirs["student"], theirs["head"])
+
+
+def test_accuracy(records):
+    for row in records["accuracy"]["results"]:
+        if row["implementation"].startswith("fastkd"):
+            assert max(row["student"], row["head"]) < (5e-3 if row["dtype"] == "bfloat16" else 1e-3)
+
+
+def test_row_kernel(records):
+    for row in records["row_kernel"]["results"]:
+        assert row["bytes_per_second"] == pytest.approx(1e9 * 4 * row["accesses_per_element"] / row["nanoseconds_per_element"])
+
+
+def test_grad_filter(records):
+    coarse, fine = records["grad_filter"]["results"]
+    assert coarse["threshold"] > fine["threshold"] and coarse["columns_kept"] < fine["columns_kept"] <= 1
+    assert coarse["student_error"] > fine["student_error"] and fine["head_cosine"] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["linear_k"], "There is no claim 'linear_k'; there are linear_kl, masked"),
+        (["grad_filter"], "--pair DIR, the output folder of `fastkd quickstart`"),
+        (["grad_filter", "--pair", "/no/where"], "--pair /no/where holds no trained teacher"),
+        (["masked", "--repeats", "0"], "--repeats 0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(arguments, sentence, tmp_path, capsys):
+    assert main(["bench", *arguments, "--device", "cpu", "--output", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_claim_without_a_pair_is_left_out_by_default(tmp_path):
+    settings = claim.Settings(torch.device("cpu"), 1, 1.0, smoke=False, output=tmp_path, pair=None)
+    assert claim.default_claims(settings) == [name for name in CLAIMS if name != "grad_filter"]
+
+
+def test_checks_pass_here_and_see_a_broken_backend(tmp_path, monkeypatch):
+    settings = claim.Settings(torch.device("cpu"), 1, 1.0, smoke=True, output=tmp_path, pair=None)
+    monkeypatch.setattr(checks, "live_backends", lambda device: (("torch",), {}))
+    assert all(result["passed"] for result in checks.run_checks(settings)["results"])
+    fused = checks.fused
+    monkeypatch.setattr(checks, "fused", lambda *inputs, **options: 1.01 * fused(*inputs, **options))
+    assert not any(result["passed"] for result in checks.run_checks(settings)["results"])
+
+
+def test_the_gpu_proof_starts_where_nothing_is_installed():
+    """-S: no editable install, only the checkout and the packages it needs."""
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    command = [sys.executable, "-S", str(ROOT / "benchmarks" / "gpu.py"), "--help"]
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Check, then time, every GPU backend." in done.stdout, done.stderr

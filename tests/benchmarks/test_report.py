@@ -1,0 +1,126 @@
+"""Tables and plots come from the JSON alone, name their environment, and say what was not measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastkd.benchmarks import CLAIMS
+from fastkd.benchmarks.report import BEGIN, END, main, page, read_records, readme_table, with_table
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def seconds(median: float) -> dict:
+    return {"rounds": 5, "median": median, "minimum": median, "maximum": median, "lower_quartile": median, "upper_quartile": median}
+
+
+def record(claim: str, device: str = "cpu", **measured) -> dict:
+    name = "Some CPU AVX2" if device == "cpu" else "Some GPU"
+    stamp = {
+        "device": name,
+        "threads": 2,
+        "python": "3.12.1",
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc1234",
+        "time": "2030-01-02T03:04",
+    }
+    return {"claim": claim, "device": device, "smoke": False, "repeats": 5, "environment": stamp, **measured}
+
+
+def linear_kl(device: str = "cpu") -> dict:
+    shape = {"tokens": 4096, "vocabulary": 30522, "student_width": 384, "teacher_width": 768}
+    errors = [{"kl": 4.1e-4, "student": 2.1e-3, "head": 2.4e-3}, {"kl": 3e-2, "student": 1e-3, "head": 9e-4}]
+    results = [
+        {"implementation": "GEMMs alone", "dtype": "bfloat16", "seconds": seconds(2.0), "ratio_to_gemms": 1.0, "peak_bytes": 64e6},
+        {"implementation": "fastkd cpp", "dtype": "bfloat16", "seconds": seconds(2.2), "ratio_to_gemms": 1.1, "peak_bytes": 123.4e6},
+        {"implementation": "Peer", "dtype": "bfloat16", "seconds": seconds(9.0), "ratio_to_gemms": 4.5, "peak_bytes": None},
+    ]
+    for row, known in zip(results, (None, errors, errors), strict=True):
+        row["gradient_error"] = known
+    return record("linear_kl", device, shape=shape, results=results, left_out={"TRL chunked divergence": "trl is not installed"})
+
+
+def others() -> list[dict]:
+    scaling = [{"tokens": n, "seconds": seconds(n / 1e3), "microseconds_per_token": 1e3, "peak_bytes": 5e6} for n in (1024, 2048)]
+    gradients = {"student_error": 1e-2, "head_error": 2e-2, "student_cosine": 0.99995, "head_cosine": 0.9999}
+    filtered = {"threshold": 2.0**-12, "seconds": seconds(1.5), "ratio_to_gemms": 0.75, "columns_kept": 0.25, "dropped_mass": 1e-3}
+    judged = {"implementation": "fastkd cpp", "dtype": "float32", "kl": 1e-4, "value": None, "student": 1e-5, "head": 2e-5}
+    return [
+        record(
+            "scaling",
+            results=scaling,
+            large_vocabulary={"shape": {"tokens": 1024, "vocabulary": 262144}, "peak_bytes": None},
+        ),
+        record("grad_filter", floor=seconds(2.0), unfiltered=seconds(2.2) | {"ratio_to_gemms": 1.1}, results=[filtered | gradients]),
+        record("accuracy", results=[judged, {**judged, "kl": 1.0}], left_out={}),
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for made in [linear_kl(), *others()]:
+        (tmp_path / f"{made['claim']}_cpu.json").write_text(json.dumps(made))
+    (tmp_path / "quickstart_seed0.json").write_text("{}")
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold table\n{END}\nafter\n")
+    return tmp_path
+
+
+def report(folder: Path) -> int:
+    return main(["--results", str(folder), "--docs", str(folder / "docs"), "--readme", str(folder / "README.md")])
+
+
+def test_everything_is_written(folder):
+    assert report(folder) == 0
+    text = (folder / "docs" / "benchmarks.md").read_text()
+    assert "| fastkd cpp | 2.2 | 1.10 | 123 | 2.4e-03 | 1.0e-03 |\n" in text
+    assert "| Peer | 9 | 4.50 | not measured | 2.4e-03 | 1.0e-03 |\n" in text
+    assert "| TRL chunked divergence (trl is not installed) | not measured | not measured |" in text
+    assert "Some CPU AVX2, 2 threads, Python 3.12.1, torch 2.13.0, commit abc1234, 2030-01-02; tokens 4096" in text
+    assert "| 2.44e-04 | 25.0% | 1.5 | 0.75 | 1.0e-03 |" in text
+    assert "tokens 1024, vocabulary 262144: peak not measured MB" in text
+    assert all(f"## {name}\n\n{sentence}" in text for name, sentence in CLAIMS.items())
+    # Nothing was measured on a GPU, and four claims have no file at all.
+    assert text.count("not measured.\n") == len(CLAIMS) + len(CLAIMS) - 4
+    for name in ("linear_kl_cpu", "scaling_cpu", "grad_filter_cpu", "accuracy_cpu"):
+        assert (folder / "docs" / "img" / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"(img/{name}.png)" in text
+    readme = (folder / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith(f"{END}\nafter\n") and "old table" not in readme
+    assert "| fastkd cpp | 1.10; 123; 2.4e-03 | not measured |" in readme
+
+
+def test_a_report_of_the_same_files_changes_nothing(folder):
+    assert report(folder) == 0
+    first = {path: path.read_bytes() for path in folder.rglob("*.*") if path.suffix != ".png"}
+    assert report(folder) == 0
+    assert first == {path: path.read_bytes() for path in folder.rglob("*.*") if path.suffix != ".png"}
+
+
+def test_both_devices_stand_side_by_side():
+    table = readme_table([linear_kl(), linear_kl("cuda")])
+    assert "| CPU bfloat16 | Some GPU bfloat16 |" in table
+    assert "| fastkd cpp | 1.10; 123; 2.4e-03 | 1.10; 123; 2.4e-03 |" in table and "not measured" not in table
+
+
+@pytest.mark.parametrize("change", [{"smoke": True}, {"claim": "linear"}])
+def test_what_is_no_measurement_is_refused(folder, change, capsys):
+    (folder / "linear_kl_cpu.json").write_text(json.dumps({**linear_kl(), **change}))
+    assert report(folder) == 2
+    assert "linear_kl_cpu.json is not a measurement" in capsys.readouterr().err and not (folder / "docs").exists()
+
+
+def test_a_readme_without_the_comments_is_refused_before_anything_is_written(folder, capsys):
+    (folder / "README.md").write_text("no table here\n")
+    assert report(folder) == 2
+    assert "lacks the two lines" in capsys.readouterr().err and not (folder / "docs").exists()
+
+
+def test_the_documents_are_those_of_the_results():
+    """`fastkd bench report` is due whenever a result changes."""
+    records = read_records(ROOT / "benchmarks" / "results")
+    images = {path.name for path in (ROOT / "docs" / "img").glob("*.png")}
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == page(records, images), "run `fastkd bench report`"
+    readme = (ROOT / "README.md").read_text()
+    assert with_table(readme, readme_table(records["linear_kl"]), ROOT / "README.md") == readme, "run `fastkd bench report`"

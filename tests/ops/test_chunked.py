@@ -1,0 +1,42 @@
+"""The pass itself: what it allocates, and that its loop allocates nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastkd.ops.arguments import LossOptions
+from fastkd.ops.chunked import chunked_pass
+from tests.ops.test_linear_kl import MASK, NAMES, make_inputs
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the operations that return memory of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returns = function._schema.returns
+        fresh = [r for r in returns if r.alias_info is None and str(r.type) == "Tensor"]
+        self.count += bool(fresh)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all rows", "masked"])
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, False)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loop_allocates_nothing(dtype, needs, mask, backend):
+    if backend == "torch":
+        pytest.skip("The torch row kernel is the reference: it takes temporaries of a block.")
+    inputs = make_inputs(dtype=dtype)
+    student = [inputs[n].detach() for n in NAMES]
+    teacher = [inputs[n].detach() for n in ("teacher_hidden", "teacher_weight", "teacher_bias")]
+    counts = []
+    for chunk_size in (12, 2):
+        with Allocations() as allocations:
+            chunked_pass(student, teacher, None, mask, None, None, None, needs, LossOptions(chunk_size=chunk_size))
+        counts.append(allocations.count)
+    assert counts[0] == counts[1]

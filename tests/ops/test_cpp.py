@@ -1,0 +1,110 @@
+"""What only the C++ backend has: products of 16-bit matrices into float32, and refusals. Values of its row kernel: test_rows.py."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd.ops import cpp
+from fastkd.ops.rows import RowOptions
+from tests.oracle import assert_close
+from tests.row_kernels import make_logits, make_losses
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
+NARROW = [torch.bfloat16, torch.float16]
+TOLERANCE = 1e-6  # float32 sums of exact products
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    """These tests name their backend: once is enough."""
+    return cpp.extension(build=True) if shutil.which("c++") else None
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False, padding: int = 0) -> Tensor:
+    """Random (rows, columns), lying row by row or column by column, `padding` elements apart."""
+    outer, inner = (columns, rows) if transposed else (rows, columns)
+    generator = torch.Generator().manual_seed(31 * rows + columns)
+    lying = torch.randn(outer, inner + padding, generator=generator).to(dtype)[:, :inner]
+    return lying.T if transposed else lying
+
+
+def test_mkl_serves_both_dtypes():
+    assert cpp.unraised_dtypes() == (frozenset(NARROW) if torch.backends.mkl.is_available() else frozenset())
+
+
+@needs_mkl
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7, 33), (1, 64, 17), (16, 1, 9), (1, 1, 1), (1, 9, 1), (9, 5, 1), (64, 96, 127)], ids=str)
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_products_are_exact(dtype, transposed, shape, accumulate):
+    """out is strided and holds NaN, which only accumulation may read."""
+    m, k, n = shape
+    for padding in (0, 3):
+        a, b = matrix(m, k, dtype, transposed[0], padding), matrix(k, n, dtype, transposed[1], padding)
+        wide = torch.full((m, n + 2 * padding), 9.0)
+        out = wide[:, padding : padding + n]
+        out[:] = matrix(m, n, torch.float32) if accumulate else torch.nan
+        truth = a.double() @ b.double() + (out.double() if accumulate else 0.0)
+        cpp.mm_16bit_(out, a, b, accumulate)
+        assert_close(out, truth, TOLERANCE)
+        assert bool((wide[:, :padding] == 9.0).all() and (wide[:, padding + n :] == 9.0).all())
+
+
+@needs_mkl
+@pytest.mark.parametrize("shape", [(0, 4, 3), (3, 4, 0), (0, 0, 0)], ids=str)
+def test_empty_results(shape):
+    m, k, n = shape
+    cpp.mm_16bit_(torch.empty(m, n), torch.ones(m, k).bfloat16(), torch.ones(k, n).bfloat16(), False)
+
+
+@needs_mkl
+def test_a_sum_of_nothing_is_zero():
+    a, b, out = torch.empty(3, 0).bfloat16(), torch.empty(0, 4).bfloat16(), torch.full((3, 4), 2.0)
+    cpp.mm_16bit_(out, a, b, True)
+    assert torch.equal(out, torch.full((3, 4), 2.0))
+    cpp.mm_16bit_(out, a, b, False)
+    assert torch.equal(out, torch.zeros(3, 4))
+
+
+@needs_mkl
+def test_products_that_do_not_fit_are_refused():
+    a, b, out = torch.ones(3, 4).bfloat16(), torch.ones(4, 5).bfloat16(), torch.empty(3, 5)
+    with pytest.raises(RuntimeError, match="two bfloat16 or two float16"):
+        cpp.mm_16bit_(out, a, b.half(), False)
+    with pytest.raises(RuntimeError, match="two bfloat16 or two float16"):
+        cpp.mm_16bit_(out.double(), a, b, False)
+    with pytest.raises(RuntimeError, match="shapes"):
+        cpp.mm_16bit_(out, a, b[:3], False)
+    with pytest.raises(RuntimeError, match="stride 1 along one dimension"):
+        cpp.mm_16bit_(out, torch.ones(6, 8).bfloat16()[::2, ::2], b, False)
+    with pytest.raises(RuntimeError, match="rows of stride 1"):
+        cpp.mm_16bit_(torch.empty(5, 3).T, a, b, False)
+
+
+def test_a_tie_is_rounded_to_even():
+    """Student (1/2, 1/2), teacher (1, 0): the gradient is half the row's weight, here midway between two bfloat16 numbers."""
+    half = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])
+    expected = torch.tensor([[-1.0, 1.0], [-1 - 2**-6, 1 + 2**-6]])
+    gradient, losses = torch.empty(2, 2, dtype=torch.bfloat16), make_losses(2, torch.float32, True, False, False)
+    teacher = torch.tensor([[0.0, -torch.inf]]).repeat(2, 1)
+    cpp.softmax_divergence_(torch.zeros(2, 2), teacher, RowOptions(), losses, row_weight=2 * half, gradient=gradient)
+    assert torch.equal(gradient.float(), expected)
+
+
+def test_logits_that_do_not_fit_are_refused():
+    student, teacher = (x.float() for x in make_logits(3, 8))
+    losses, weight = make_losses(3, torch.float32, True, False, False), torch.ones(3)
+    with pytest.raises(RuntimeError, match="stride 1 along the vocabulary"):
+        cpp.softmax_divergence_(student.T.contiguous().T, teacher, RowOptions(), losses, row_weight=weight)
+    with pytest.raises(RuntimeError, match="one shape"):
+        cpp.softmax_divergence_(student, teacher[:, :7], RowOptions(), losses, row_weight=weight)
+    with pytest.raises(RuntimeError, match="got Int"):
+        cpp.softmax_divergence_(
+            student, teacher, RowOptions(), losses, row_weight=weight, gradient=torch.zeros(3, 8, dtype=torch.int32)
+        )

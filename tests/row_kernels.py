@@ -1,0 +1,167 @@
+"""Row kernels against their oracle: the losses' definitions in float64, gradients by autograd, whatever the logits' dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.divergence import Divergence
+from fastkd.ops.rows import LogitTransform, RowLosses, RowOptions
+from tests.oracle import assert_close
+
+DIVERGENCES = ["forward_kl", "reverse_kl", "tvd", "jsd(0.3)", "skew_kl(0.1)", "skew_rkl(0.2)"]
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+"""Relative L2 error: of the arithmetic for the wide dtypes, of rounding to nearest for the narrow ones."""
+ROUNDING = {torch.float64: 0.0, torch.float32: 4e-7}
+"""Nats: what is left of a divergence in which log p and log q nearly cancel."""
+
+PLACES = {
+    "float64": ("in place", "over it in bfloat16", "bfloat16", "float32", "none"),
+    "float32": ("in place", "over it in bfloat16", "over it in float16", "bfloat16", "float32", "none"),
+    "bfloat16": ("in place", "bfloat16", "float32", "none"),
+    "float16": ("in place", "float16", "float32", "none"),
+}
+"""Where the gradient of logits of each dtype goes."""
+
+CASES = [(dtype, place) for dtype, places in PLACES.items() for place in places]
+
+
+def make_logits(count: int, vocabulary: int, noise: float = 0.5) -> tuple[Tensor, Tensor]:
+    """A student and a teacher near it, float64."""
+    generator = torch.Generator().manual_seed(17 * vocabulary + count)
+    student = 3 * torch.randn(count, vocabulary, generator=generator, dtype=torch.float64)
+    return student, student + noise * torch.randn(count, vocabulary, generator=generator, dtype=torch.float64)
+
+
+def make_place(student: Tensor, place: str) -> Tensor | None:
+    """The tensor that takes the gradient; one of its own memory lies between columns of 9."""
+    if place == "none":
+        return None
+    if place == "in place":
+        return student
+    dtype = DTYPES[place.split()[-1]]
+    if place.startswith("over it"):
+        return student.view(dtype)[:, : student.shape[1]]
+    return torch.full((student.shape[0], student.shape[1] + 5), 9.0, dtype=dtype)[:, 2:-3]
+
+
+def make_losses(count: int, dtype: torch.dtype, has_teacher: bool, has_labels: bool, stats: bool) -> RowLosses:
+    def column(wanted: bool) -> Tensor | None:
+        return torch.full((count,), torch.nan, dtype=dtype) if wanted else None
+
+    return RowLosses(column(has_teacher), column(has_labels), column(stats), column(stats), column(stats))
+
+
+def oracle(
+    student: Tensor,
+    teacher: Tensor | None,
+    options: RowOptions,
+    row_weight: Tensor,
+    labels: Tensor | None = None,
+    label_weight: Tensor | None = None,
+) -> tuple[RowLosses, Tensor]:
+    """Losses and gradient as `fastkd.ops.rows.softmax_divergence_` defines them. All probabilities must be positive."""
+    raw = student.double().requires_grad_()
+    student_logits = _transform(raw, options.student)
+    losses, total = RowLosses(), raw.sum() * 0
+    if teacher is not None and options.divergence is not None:
+        teacher_logits = _transform(teacher.double(), options.teacher)
+        log_q = (student_logits / options.temperature).log_softmax(-1)
+        log_p = (teacher_logits / options.temperature).log_softmax(-1)
+        losses.divergence = options.temperature**2 * _divergence(options.divergence, log_p.exp(), log_q.exp())
+        total = total + row_weight.double() @ losses.divergence
+        if options.stats:
+            losses.student_entropy = -(log_q.exp() * log_q).sum(-1)
+            losses.teacher_entropy = -(log_p.exp() * log_p).sum(-1)
+            losses.top1_agreement = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).double()
+    if labels is not None:
+        picked = student_logits.log_softmax(-1).gather(1, labels.clamp_min(0)[:, None])[:, 0]
+        losses.cross_entropy = torch.where(labels >= 0, -picked, 0.0)
+        if label_weight is not None:
+            total = total + label_weight.double() @ losses.cross_entropy
+    (gradient,) = torch.autograd.grad(total, raw)
+    return losses, gradient
+
+
+def check(
+    kernel,
+    student: Tensor,
+    teacher: Tensor | None,
+    options: RowOptions,
+    place: str = "in place",
+    *,
+    labels: Tensor | None = None,
+    label_weight: Tensor | None = None,
+    arithmetic: torch.dtype | None = None,
+    tolerance: Mapping[torch.dtype, float] = TOLERANCE,
+) -> None:
+    """Everything that `kernel` returns for these logits, with its gradient in `place`, equals the oracle's for the same values."""
+    dtype = arithmetic or (torch.float64 if student.dtype == torch.float64 else torch.float32)
+    row_weight = torch.linspace(0.5, 2.0, student.shape[0]).to(dtype)
+    label_weight = None if label_weight is None else label_weight.to(dtype)
+    expected, truth = oracle(student, teacher, options, row_weight, labels, label_weight)
+    logits = student.clone()
+    gradient = make_place(logits, place)
+    losses = make_losses(len(student), dtype, teacher is not None, labels is not None, options.stats)
+    kernel(
+        logits,
+        None if teacher is None else teacher.clone(),
+        options,
+        losses,
+        row_weight=row_weight,
+        labels=labels,
+        label_weight=label_weight,
+        gradient=gradient,
+    )
+    for name, value in vars(expected).items():
+        if value is None:
+            assert getattr(losses, name) is None
+        elif name != "divergence" or not (getattr(losses, name) - value).abs().max() <= ROUNDING[dtype] * options.temperature**2:
+            assert_close(getattr(losses, name), value, tolerance[dtype], name)
+    if gradient is not None:
+        assert_close(gradient, truth, tolerance[dtype] + tolerance[gradient.dtype], "gradient")
+        if gradient.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr():
+            around = gradient.as_strided((len(gradient), student.shape[1] + 5), gradient.stride(), 0).clone()
+            around[:, 2:-3] = 9.0
+            assert bool((around == 9.0).all()), "the gradient was written past its rows"
+
+
+def check_far_rows(kernel, tolerance: Mapping[torch.dtype, float] = TOLERANCE) -> None:
+    """Rows whose offset passes 2^31 elements though their stride does not; of the 4 GiB between them no page is touched."""
+    student, teacher = (x.bfloat16() for x in make_logits(3, 47))
+    row_weight = torch.ones(3)
+    expected, truth = oracle(student, teacher, RowOptions(), row_weight)
+    stride = 2**30 + 8
+    memory = torch.empty(2 * stride + 3 * 64, dtype=torch.bfloat16)
+    far_student, far_teacher, far_gradient = (memory.as_strided((3, 47), (stride, 1), 64 * i) for i in range(3))
+    far_student.copy_(student)
+    far_teacher.copy_(teacher)
+    losses = make_losses(3, torch.float32, has_teacher=True, has_labels=False, stats=False)
+    kernel(far_student, far_teacher, RowOptions(), losses, row_weight=row_weight, gradient=far_gradient)
+    assert losses.divergence is not None and expected.divergence is not None
+    assert_close(losses.divergence, expected.divergence, tolerance[torch.float32])
+    assert_close(far_gradient, truth, tolerance[torch.bfloat16])
+
+
+def _transform(raw: Tensor, transform: LogitTransform) -> Tensor:
+    scaled = raw * transform.scale
+    return scaled if transform.softcap is None else transform.softcap * torch.tanh(scaled / transform.softcap)
+
+
+def _divergence(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a.log() - b.log())).sum(-1)
+
+    mixing = divergence.mixing or 0.0
+    mixture = mixing * p + (1 - mixing) * q
+    return {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
+        "jsd": lambda: mixing * kl(p, mixture) + (1 - mixing) * kl(q, mixture),
+        "skew_kl": lambda: kl(p, mixture),
+        "skew_rkl": lambda: kl(q, mixing * q + (1 - mixing) * p),
+    }[divergence.kind]()

@@ -115,6 +115,8 @@ def _fake(
 def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]) -> None:
     student, teacher, *others, _upstream, needs_grad = inputs
     _, scale, _, gradients = output
+    # Nobody differentiates the gradients: no zeros of their size are to be made for them.
+    ctx.set_materialize_grads(False)
     ctx.needs_grad, ctx.dtypes, ctx.scalars = needs_grad, [x.dtype for x in student], keyword_only_inputs
     ctx.deferred = _is_deferred(student, keyword_only_inputs["reduction"])
     ctx.sizes = len(student), len(teacher)

@@ -21,7 +21,7 @@ setup: .venv/installed
 quickstart: setup
 	$(BIN)/fastkd quickstart --method glmd --output_dir runs/quickstart $(ARGS)
 
-test: setup lint
+test: setup lint kernels
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.ops.backends import row_kernel
+from fastkd.ops.gemm import row_buffer
 from fastkd.ops.plan import plan_chunks
 
 from .problem import Inputs, Outcome
@@ -74,17 +75,19 @@ def live_backends(device: torch.device) -> tuple[tuple[str, ...], dict[str, str]
 
 
 def gemms_alone(inputs: Inputs, logits_dtype: torch.dtype | None = None) -> Outcome:
-    """The four dense products, in fastkd's chunks and into preallocated buffers: the floor. Its "gradients" are those of no loss.
+    """The four dense products, in fastkd's chunks and buffers, which are made once: the floor. Its "gradients" are those of no loss.
 
+    Logits stand for their gradient, as numbers of ordinary size: a CPU is slow on the denormal ones that fresh memory holds.
     logits_dtype: of both models' logits, if it is not that of the inputs (GPUs alone).
     """
     with torch.no_grad():
         student, head, teacher, teacher_head = inputs
         tokens, vocabulary = len(student), len(head)
         plan = plan_chunks(tokens, vocabulary, device=student.device)
-        gradient = student.new_empty(plan.chunk_rows, vocabulary)
-        logits = gradient if logits_dtype is None else gradient.new_empty(gradient.shape, dtype=logits_dtype)
-        other = torch.empty_like(logits)
+        logits, other = (
+            row_buffer(plan.chunk_rows, vocabulary, logits_dtype or student.dtype, student.device)[:, :vocabulary] for _ in range(2)
+        )
+        gradient = logits if logits_dtype is None else torch.randn_like(logits, dtype=student.dtype)
         wider = {} if logits_dtype is None else {"out_dtype": logits_dtype}
         grad_student, grad_head = torch.empty_like(student), torch.empty_like(head)
         for rows in plan.slices():

@@ -67,8 +67,7 @@ def _over_budget(settings: Settings, found: Mapping[str, Implementation], shape:
             continue
         seconds = 0.0
         with suppress(Exception):  # `_peaks` runs it again and says what is wrong
-            # The first run may compile.
-            seconds = min(clock(partial(run, few)) for _ in range(2)) * shape.tokens / len(few.student)
+            seconds = min(clock(partial(run, few)) for _ in range(2 if name == COMPILED else 1)) * shape.tokens / len(few.student)
         if seconds > settings.budget:
             reasons[name] = f"about {seconds:.0f} s a run, judged by {len(few.student)} tokens; the budget is {settings.budget:.0f} s"
             print(f"  left out: {name}, {dtype}: {reasons[name]}", flush=True)

@@ -1,4 +1,4 @@
-"""Matrix products whose result and sums are in float32 (or float64) whatever the operands are; nothing is allocated."""
+"""Matrix products whose result and sums are in float32 (or float64) whatever the operands are, and the buffers that they fill."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from torch import Tensor
 from . import cpp
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_ROW_BYTES = 64
+
+
+def row_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised (rows, columns or a few more): every row begins at a multiple of 64 bytes, so that kernels move whole vectors."""
+    multiple = _ROW_BYTES // dtype.itemsize
+    return torch.empty(rows, -(-columns // multiple) * multiple, dtype=dtype, device=device)
 
 
 def multiplies_unraised(operand: torch.dtype, result: torch.dtype, device: torch.device) -> bool:
@@ -23,7 +30,7 @@ def multiplies_unraised(operand: torch.dtype, result: torch.dtype, device: torch
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-    """out (M, N) = a (M, K) b (K, N), or out += a b. 16-bit operands are exact in float32, so that only sums round."""
+    """out (M, N) = a (M, K) b (K, N), or out += a b, without any allocation. 16-bit operands are exact in float32: only sums round."""
     if a.dtype == out.dtype:
         if accumulate:
             out.addmm_(a, b)

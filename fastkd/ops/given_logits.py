@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gemm import row_buffer
+
 
 class GivenLogits:
     """Logits (N, V) as a source (`TeacherSource`, `StudentSource`), and for the student as the place of their gradient.
@@ -26,7 +28,7 @@ class GivenLogits:
         self.source, self.valid, self.columns = logits, valid, columns
         vocabulary = logits.shape[1] if columns is None else columns.shape[0]
         keeps = logits.dtype.itemsize == 2 and dtype == torch.float32
-        self.buffer = torch.empty(rows, vocabulary, dtype=logits.dtype if keeps else dtype, device=logits.device)
+        self.buffer = row_buffer(rows, vocabulary, logits.dtype if keeps else dtype, logits.device)[:, :vocabulary]
         # Masked rows are never written, so they start as zeros.
         self.gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format) if needs_grad else logits.new_empty(0)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_plain, check_teacher, leading_shape
-from .gemm import mm_, multiplies_unraised
+from .gemm import mm_, multiplies_unraised, row_buffer
 from .grad_filter import GradFilter
 
 # A weight that has to be raised to the compute dtype is, a tile at a time, so that no second copy of the head exists.
@@ -44,9 +44,9 @@ class LinearLogits:
         self.weight = weight.to(operand)
         self.bias = bias[0].to(dtype) if bias else None
         self.tile = weight.new_empty(min(_TILE_ROWS, vocabulary), width, dtype=dtype) if raises else None
-        self.buffer = weight.new_empty(rows, vocabulary, dtype=dtype)
-        over = raises or operand == dtype
-        self.gradient_buffer = self.buffer if over else self.buffer.view(operand)[:, :vocabulary]
+        buffer = row_buffer(rows, vocabulary, dtype, weight.device)
+        self.buffer = buffer[:, :vocabulary]
+        self.gradient_buffer = self.buffer if raises else buffer.view(operand)[:, :vocabulary]
         # The first chunk writes, later ones add; nothing is filled with zeros first.
         self.first = True
         shapes = [self.hidden.shape, weight.shape, weight.shape[:1]]

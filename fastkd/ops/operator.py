@@ -138,20 +138,20 @@ def _backward(ctx: Any, upstream: Tensor | None, *_others: Any) -> tuple[Any, ..
         factor = upstream.detach() * scale
         in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
         gradients = [
-            _times(g, factor, dtype, in_place) if wanted else None
+            times(g, factor, dtype, in_place) if wanted else None
             for g, dtype, wanted in zip(made, ctx.dtypes, ctx.needs_grad, strict=True)
         ]
-    return _once_differentiable(gradients), *nothing
+    return once_differentiable(gradients), *nothing
 
 
-def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
     """gradient * factor in `dtype`, in one pass; in place where nobody will ask for the gradient again."""
     if gradient.dtype == dtype and in_place:
         return gradient.mul_(factor)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
-def _once_differentiable(gradients: list[Tensor | None]) -> list[Tensor | None]:
+def once_differentiable(gradients: list[Tensor | None]) -> list[Tensor | None]:
     """Under create_graph=True, gradients that refuse to be differentiated: as constants they would give wrong numbers silently."""
     if not torch.is_grad_enabled():
         return gradients

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .ops.kl import kl_div
     from .ops.linear_cross_entropy import linear_cross_entropy
     from .ops.linear_kl import LinearKLDivLoss, linear_kl_div
+    from .ops.projected_mse import ProjectedMSELoss, projected_mse
+    from .ops.relation_kl import RelationKLLoss, RelationTarget, relation_kl
     from .ops.topk_kl import topk_kl_div
     from .train.run import distill
     from .vocab.map import VocabMap
@@ -24,11 +26,16 @@ _HOME = {
     "Divergence": ".ops.divergence",
     "LinearKLDivLoss": ".ops.linear_kl",
     "LossStats": ".ops.chunked",
+    "ProjectedMSELoss": ".ops.projected_mse",
+    "RelationKLLoss": ".ops.relation_kl",
+    "RelationTarget": ".ops.relation_kl",
     "VocabMap": ".vocab.map",
     "distill": ".train.run",
     "kl_div": ".ops.kl",
     "linear_cross_entropy": ".ops.linear_cross_entropy",
     "linear_kl_div": ".ops.linear_kl",
+    "projected_mse": ".ops.projected_mse",
+    "relation_kl": ".ops.relation_kl",
     "topk_kl_div": ".ops.topk_kl",
 }
 
@@ -36,12 +43,17 @@ __all__ = [
     "Divergence",
     "LinearKLDivLoss",
     "LossStats",
+    "ProjectedMSELoss",
+    "RelationKLLoss",
+    "RelationTarget",
     "VocabMap",
     "distill",
     "kl_div",
     "linear_cross_entropy",
     "linear_kl_div",
+    "projected_mse",
     "reference",
+    "relation_kl",
     "topk_kl_div",
 ]
 

@@ -38,4 +38,5 @@ def test_imports_only_go_down():
 
 def test_public_surface():
     assert set(fastkd.__all__) <= set(dir(fastkd))
-    assert set(fastkd.reference.__all__) == {"kl_div", "linear_cross_entropy", "linear_kl_div", "topk_kl_div"}
+    names = {"kl_div", "linear_cross_entropy", "linear_kl_div", "projected_mse", "relation_kl", "topk_kl_div"}
+    assert set(fastkd.reference.__all__) == names

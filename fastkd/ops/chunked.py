@@ -133,7 +133,7 @@ def chunked_pass(
     vocabulary = student[0].shape[1] if len(student) == 1 else student[1].shape[0]
     check_row_values(options, vocabulary, mask, labels)
     dtype = compute_dtype(student[0], *teacher[:1])
-    weights = _row_weights(options, tokens, dtype, device, mask, labels, denominator)
+    weights = row_weights(options, tokens, dtype, device, mask, labels, denominator)
     if upstream is not None:
         weights = weights.times(upstream.to(dtype))
     plan = plan_chunks(
@@ -205,8 +205,9 @@ def _student_source(
 ) -> StudentSource:
     if len(student) == 1:
         return GivenLogits(student[0], valid, plan.chunk_rows, dtype, needs_grad=needs_grad[0])
-    columns_kept, dropped_mass = statistics[-2:]
-    grad_filter = None if options.grad_filter is None else GradFilter(options.grad_filter, columns_kept, dropped_mass)
+    grad_filter = None
+    if options.grad_filter is not None:
+        grad_filter = GradFilter(options.grad_filter, statistics[-2:] if options.return_stats else None)
     return LinearLogits(student, valid, plan.chunk_rows, dtype, options.operand_dtype, needs_grad=needs_grad, grad_filter=grad_filter)
 
 
@@ -235,7 +236,7 @@ def _teacher_source(
     return LinearLogits([hidden, *head], valid, plan.teacher_rows, dtype, options.operand_dtype)
 
 
-def _row_weights(
+def row_weights(
     options: LossOptions,
     tokens: int,
     dtype: torch.dtype,

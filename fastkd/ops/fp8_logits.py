@@ -11,6 +11,7 @@ _FORMAT = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FORMAT).max
 # The library's 8-bit product takes sizes that are multiples of this.
 _MULTIPLE = 16
+_CAPABILITY = (8, 9)
 
 
 class Fp8Logits:
@@ -21,6 +22,11 @@ class Fp8Logits:
 
     def __init__(self, hidden: Tensor, head: Sequence[Tensor], valid: Tensor | None, rows: int, dtype: torch.dtype) -> None:
         weight, *bias = head
+        if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < _CAPABILITY:
+            raise ValueError(
+                f"teacher_precision='fp8' needs a GPU of compute capability 8.9 or more, and {torch.cuda.get_device_name(weight.device)} "
+                "has less; use teacher_precision='full'."
+            )
         self.vocabulary = weight.shape[0]
         self.hidden, self.hidden_scale = _quantise(hidden if valid is None else hidden.index_select(0, valid), dtype)
         self.weight, weight_scale = _quantise(weight, dtype, pad_rows=True)

@@ -17,6 +17,7 @@ KNEE_ROWS = 512
 ROW_MULTIPLE = 128
 TEACHER_PARTS = 4
 CPU_BUDGET = 160 << 20
+CPU_ROWS = 1024
 GPU_BUDGET_LIMIT = 1 << 30
 GPU_BUDGET_SHARE = 0.02
 
@@ -73,8 +74,8 @@ def plan_chunks(
 ) -> Plan:
     """Plan `tokens` rows of logits of `vocabulary` elements of `element_size` bytes, with or without a teacher's beside them.
 
-    `chunk_size` (rows) decides alone if given. Otherwise as many rows as `memory_budget` bytes hold, at least the knee (512) unless the
-    budget was given by the caller, at most `tokens`; chunks are then equalised so that no tiny one is left at the end.
+    `chunk_size` (rows) decides alone if given. Otherwise as many rows as `memory_budget` bytes hold, at least the knee (512) and on a CPU at
+    most 1024 unless the budget was given by the caller, at most `tokens`; chunks are then equalised so that no tiny one is left at the end.
     """
     device, row_bytes = torch.device(device), max(1, element_size * vocabulary)
     budget = default_budget(device) if memory_budget is None else memory_budget
@@ -85,7 +86,10 @@ def plan_chunks(
         fitting = budget // row_bytes
         if has_teacher:
             fitting -= -(-fitting // (parts + 1))
-        rows = min(max(fitting, 1 if memory_budget is not None else KNEE_ROWS), tokens)
+        if memory_budget is None:
+            # On a CPU a larger chunk of a small vocabulary would only leave the cache.
+            fitting = max(fitting if device.type == "cuda" else min(fitting, CPU_ROWS), KNEE_ROWS)
+        rows = min(max(fitting, 1), tokens)
         if 0 < rows < tokens:
             even = -(-tokens // -(-tokens // rows))
             rounded = -(-even // ROW_MULTIPLE) * ROW_MULTIPLE

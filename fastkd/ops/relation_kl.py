@@ -1,0 +1,238 @@
+"""`relation_kl`: divergence between the relations (attention-like softmaxes) of two models, without any of their S x S matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import LossOptions, check_plain, check_teacher
+from .relation_pass import relation_pass
+
+FORMS = ("kl", "cross_entropy")
+
+
+@dataclass(frozen=True, eq=False)
+class RelationTarget:
+    """A relation that the student's is drawn to, and how strongly.
+
+    Fields:
+        q, k: (B, heads, S, d), the student's but for d; they may be one tensor. No gradient ever flows to them.
+        weight: a finite number >= 0 that multiplies this target's term. A 0-dim tensor where it changes from step to step under
+            torch.compile, which takes a number for a constant.
+        key_mask: (B, S) bool, True = keep. Masked keys are left out of both softmaxes of this term, the student's too.
+    """
+
+    q: Tensor
+    k: Tensor
+    weight: float | Tensor = 1.0
+    key_mask: Tensor | None = None
+
+
+def relation_kl(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor | None,
+    teacher_k: Tensor | None,
+    *,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    targets: Sequence[RelationTarget] = (),
+    form: str = "kl",
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """KL(softmax(q_t k_t^T / sqrt(d_t)) || softmax(q_s k_s^T / sqrt(d_s))) over keys for every query row, reduced over heads and rows.
+
+    The relations of MiniLM (arXiv:2002.10957, 2012.15828) and CR-ILD (arXiv:2302.01530). A tile of query rows of both models exists
+    at a time; the gradients are made with it in the forward pass: two GEMMs for the student's, one for the scores of each model.
+
+    Args:
+        student_q, student_k: (B, heads, S, d_s). One tensor given as both is its relation with itself (QQ, KK, VV), whose gradient
+            is two-sided: (G + G^T) x / sqrt(d_s), with G that of the softmax's input.
+        teacher_q, teacher_k: (B, heads, S, d_t): the first target, of weight 1. None, None: `targets` alone.
+        key_mask: (B, S) bool, True = keep: the teacher's. Masked keys are left out of both softmaxes, the student's too; where a row
+            has no key left, it adds zero to the loss and to all gradients.
+        query_mask: (B, S) bool, True = keep: the query rows that count, for every target.
+        targets: more targets of the same student relation, each with its own weight and key mask. The loss is the sum of all terms,
+            and one pass makes it: the student's scores are computed once.
+        form: "kl", or "cross_entropy": KL plus the target's entropy, with the same gradient.
+        reduction: "mean" over heads and unmasked query rows, "sum", or "none" (one value per row, (B, heads, S), zero where masked).
+        chunk_size, memory_budget: query rows of a tile, counted over heads, or bytes of tiles; None: planned.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        The loss in float32 (float64 if any input is), in which scores and gradients are made too, under torch.autocast as well.
+        Gradients come back in each input's own dtype. No rows, or all masked: exact zeros with the graph connected.
+
+    Raises:
+        ValueError, TypeError: before any work, naming the argument, what it got and what would do.
+    """
+    named = _named_targets(teacher_q, teacher_k, key_mask, targets)
+    _check_pair("student_", student_q, student_k)
+    for prefix, target in named.items():
+        _check_target(prefix, target, student_q)
+    _check_mask("query_mask", query_mask, student_q)
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is not known; use one of {', '.join(map(repr, FORMS))}.")
+    LossOptions(reduction=reduction, chunk_size=chunk_size, memory_budget=memory_budget, backend=backend)  # refuses what is not known
+    no_mask = student_q.new_empty(0, dtype=torch.bool)
+    loss, _, _ = relation_pass(
+        student_q,
+        student_k,
+        [target.q for target in named.values()],
+        [target.k for target in named.values()],
+        [no_mask if target.key_mask is None else target.key_mask for target in named.values()],
+        query_mask,
+        torch.stack([_weight(prefix, target.weight, student_q.device) for prefix, target in named.items()]),
+        None,
+        [torch.is_grad_enabled() and x.requires_grad for x in (student_q, student_k)],
+        form=form,
+        reduction=reduction,
+        chunk_size=chunk_size,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    return loss
+
+
+def relation_kl_reference(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor | None,
+    teacher_k: Tensor | None,
+    *,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    targets: Sequence[RelationTarget] = (),
+    form: str = "kl",
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The same value by plain torch and autograd, all S x S scores at once, in the inputs' dtype: the oracle in float64.
+
+    `chunk_size`, `memory_budget` and `backend` are taken so that the call is the same, and change nothing.
+    """
+    rows = student_q.new_zeros(student_q.shape[:3])
+    for target in _named_targets(teacher_q, teacher_k, key_mask, targets).values():
+        log_q = _log_relation(student_q, student_k, target.key_mask)
+        log_p = _log_relation(target.q.detach(), target.k.detach(), target.key_mask)
+        p = log_p.exp()
+        terms = p * (log_p - log_q if form == "kl" else -log_q)
+        # Masked keys have p = 0, rows without a key p = NaN: neither adds anything.
+        rows = rows + target.weight * torch.where(p > 0, terms, 0.0).sum(-1)
+    if query_mask is not None:
+        rows = rows * query_mask[:, None]
+    if reduction == "none":
+        return rows
+    count = rows.numel() if query_mask is None else student_q.shape[1] * int(query_mask.sum())
+    return rows.sum() / (max(count, 1) if reduction == "mean" else 1)
+
+
+def _log_relation(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
+    return torch.log_softmax(scores, -1)
+
+
+class RelationKLLoss(torch.nn.Module):
+    """Module form of `relation_kl`: options at construction, tensors (and per-batch masks and targets) at the call."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(
+        self, student_q: Tensor, student_k: Tensor, teacher_q: Tensor | None, teacher_k: Tensor | None, **per_batch: Any
+    ) -> Tensor:
+        return relation_kl(student_q, student_k, teacher_q, teacher_k, **{**self.options, **per_batch})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+def _named_targets(
+    teacher_q: Tensor | None, teacher_k: Tensor | None, key_mask: Tensor | None, targets: Sequence[RelationTarget]
+) -> dict[str, RelationTarget]:
+    """All targets, the teacher first, under what their arguments' names begin with."""
+    named = {}
+    if teacher_q is not None and teacher_k is not None:
+        named["teacher_"] = RelationTarget(teacher_q, teacher_k, key_mask=key_mask)
+    elif teacher_q is not None or teacher_k is not None:
+        missing = "teacher_q" if teacher_q is None else "teacher_k"
+        raise ValueError(f"{missing} is None and its counterpart is not; give both (one tensor may be both), or neither with targets=.")
+    elif key_mask is not None:
+        raise ValueError("key_mask is the teacher's, and there is no teacher_q and teacher_k; give the targets their own key_mask.")
+    elif not targets:
+        raise ValueError("There is nothing to compare with: give teacher_q and teacher_k, or targets=[RelationTarget(...)].")
+    for index, target in enumerate(targets):
+        if not isinstance(target, RelationTarget):
+            raise TypeError(f"targets[{index}] is a {type(target).__name__}; give a fastkd.RelationTarget(q, k, weight, key_mask).")
+        named[f"targets[{index}]."] = target
+    return named
+
+
+def _check_pair(prefix: str, q: Tensor, k: Tensor) -> None:
+    for name, tensor in ((f"{prefix}q", q), (f"{prefix}k", k)):
+        check_plain(name, tensor)
+        if tensor.dim() != 4 or tensor.shape[-1] == 0:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (batch, heads, sequence, head size).")
+    if k.shape != q.shape:
+        raise ValueError(
+            f"{prefix}k has shape {tuple(k.shape)} and {prefix}q {tuple(q.shape)}; they must be the same. Repeat grouped keys so that "
+            "every query head has its own."
+        )
+    if k.device != q.device:
+        raise ValueError(f"{prefix}k is on {k.device} and {prefix}q on {q.device}; move them together.")
+
+
+def _check_target(prefix: str, target: RelationTarget, student_q: Tensor) -> None:
+    _check_pair(prefix, target.q, target.k)
+    check_teacher(f"{prefix}q", target.q)
+    check_teacher(f"{prefix}k", target.k)
+    for axis, what in enumerate(("batch size", "number of heads", "sequence length")):
+        given, needed = target.q.shape[axis], student_q.shape[axis]
+        if given != needed:
+            raise ValueError(
+                f"{prefix}q has {what} {given} and student_q {needed} (shapes {tuple(target.q.shape)} and {tuple(student_q.shape)}); "
+                "relations are compared head by head and row by row. Where only the heads differ, split the width of both models into "
+                "one number of heads."
+            )
+    if target.q.device != student_q.device:
+        raise ValueError(f"{prefix}q is on {target.q.device} and student_q on {student_q.device}; move them together.")
+    _check_mask(f"{prefix}key_mask".removeprefix("teacher_"), target.key_mask, student_q)
+
+
+def _check_mask(name: str, mask: Tensor | None, student_q: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+        raise TypeError(
+            f"{name} has {given}; give a torch.bool tensor, True = keep (an attention mask of ones and zeros: mask.bool())."
+        )
+    batch, _, length, _ = student_q.shape
+    if mask.shape != (batch, length):
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; it must be (batch, sequence) = {(batch, length)}.")
+    if mask.device != student_q.device:
+        raise ValueError(f"{name} is on {mask.device} and the student is on {student_q.device}; move it there.")
+
+
+def _weight(prefix: str, weight: float | Tensor, device: torch.device) -> Tensor:
+    """As a 0-dim tensor on `device`, made there without a copy from the host; a tensor's value is checked in the pass."""
+    if isinstance(weight, Tensor):
+        if weight.dim() != 0:
+            raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}; give a number or a 0-dim tensor.")
+        return weight.detach().to(device, torch.float64)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"{prefix}weight={weight} must be a finite number >= 0.")
+    return torch.full((), weight, dtype=torch.float64, device=device)

@@ -41,8 +41,9 @@ def measure(settings: Settings) -> dict[str, Any]:
         slow = _over_budget(settings, found, shape, dtype)
         peaks, failed = _peaks(settings, {name: run for name, run in found.items() if name not in slow}, shape, dtype)
         left_out |= {f"{name}, {dtype}": reason for name, reason in (slow | failed).items()}
-        timings = _timings(settings, {name: run for name, run in found.items() if name in peaks}, shape, dtype)
-        errors = _gradient_errors(settings, {name: run for name, run in found.items() if name not in failed}, pair_shape, dtype)
+        usable = {name: run for name, run in found.items() if name in peaks}
+        timings = _timings(settings, usable, shape, dtype)
+        errors = _gradient_errors(settings, usable, pair_shape, dtype)
         for name, timing in timings.items():
             results.append(
                 {

@@ -23,9 +23,10 @@ class Fp8Logits:
     def __init__(self, hidden: Tensor, head: Sequence[Tensor], valid: Tensor | None, rows: int, dtype: torch.dtype) -> None:
         weight, *bias = head
         if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < _CAPABILITY:
+            name = torch.cuda.get_device_name(weight.device)
             raise ValueError(
-                f"teacher_precision='fp8' needs a GPU of compute capability 8.9 or more, and {torch.cuda.get_device_name(weight.device)} "
-                "has less; use teacher_precision='full'."
+                f"teacher_precision='fp8' needs a GPU of compute capability 8.9 or more, and {name} has less; "
+                "use teacher_precision='full'."
             )
         self.vocabulary = weight.shape[0]
         self.hidden, self.hidden_scale = _quantise(hidden if valid is None else hidden.index_select(0, valid), dtype)

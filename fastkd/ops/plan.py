@@ -74,8 +74,9 @@ def plan_chunks(
 ) -> Plan:
     """Plan `tokens` rows of logits of `vocabulary` elements of `element_size` bytes, with or without a teacher's beside them.
 
-    `chunk_size` (rows) decides alone if given. Otherwise as many rows as `memory_budget` bytes hold, at least the knee (512) and on a CPU at
-    most 1024 unless the budget was given by the caller, at most `tokens`; chunks are then equalised so that no tiny one is left at the end.
+    `chunk_size` (rows) decides alone if given. Otherwise as many rows as `memory_budget` bytes hold, at most `tokens`. Where the budget
+    is the default one, also at least the knee (512), and on a CPU at most 1024. Chunks are then equalised so that no tiny one is left
+    at the end.
     """
     device, row_bytes = torch.device(device), max(1, element_size * vocabulary)
     budget = default_budget(device) if memory_budget is None else memory_budget

@@ -112,7 +112,7 @@ def test_no_fresh_memory_is_read(poisoned_memory, dtype, reduction):
 
 
 PROGRAM = """
-import resource, torch, fastkd
+import torch, fastkd
 from torch.nn.functional import kl_div, log_softmax, softmax
 torch.manual_seed(0)
 
@@ -128,8 +128,9 @@ tensors = q.requires_grad_(), k.requires_grad_(), teacher_q, teacher_k
 small = {loss}(*(x[:, :, :64] for x in tensors))   # thread pools and GEMM workspaces exist from here on
 torch.autograd.grad(small, [q, k]); del small
 resident = int(open("/proc/self/statm").read().split()[1]) * 4
+open("/proc/self/clear_refs", "w").write("5")   # the peak counts from here; getrusage's begins with the parent's
 {loss}(*tensors).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) / 1024)
+print((int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) - resident) / 1024)
 """
 
 

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..csrc import nvcc
-from . import gather, rows, topk
+from . import gather, relation, rows, topk
 
 ARCHITECTURES = (80, 90, 100)
 CUDA_WARPS = 16  # `warps` of csrc/cuda/rows.cu
@@ -44,7 +44,10 @@ class Variant:
         # Triton knows a kernel's arguments by position; one that is absent is the constant None.
         constants = {name: self.constants.get(name) for name in self.kernel.arg_names if name not in self.types}
         signature = {name: self.types.get(name, "constexpr") for name in self.kernel.arg_names}
-        aligned = [i for i, type_ in enumerate(signature.values()) if type_.startswith("*") or (self.aligned and type_.startswith("i"))]
+        numbers = [name for name, type_ in signature.items() if type_.startswith("i") and name not in self.kernel.do_not_specialize]
+        aligned = [
+            i for i, (name, type_) in enumerate(signature.items()) if type_.startswith("*") or (self.aligned and name in numbers)
+        ]
         source = ASTSource(self.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
         return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(self.options))
 
@@ -76,6 +79,7 @@ def variants() -> Iterator[Variant]:
     for is_rows, dtype in itertools.product((True, False), ("bf16", "fp32")):
         yield gather_variant(is_rows, dtype)
     yield from topk_variants()
+    yield from relation_variants()
 
 
 def row_variant(
@@ -184,6 +188,62 @@ def topk_variant(
             "BLOCK": topk.BLOCK,
         },
         options=topk.launch_options(block_k, double=logits == "fp64"),
+        aligned=aligned,
+    )
+
+
+def relation_variants() -> Iterator[Variant]:
+    """Both kernels at every width and dtype with a mask; around the commonest, what else a call can change."""
+    for is_rows in (True, False):
+        for size, dtype in itertools.product((16, 32, 64, 128), ("fp32", "bf16")):
+            yield relation_variant(is_rows, size, dtype)
+        for size, dtype in itertools.product((64, 128), ("fp32", "bf16")):
+            yield relation_variant(is_rows, size, dtype, mask=False)
+            yield relation_variant(is_rows, size, dtype, add=True)
+        yield relation_variant(is_rows, 64, "bf16", teacher="fp32")
+        yield relation_variant(is_rows, 64, "bf16", aligned=False)
+    for size, dtype in itertools.product((64, 128), ("fp32", "bf16")):
+        yield relation_variant(True, size, dtype, gradient=False)
+        yield relation_variant(True, size, dtype, cross_entropy=True)
+
+
+def relation_variant(
+    is_rows: bool,
+    size: int,
+    dtype: str,
+    *,
+    teacher: str | None = None,
+    mask: bool = True,
+    cross_entropy: bool = False,
+    gradient: bool = True,
+    add: bool = False,
+    aligned: bool = True,
+) -> Variant:
+    """The gradient of the queries, or that of the keys (which always has one and no cross-entropy)."""
+    kernel = relation.relation_rows_kernel if is_rows else relation.relation_keys_kernel
+    teacher = teacher or dtype
+    types = dict.fromkeys(("student_q", "student_k"), f"*{dtype}") | dict.fromkeys(("teacher_q", "teacher_k"), f"*{teacher}")
+    types |= {name: "i32" for name in kernel.arg_names if name.endswith(("_stride", "_size")) or name in ("heads", "length")}
+    types |= dict.fromkeys(("student_scale", "teacher_scale"), "fp32")
+    vectors = {"row_weight": True, "row_statistics": gradient, "divergence": is_rows, "gradient": gradient}
+    types |= {name: "*fp32" for name, present in vectors.items() if present}
+    if mask:
+        types["key_mask"] = "*i1"
+    served, streamed = relation.tile("fp32" not in (dtype, teacher))
+    switches = {"no mask": not mask, "cross-entropy": cross_entropy, "no gradient": not gradient, "add": add, "unaligned": not aligned}
+    dtypes = dtype if teacher == dtype else f"{dtype}/{teacher}"
+    return Variant(
+        name=" ".join([f"relation {'rows' if is_rows else 'keys'} d{size} {dtypes}", *(name for name, on in switches.items() if on)]),
+        kernel=kernel,
+        types=types,
+        constants={
+            "ADD": add,
+            "ROWS": served if is_rows else streamed,
+            "KEYS": streamed if is_rows else served,
+            "SIZE": relation.width(size),
+        }
+        | ({"CROSS_ENTROPY": cross_entropy} if is_rows else {}),
+        options=relation.launch_options(served),
         aligned=aligned,
     )
 

@@ -37,9 +37,50 @@ def write_task(folder: Path, kind: str = "verbalizer", rows: int = 24) -> dict[s
     return {"path": str(folder / "task.jsonl"), "eval_path": str(folder / "task-dev.jsonl"), "cloze": {**cloze, "max_length": 40}}
 
 
+def write_dataset(folder: Path, task: str = "glue/rte", rows: int = 24) -> dict[str, Any]:
+    """`dataset` of a configuration: a local copy of a benchmark's task, made of rows of Python."""
+    lines = tiny.lines()[300 : 300 + 2 * rows]
+    pairs = [{"sentence1": first, "sentence2": second} for first, second in zip(lines[::2], lines[1::2], strict=True)]
+    make = {
+        "glue/rte": lambda i, pair: {**pair, "label": i % 2},
+        "glue/stsb": lambda i, pair: {**pair, "label": float(i % 6)},
+        "super_glue/copa": lambda i, pair: {
+            "premise": pair["sentence1"],
+            "question": ("cause", "effect")[i % 2],
+            "choice1": pair["sentence2"],
+            "choice2": "return self",
+            "label": i % 2,
+        },
+        "squad_v2": lambda i, pair: {
+            "question": f"what is row {i}?",
+            "context": f"{pair['sentence1']} {pair['sentence2']}",
+            "answers": {"text": [pair["sentence2"]], "answer_start": [len(pair["sentence1"]) + 1]}
+            if i % 3
+            else {"text": [], "answer_start": []},
+        },
+    }[task]
+    copy = folder / task.replace("/", "-")
+    copy.mkdir(exist_ok=True)
+    examples = [make(i, pair) for i, pair in enumerate(pairs)]
+    for split, part in (("train", examples[: rows - 8]), ("validation", examples[rows - 8 :])):
+        (copy / f"{split}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in part))
+    return {"task": task, "path": str(copy), "max_length": 32, "doc_stride": 8}
+
+
 def bert_teacher(folder: Path, seed: int = 1, **settings: Any) -> str:
     tokenizer = tiny.wordpiece()
     return tiny.save(folder / f"bert-{seed}", tiny.bert(len(tokenizer), seed, **settings), tokenizer)
+
+
+def bert_classifier(folder: Path, seed: int = 1, vocabulary: int | None = None, num_labels: int = 2, **settings: Any) -> str:
+    """A BERT with a head for a task, as fine-tuning leaves it."""
+    from transformers import BertForSequenceClassification
+
+    tokenizer = tiny.wordpiece()
+    config = tiny.bert(vocabulary or len(tokenizer), seed, num_labels=num_labels, **settings).config
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(config).eval()
+    return tiny.save(folder / f"bert-classifier-{seed}-{vocabulary}-{num_labels}", model, tokenizer)
 
 
 def llama_teacher(folder: Path, seed: int = 1, **settings: Any) -> str:
@@ -66,6 +107,7 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
 def glmd(folder: Path, teacher: str, kind: str = "verbalizer", **more: Any) -> dict[str, Any]:
     """All stages of GLMD that the kind of task has."""
     stages = ["pretrain", *(["task_words"] if kind != "classification" else []), "task_scores"]
+    last = bert_classifier(folder) if kind == "classification" else teacher
     return settings(
         folder,
         **{
@@ -74,7 +116,7 @@ def glmd(folder: Path, teacher: str, kind: str = "verbalizer", **more: Any) -> d
             "task": write_task(folder, kind),
             "vocabulary": {"keep": 0.5, "multiple_of": 8},
             "options": {"temperature": 2.0},
-            "stages": {name: {} for name in stages},
+            "stages": {**{name: {} for name in stages}, "task_scores": {"teacher_model_name_or_path": last}},
             **more,
         },
     )

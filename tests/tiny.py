@@ -89,6 +89,59 @@ def llama(vocabulary: int = 700, seed: int = 0, **settings: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **{**shape, **settings})).eval()
 
 
+_ENCODER = {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "type_vocab_size": 2}
+_DEBERTA = {
+    **_ENCODER,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "max_relative_positions": -1,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+}
+_MODERNBERT = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+_DECODER = {"num_key_value_heads": 2, "attention_dropout": 0.1, "bos_token_id": None, "eos_token_id": 0}
+_SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}  # from layer 3 on, only tokens near by are seen
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", _ENCODER),
+    "roberta": ("roberta", _ENCODER),
+    "deberta-v2": ("deberta-v2", {**_DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu"}),
+    "deberta-v3": ("deberta-v2", _DEBERTA),
+    "modernbert": ("modernbert", {**_MODERNBERT, "attention_dropout": 0.1, "embedding_dropout": 0.1, "local_attention": 6}),
+    "gpt2": ("gpt2", {"bos_token_id": 0, "eos_token_id": 0}),
+    "llama": ("llama", _DECODER),
+    "qwen2": ("qwen2", {**_DECODER, **_SLIDING}),
+    "qwen3": ("qwen3", {**_DECODER, **_SLIDING, "head_dim": 16}),
+}
+DECODERS = ("gpt2", "llama", "qwen2", "qwen3")
+
+
+def transformer(
+    name: str, head: str = "SequenceClassification", *, seed: int = 0, attention: str | None = None, **settings: Any
+) -> Any:
+    """A model of four layers with one of `AutoModelFor...`'s heads ("": none); attention is "sdpa" or "eager" (None: its default)."""
+    import transformers
+
+    torch.manual_seed(seed)
+    model_type, own = TRANSFORMERS[name]
+    shape = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "num_labels": 2 if head == "QuestionAnswering" else 3,
+        "initializer_range": 0.2,
+    }
+    config = transformers.AutoConfig.for_model(model_type, **{**shape, **own, **settings})
+    auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+    return auto.from_config(config, attn_implementation=attention).eval()
+
+
 def save(folder: Path, model: Any, tokenizer: Any) -> str:
     """A folder that from_pretrained opens."""
     model.save_pretrained(folder)

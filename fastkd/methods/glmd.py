@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..models.classifier import Classifier
 from ..models.cloze_scores import choice_scores, verbalizer_scores
-from ..models.language_model import LanguageModel
+from ..models.language_model import LanguageModel, rows_behind
+from ..models.task_model import TaskModel
 from ..ops.divergence import Divergence
 from ..ops.linear_kl import linear_kl_div
 from ..tasks.cloze import ClozeBatch
@@ -70,14 +70,7 @@ class WordPrediction(Objective):
         self.student = student
         self.hold("teacher", teacher)
         self.options = options
-        weight, bias = teacher.head.weight, teacher.head.bias
-        rows: Any = slice(student.vocabulary) if student.vocab_map is None else student.vocab_map.kept_ids.to(weight.device)
-        if len(weight) < student.vocabulary:
-            raise ValueError(
-                f"The teacher has {len(weight)} vocabulary rows, the student {student.vocabulary}; give the student a map."
-            )
-        self.teacher_weight = weight[rows]
-        self.teacher_bias = None if bias is None else bias[rows]
+        self.teacher_weight, self.teacher_bias = rows_behind(student, teacher)
 
     def weight(self, batch: Any) -> float:
         if self.options.preset == "paper":
@@ -123,13 +116,13 @@ class TaskScores(Objective):
     strict: the copies that fill short lists of choices are in neither softmax. paper: they are in both.
     """
 
-    student: LanguageModel | Classifier
-    teacher: LanguageModel | Classifier
+    student: LanguageModel | TaskModel
+    teacher: LanguageModel | TaskModel
 
     def __init__(
         self,
-        student: LanguageModel | Classifier,
-        teacher: LanguageModel | Classifier,
+        student: LanguageModel | TaskModel,
+        teacher: LanguageModel | TaskModel,
         options: GLMDOptions,
         task: ClozeTask,
         label_word_ids: Tensor | None = None,
@@ -155,10 +148,10 @@ class TaskScores(Objective):
             log_q = scores.log_softmax(-1)
         return -(target.softmax(-1) * log_q).sum() / denominator
 
-    def scores(self, model: LanguageModel | Classifier, batch: ClozeBatch) -> Tensor:
+    def scores(self, model: LanguageModel | TaskModel, batch: ClozeBatch) -> Tensor:
         """u, (B, C): label-word logits, candidates' log-likelihoods, or class logits."""
-        if isinstance(model, Classifier):
-            return model(batch.input_ids, batch.attention_mask)
+        if isinstance(model, TaskModel):
+            return model(batch)
         if self.task.kind == "verbalizer":
             assert self.label_word_ids is not None
             return verbalizer_scores(model, batch, self.label_word_ids.to(batch.input_ids.device))

@@ -23,19 +23,48 @@ class Batch(Protocol):
     def to(self, device: torch.device | str) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where an optimizer step stands in its stage. Steps and epochs are counted from 0."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    total_epochs: float
+
+
 class Objective(nn.Module):
-    """Exactly one loss. The student is its only registered submodule, so parameters and state dict are the student's alone."""
+    """Exactly one loss.
+
+    Registered submodules other than the student are auxiliary: trained where they require gradients, in every checkpoint and beside the
+    finished model, and no part of it.
+    """
 
     student: Any
     """The model that is trained and saved."""
 
-    def weight(self, batch: Any) -> float:
-        """What this batch adds to the denominator of its optimizer step (tokens, or examples). `batch` is still on the CPU."""
+    def weight(self, batch: Any) -> float | np.ndarray:
+        """What this batch adds to the denominator of its optimizer step (tokens, or examples); an array where a loss has several.
+        `batch` is still on the CPU."""
         raise NotImplementedError
 
-    def forward(self, batch: Any, denominator: float) -> Tensor:
-        """The batch's part of the step's loss: a sum divided by `denominator`, the weight of the whole step."""
+    def forward(self, batch: Any, denominator: Any) -> Tensor:
+        """The batch's part of the step's loss: sums divided by `denominator`, the summed weights of the step's batches."""
         raise NotImplementedError
+
+    def prepare(self, batch: Any, generator: torch.Generator) -> Any:
+        """The batch with what the objective draws for it, from a generator that depends on the micro-batch's number alone."""
+        return batch
+
+    def begin_step(self, at: Position) -> None:
+        """Called before every optimizer step: schedules read it."""
+
+    def end_step(self) -> None:
+        """Called after every optimizer step: running averages of weights are made here."""
+
+    def auxiliary(self) -> dict[str, nn.Module]:
+        """What is trained or kept beside the student, by name."""
+        return {name: module for name, module in self.named_children() if name != "student"}
 
     def hold(self, name: str, module: nn.Module) -> None:
         """Keep a frozen module (the teacher) without registering it: it is no part of the student's state."""

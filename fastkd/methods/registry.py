@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from ..models.classifier import Classifier
 from ..models.language_model import LanguageModel
-from ..tasks.cloze import Example, collate, label_word_ids
+from ..models.task_model import TaskModel
+from ..tasks.cloze import label_word_ids
 from ..tasks.cloze_task import ClozeTask
-from ..tasks.metrics import accuracy, f1_macro
-from ..tasks.text import Masking, collate_text
-from ..tasks.tokenized import TokenRows
+from . import crild, ted
+from .crild import CRILDOptions, IntermediateLayerDistillation, LogitDistillation
+from .finetune import FineTuneOptions, FineTuning
 from .glmd import GLMDOptions, TaskScores, WordPrediction
 from .kd import KDOptions, KnowledgeDistillation
 from .language_modeling import LanguageModeling, LanguageModelingOptions
-from .objective import Batch, Objective, Stage
-from .perplexity import perplexity
+from .objective import Objective, Stage
+from .stage_data import ClozeRows, Rows, StageData, TextRows, cloze_data, dataset_data, text_data
+from .ted import FilterTraining, TaskAwareDistillation, TEDOptions
 
-Model = LanguageModel | Classifier
+Model = LanguageModel | TaskModel
+Data = Literal["text", "task", "dataset"]
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What the driver has loaded for one stage."""
+
+    student: Model
+    """The model that the stage is about: the student, or the teacher while it is made."""
+    teacher: Model | None
+    tokenizer: Any
+    options: Any
+    rows: Rows
+    eval_batch_size: int
+    seed: int
+    filters: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the filters that finished stages have made, by stage."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +48,26 @@ class StageSpec:
     """What a stage of a method needs and what becomes of its result."""
 
     name: str
-    data: Literal["text", "task"]
+    data: tuple[Data, ...]
+    """Kinds of data, one of which is to be given."""
+    build: Callable[[StageInputs], Objective]
+    trains: Literal["student", "teacher"] = "student"
+    makes: Literal["model", "filters"] = "model"
     needs_teacher: bool = True
+    """Whether a frozen teacher stands beside the model that is trained."""
+    reads_scores: bool = True
+    """Whether the teacher's scores on a labelled task are learned from, and not only its states."""
+    needs_labels: bool = True
+    """Whether a labelled task's labels are read, and its metrics judge the stage."""
+    captures: bool = False
+    """Whether states inside the models are read, which a compiled backbone does not show."""
+    check_models: Callable[[Any, Any, Any], Any] | None = None
+    """(student, teacher, options) -> anything: refuses transformers models, perhaps without weights, that cannot be compared."""
     evaluate_first: bool = False
     keep: Literal["best", "last"] = "best"
 
     def wants_classifier(self, task: ClozeTask | None) -> bool:
-        """Whether student and teacher are sequence classifiers in this stage."""
+        """Whether student and teacher are sequence classifiers in this stage, whose data are cloze questions."""
         return self.name == "task_scores" and task is not None and task.kind == "classification"
 
     def check_task(self, task: ClozeTask) -> None:
@@ -53,137 +84,132 @@ class Method:
     stages: tuple[StageSpec, ...]
 
 
-METHODS: dict[str, Method] = {
-    "glmd": Method(
-        GLMDOptions,
-        (
-            StageSpec("pretrain", "text", keep="last"),
-            StageSpec("task_words", "task"),
-            StageSpec("task_scores", "task", evaluate_first=True),
-        ),
-    ),
-    "kd": Method(KDOptions, (StageSpec("distill", "text", keep="last"),)),
-    "lm": Method(LanguageModelingOptions, (StageSpec("train", "text", needs_teacher=False, keep="last"),)),
-}
-
-
-@dataclass(frozen=True)
-class StageInputs:
-    """What the driver has loaded for one stage. Rows are `TokenRows` for text, encoded examples for a task."""
-
-    student: Model
-    teacher: Model | None
-    tokenizer: Any
-    options: Any
-    rows: TokenRows | Sequence[Example]
-    eval_rows: TokenRows | Sequence[Example] | None
-    task: ClozeTask | None
-    eval_batch_size: int
-
-
-def build_stage(method: str, spec: StageSpec, inputs: StageInputs) -> Stage:
+def build_stage(spec: StageSpec, inputs: StageInputs) -> Stage:
     """Put the stage together; what cannot work is refused here, before the first step."""
     _check_kinds(inputs)
-    objective = _objective(method, spec, inputs)
-    if spec.data == "text":
-        make_batch, lengths, evaluate = _text(inputs, objective)
-        metric, higher = "perplexity", False
-    else:
-        make_batch, lengths, evaluate = _task(inputs, objective)
-        metric, higher = "accuracy", True
+    objective = spec.build(inputs)
+    data = _data(spec, inputs, objective)
     return Stage(
         name=spec.name,
         objective=objective,
-        lengths=lengths,
-        make_batch=make_batch,
-        evaluate=evaluate,
-        metric=metric,
-        higher_is_better=higher,
+        lengths=data.lengths,
+        make_batch=data.make_batch,
+        evaluate=data.evaluate,
+        metric=data.metric,
+        higher_is_better=data.higher_is_better,
         evaluate_first=spec.evaluate_first,
         keep=spec.keep,
     )
 
 
-def _objective(method: str, spec: StageSpec, inputs: StageInputs) -> Objective:
-    student, teacher, options = inputs.student, inputs.teacher, inputs.options
-    if spec.name == "task_scores":
-        assert teacher is not None and inputs.task is not None
-        words = label_word_ids(inputs.task, inputs.tokenizer) if inputs.task.kind == "verbalizer" else None
-        return TaskScores(student, teacher, options, inputs.task, None if words is None else torch.tensor(words))
-    assert isinstance(student, LanguageModel)
-    if method == "lm":
-        return LanguageModeling(student)
-    assert isinstance(teacher, LanguageModel)
-    if method == "kd":
-        return KnowledgeDistillation(student, teacher, options, len(inputs.tokenizer))
-    return WordPrediction(student, teacher, options)
+def check_stages(method: str, options: Mapping[str, Any], configured: Sequence[str]) -> None:
+    """Refuse stages that cannot follow each other. options: of the stages that are to run, by name; configured: all of the run's."""
+    if method == "ted" and "distill" in options:
+        ted.check_filters(options["distill"], configured)
 
 
-_Parts = tuple[Callable[[Sequence[int], torch.Generator], Batch], np.ndarray, Callable[[Callable[[], None]], dict[str, float]] | None]
-
-
-def _text(inputs: StageInputs, objective: Objective) -> _Parts:
-    rows, eval_rows, student = inputs.rows, inputs.eval_rows, inputs.student
-    assert isinstance(rows, TokenRows) and isinstance(student, LanguageModel)
-    pad_id = _pad_id(inputs.tokenizer)
-    probability = inputs.options.mask_probability
-    masking = None if student.causal else Masking.of(inputs.tokenizer, probability)
-    # Perplexity needs masked positions even where the training inputs are not masked.
-    eval_masking = None if student.causal else Masking.of(inputs.tokenizer, probability or 0.15)
-
-    def make_batch(indices: Sequence[int], generator: torch.Generator) -> Batch:
-        return collate_text([rows[int(i)] for i in indices], pad_id=pad_id, masking=masking, generator=generator)
-
-    def evaluate(poll: Callable[[], None]) -> dict[str, float]:
-        assert isinstance(eval_rows, TokenRows)
-        size = inputs.eval_batch_size
-        batches = (
-            collate_text(
-                [eval_rows[i] for i in range(start, min(start + size, len(eval_rows)))],
-                pad_id=pad_id,
-                masking=eval_masking,
-                generator=torch.Generator().manual_seed(start),
-            )
-            for start in range(0, len(eval_rows), size)
-        )
-        slot_bias = objective.slot_bias() if isinstance(objective, KnowledgeDistillation) else None
-        return {"perplexity": perplexity(student, batches, slot_bias=slot_bias, poll=poll)}
-
-    return make_batch, rows.lengths, None if eval_rows is None else evaluate
-
-
-def _task(inputs: StageInputs, objective: Objective) -> _Parts:
-    task, rows, eval_rows = inputs.task, inputs.rows, inputs.eval_rows
-    assert task is not None and not isinstance(rows, TokenRows) and eval_rows is not None and not isinstance(eval_rows, TokenRows)
-    pad_id = _pad_id(inputs.tokenizer)
-    if isinstance(objective, TaskScores):
-        scorer = objective
-    else:
+def _data(spec: StageSpec, inputs: StageInputs, objective: Objective) -> StageData:
+    student, rows, size = inputs.student, inputs.rows, inputs.eval_batch_size
+    if isinstance(rows, TextRows):
+        slot_bias = objective.slot_bias if isinstance(objective, KnowledgeDistillation) else lambda: None
+        return text_data(rows, student, inputs.tokenizer, getattr(inputs.options, "mask_probability", 0.0), size, slot_bias)
+    if isinstance(rows, ClozeRows):
         # Word prediction is judged by the student's own task scores; the teacher's part of the scorer is never asked.
-        words = label_word_ids(task, inputs.tokenizer) if task.kind == "verbalizer" else None
-        assert inputs.teacher is not None
-        scorer = TaskScores(inputs.student, inputs.teacher, inputs.options, task, None if words is None else torch.tensor(words))
+        scorer = objective if isinstance(objective, TaskScores) else _task_scores(inputs)
+        return cloze_data(rows, student, inputs.tokenizer, scorer.predict, size)
+    return dataset_data(rows, student, size, judged=spec.needs_labels and spec.makes == "model")
 
-    def make_batch(indices: Sequence[int], generator: torch.Generator) -> Batch:
-        return collate([rows[int(i)] for i in indices], pad_id=pad_id)
 
-    def evaluate(poll: Callable[[], None]) -> dict[str, float]:
-        training = inputs.student.training
-        inputs.student.eval()
-        predictions: list[int] = []
-        for start in range(0, len(eval_rows), inputs.eval_batch_size):
-            poll()
-            batch = collate(eval_rows[start : start + inputs.eval_batch_size], pad_id=pad_id)
-            predictions += scorer.predict(batch.to(inputs.student.device)).tolist()
-        inputs.student.train(training)
-        labels = [example.label for example in eval_rows]
-        scores = {"accuracy": accuracy(predictions, labels)}
-        if task.num_labels:
-            scores["f1_macro"] = f1_macro(predictions, labels)
-        return scores
+def _word_prediction(inputs: StageInputs) -> Objective:
+    assert isinstance(inputs.student, LanguageModel) and isinstance(inputs.teacher, LanguageModel)
+    return WordPrediction(inputs.student, inputs.teacher, inputs.options)
 
-    lengths = np.array([max(len(sequence) for sequence in example.sequences) for example in rows])
-    return make_batch, lengths, evaluate
+
+def _task_scores(inputs: StageInputs) -> TaskScores:
+    assert isinstance(inputs.rows, ClozeRows) and inputs.teacher is not None
+    task = inputs.rows.task
+    words = torch.tensor(label_word_ids(task, inputs.tokenizer)) if task.kind == "verbalizer" else None
+    return TaskScores(inputs.student, inputs.teacher, inputs.options, task, words)
+
+
+def _knowledge_distillation(inputs: StageInputs) -> Objective:
+    assert isinstance(inputs.student, LanguageModel) and isinstance(inputs.teacher, LanguageModel)
+    return KnowledgeDistillation(inputs.student, inputs.teacher, inputs.options, len(inputs.tokenizer))
+
+
+def _hard_labels(inputs: StageInputs) -> Objective:
+    return LanguageModeling(inputs.student) if isinstance(inputs.student, LanguageModel) else FineTuning(inputs.student)
+
+
+def _intermediate_layers(inputs: StageInputs) -> Objective:
+    assert inputs.teacher is not None
+    return IntermediateLayerDistillation(inputs.student, inputs.teacher, inputs.options, seed=inputs.seed)
+
+
+def _logits(inputs: StageInputs) -> Objective:
+    assert isinstance(inputs.student, TaskModel) and isinstance(inputs.teacher, TaskModel)
+    return LogitDistillation(inputs.student, inputs.teacher, inputs.options)
+
+
+def _teacher_filters(inputs: StageInputs) -> Objective:
+    return FilterTraining(inputs.student, inputs.options, role="teacher", seed=inputs.seed, filters=inputs.filters)
+
+
+def _student_filters(inputs: StageInputs) -> Objective:
+    return FilterTraining(inputs.student, inputs.options, role="student", seed=inputs.seed, filters=inputs.filters)
+
+
+def _task_aware(inputs: StageInputs) -> Objective:
+    assert inputs.teacher is not None
+    return TaskAwareDistillation(inputs.student, inputs.teacher, inputs.options, filters=inputs.filters, seed=inputs.seed)
+
+
+_TEXT_OR_DATASET: tuple[Data, ...] = ("dataset", "text")
+_FINETUNE_TEACHER = StageSpec("teacher", _TEXT_OR_DATASET, _hard_labels, trains="teacher", needs_teacher=False)
+_STUDENT_FILTERS = StageSpec(
+    "student_filters", _TEXT_OR_DATASET, _student_filters, makes="filters", needs_teacher=False, captures=True, keep="last"
+)
+
+METHODS: dict[str, Method] = {
+    "glmd": Method(
+        GLMDOptions,
+        (
+            StageSpec("pretrain", ("text",), _word_prediction, keep="last"),
+            StageSpec("task_words", ("task",), _word_prediction),
+            StageSpec("task_scores", ("task",), _task_scores, evaluate_first=True),
+        ),
+    ),
+    "crild": Method(
+        CRILDOptions,
+        (
+            _FINETUNE_TEACHER,
+            StageSpec(
+                "ild",
+                _TEXT_OR_DATASET,
+                _intermediate_layers,
+                reads_scores=False,
+                needs_labels=False,
+                captures=True,
+                check_models=crild.compared_layers,
+                keep="last",
+            ),
+            StageSpec("kd", ("dataset",), _logits),
+        ),
+    ),
+    "ted": Method(
+        TEDOptions,
+        (
+            _FINETUNE_TEACHER,
+            StageSpec("student", _TEXT_OR_DATASET, _hard_labels, needs_teacher=False),
+            replace(_STUDENT_FILTERS, name="teacher_filters", build=_teacher_filters, trains="teacher"),
+            _STUDENT_FILTERS,
+            StageSpec("distill", _TEXT_OR_DATASET, _task_aware, captures=True, check_models=ted.compared_layers),
+        ),
+    ),
+    "kd": Method(KDOptions, (StageSpec("distill", ("text",), _knowledge_distillation, keep="last"),)),
+    "lm": Method(LanguageModelingOptions, (StageSpec("train", ("text",), _hard_labels, needs_teacher=False, keep="last"),)),
+    "finetune": Method(FineTuneOptions, (StageSpec("train", ("dataset",), _hard_labels, needs_teacher=False),)),
+}
 
 
 def _check_kinds(inputs: StageInputs) -> None:
@@ -191,11 +217,3 @@ def _check_kinds(inputs: StageInputs) -> None:
     if isinstance(student, LanguageModel) and isinstance(teacher, LanguageModel) and student.causal != teacher.causal:
         kinds = {True: "a decoder", False: "an encoder"}
         raise ValueError(f"The teacher is {kinds[teacher.causal]} and the student {kinds[student.causal]}; both must be of one kind.")
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Decoders often have no pad token; any id serves there, because padded positions are masked everywhere."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return candidate
-    return 0

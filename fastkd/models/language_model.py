@@ -129,6 +129,15 @@ class LanguageModel(nn.Module):
             )
 
 
+def rows_behind(student: LanguageModel, teacher: LanguageModel) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the teacher's head behind the rows of the student's, gathered once."""
+    weight, bias = teacher.head.weight, teacher.head.bias
+    if len(weight) < student.vocabulary:
+        raise ValueError(f"The teacher has {len(weight)} vocabulary rows, the student {student.vocabulary}; give the student a map.")
+    rows: Any = slice(student.vocabulary) if student.vocab_map is None else student.vocab_map.kept_ids.to(weight.device)
+    return weight[rows], None if bias is None else bias[rows]
+
+
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
     """What the model does after its head, by the names that transformers' configurations use for it."""
     config = config.get_text_config()

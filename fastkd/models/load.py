@@ -15,7 +15,7 @@ from .language_model import LanguageModel
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from .classifier import Classifier
+    from .task_model import TaskModel
 
 log = logging.getLogger("fastkd")
 VOCAB_MAP_FOLDER = "vocab_map"
@@ -48,7 +48,7 @@ def load_language_model(name_or_path: str, dtype: torch.dtype = torch.float32) -
     return LanguageModel(model, VocabMap.load(folder) if folder.is_dir() else None)
 
 
-def save_model(model: LanguageModel | Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The mapped form: the transformers model on the kept rows, the teacher's tokenizer, and the map between them."""
     model.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -81,6 +81,11 @@ def auto_class(config: PretrainedConfig) -> Any:
     )
 
 
+def is_decoder(model: str | PretrainedConfig) -> bool:
+    """Whether the model (a folder, hub name or configuration) predicts the next token rather than a masked one."""
+    return auto_class(load_config(model) if isinstance(model, str) else model).__name__ == "AutoModelForCausalLM"
+
+
 def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Teacher and student must give every token the same id; the first ids that differ are shown."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
@@ -95,7 +100,7 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
     )
 
 
-def check_padded_vocabulary(model: LanguageModel | Classifier, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+def check_padded_vocabulary(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
     """A model with fewer rows than its tokenizer has ids is refused; one with more (padding) is sliced, with one log line."""
     own_rows = model.model.get_input_embeddings().weight.shape[0]
     rows, tokens = own_rows if model.vocab_map is None else model.vocab_map.vocab_size, len(tokenizer)
@@ -108,7 +113,7 @@ def check_padded_vocabulary(model: LanguageModel | Classifier, tokenizer: PreTra
         log.info("The %s's vocabulary is padded: %d rows for %d tokens; rows from %d on are left out.", role, rows, tokens, tokens)
 
 
-def check_row_length(model: LanguageModel | Classifier, longest: int, role: str) -> None:
+def check_row_length(model: LanguageModel | TaskModel, longest: int, role: str) -> None:
     """Rows longer than the model's learned positions are refused; rotary and relative positions have no such end."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and re.search(r"(position_embeddings|embed_positions|wpe)$", name):

@@ -25,12 +25,15 @@ class RelationTarget:
         weight: a finite number >= 0 that multiplies this target's term. A 0-dim tensor where it changes from step to step under
             torch.compile, which takes a number for a constant.
         key_mask: (B, S) bool, True = keep. Masked keys are left out of both softmaxes of this term, the student's too.
+        query_mask: (B, S) bool, True = keep: the query rows that count for this target, beside the call's query_mask. The mean is
+            over the rows that the call's keeps, whatever this one says.
     """
 
     q: Tensor
     k: Tensor
     weight: float | Tensor = 1.0
     key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
 
 
 def relation_kl(
@@ -60,8 +63,8 @@ def relation_kl(
         key_mask: (B, S) bool, True = keep: the teacher's. Masked keys are left out of both softmaxes, the student's too; where a row
             has no key left, it adds zero to the loss and to all gradients.
         query_mask: (B, S) bool, True = keep: the query rows that count, for every target.
-        targets: more targets of the same student relation, each with its own weight and key mask. The loss is the sum of all terms,
-            and one pass makes it: the student's scores are computed once.
+        targets: more targets of the same student relation, each with its own weight and masks. The loss is the sum of all terms, and
+            one pass makes it: the student's scores are computed once.
         form: "kl", or "cross_entropy": KL plus the target's entropy, with the same gradient.
         reduction: "mean" over heads and unmasked query rows, "sum", or "none" (one value per row, (B, heads, S), zero where masked).
         chunk_size, memory_budget: query rows of a tile, counted over heads, or bytes of tiles; None: planned.
@@ -82,13 +85,14 @@ def relation_kl(
     if form not in FORMS:
         raise ValueError(f"form={form!r} is not known; use one of {', '.join(map(repr, FORMS))}.")
     LossOptions(reduction=reduction, chunk_size=chunk_size, memory_budget=memory_budget, backend=backend)  # refuses what is not known
-    no_mask = student_q.new_empty(0, dtype=torch.bool)
+    none = student_q.new_empty(0, dtype=torch.bool)
     loss, _, _ = relation_pass(
         student_q,
         student_k,
         [target.q for target in named.values()],
         [target.k for target in named.values()],
-        [no_mask if target.key_mask is None else target.key_mask for target in named.values()],
+        [none if target.key_mask is None else target.key_mask for target in named.values()],
+        [none if target.query_mask is None else target.query_mask for target in named.values()],
         query_mask,
         torch.stack([_weight(prefix, target.weight, student_q.device) for prefix, target in named.items()]),
         None,
@@ -128,7 +132,8 @@ def relation_kl_reference(
         p = log_p.exp()
         terms = p * (log_p - log_q if form == "kl" else -log_q)
         # Masked keys have p = 0, rows without a key p = NaN: neither adds anything.
-        rows = rows + target.weight * torch.where(p > 0, terms, 0.0).sum(-1)
+        term = torch.where(p > 0, terms, 0.0).sum(-1)
+        rows = rows + target.weight * (term if target.query_mask is None else term * target.query_mask[:, None])
     if query_mask is not None:
         rows = rows * query_mask[:, None]
     if reduction == "none":
@@ -176,7 +181,7 @@ def _named_targets(
         raise ValueError("There is nothing to compare with: give teacher_q and teacher_k, or targets=[RelationTarget(...)].")
     for index, target in enumerate(targets):
         if not isinstance(target, RelationTarget):
-            raise TypeError(f"targets[{index}] is a {type(target).__name__}; give a fastkd.RelationTarget(q, k, weight, key_mask).")
+            raise TypeError(f"targets[{index}] is a {type(target).__name__}; give a fastkd.RelationTarget(q, k, weight).")
         named[f"targets[{index}]."] = target
     return named
 
@@ -210,6 +215,7 @@ def _check_target(prefix: str, target: RelationTarget, student_q: Tensor) -> Non
     if target.q.device != student_q.device:
         raise ValueError(f"{prefix}q is on {target.q.device} and student_q on {student_q.device}; move them together.")
     _check_mask(f"{prefix}key_mask".removeprefix("teacher_"), target.key_mask, student_q)
+    _check_mask(f"{prefix}query_mask", target.query_mask, student_q)
 
 
 def _check_mask(name: str, mask: Tensor | None, student_q: Tensor) -> None:

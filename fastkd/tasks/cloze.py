@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fastkd.tasks.cloze_task import ClozeTask, Rendered, Span
+from fastkd.tasks.token_rows import held, padded
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -150,12 +151,12 @@ def collate(examples: Sequence[Example], *, pad_id: int, pad_to_multiple_of: int
     length = math.ceil(max(map(len, sequences)) / pad_to_multiple_of) * pad_to_multiple_of
     num_scored = max(map(len, positions))
     return ClozeBatch(
-        input_ids=_pad(sequences, length, pad_id),
-        attention_mask=_held(sequences, length).long(),
-        score_positions=_pad(positions, num_scored, 0),
-        score_targets=_pad(targets, num_scored, -100),
-        score_mask=_held(positions, num_scored),
-        choice_mask=_held([example.sequences for example in examples], max(counts)),
+        input_ids=padded(sequences, length, pad_id),
+        attention_mask=held(sequences, length).long(),
+        score_positions=padded(positions, num_scored, 0),
+        score_targets=padded(targets, num_scored, -100),
+        score_mask=held(positions, num_scored),
+        choice_mask=held([example.sequences for example in examples], max(counts)),
         labels=torch.tensor([example.label for example in examples]),
     )
 
@@ -295,16 +296,3 @@ def _kept_tokens(owner: np.ndarray, max_length: int) -> np.ndarray:
         for index, length in enumerate(lengths):
             kept[np.flatnonzero(owner == index)[length:]] = False
     return kept
-
-
-def _pad(rows: Sequence[Sequence[int] | np.ndarray], width: int, value: int) -> torch.Tensor:
-    """(rows, width) int64, each row filled up with `value` on the right."""
-    padded = np.full((len(rows), width), value, dtype=np.int64)
-    for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = row
-    return torch.from_numpy(padded)
-
-
-def _held(rows: Sequence[Sequence[Any] | np.ndarray], width: int) -> torch.Tensor:
-    """(rows, width) bool, True on what each row holds before it is filled up."""
-    return torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]

@@ -26,7 +26,7 @@ from fastkd.tasks.metrics import (
 )
 from fastkd.tasks.seeded import draw, shuffled
 
-Kind = Literal["classification", "regression", "multiple_choice", "question_answering"]
+Kind = Literal["classification", "regression", "multiple_choice", "question_answering", "unlabelled"]
 
 _LABEL_METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,
@@ -42,6 +42,7 @@ _METRICS_OF_KIND: dict[str, tuple[str, ...]] = {
     "regression": ("pearson", "spearman"),
     "multiple_choice": ("accuracy",),
     "question_answering": ("exact_match", "token_f1"),
+    "unlabelled": (),
 }
 
 
@@ -73,7 +74,8 @@ class LabelledExample:
 
 @dataclass(frozen=True, eq=False)
 class TaskDataset:
-    """The splits of one task: `train`, and at least one to evaluate on.
+    """The splits of one task: `train`, and at least one to evaluate on. Of kind "unlabelled", texts and nothing to predict from
+    them: only `train` is needed, and there are no metrics.
 
     Raises ValueError, naming split and row (counted from 0), for a split of fewer than two examples, a label outside the
     names, choices or numbers, a split only part of which has labels, and a metric that the kind has not.
@@ -83,7 +85,7 @@ class TaskDataset:
     kind: Kind
     splits: Mapping[str, Sequence[LabelledExample]]
     metrics: tuple[str, ...]
-    """What the task is judged by; the first is the one that selects a model."""
+    """What the task is judged by; the first is the one that selects a model. None if it is unlabelled."""
     label_names: tuple[str, ...] = ()
     """classification: the classes in the order of their indices."""
 
@@ -97,6 +99,11 @@ class TaskDataset:
                 fault = self._fault(example, labelled=self.is_labelled(split))
                 if fault:
                     raise ValueError(f"Row {number} (the first is 0) of split {split!r} of {self.name} {fault}.")
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of a model's head: one a class, two for questions (an answer's first and last token), none if unlabelled, or one."""
+        return {"classification": len(self.label_names), "question_answering": 2, "unlabelled": 0}.get(self.kind, 1)
 
     def split(self, name: str) -> Sequence[LabelledExample]:
         """The examples of one split; ValueError, with the splits there are, if there is none of that name."""
@@ -141,6 +148,12 @@ class TaskDataset:
                 digest.update(f"\n{json.dumps(content)}".encode())
         return digest.hexdigest()
 
+    def limited(self, split: str, n: int) -> TaskDataset:
+        """The task with only the first `n` examples of one split, or all of them if there are fewer. Other splits stay whole."""
+        if n < 2:
+            raise ValueError(f"n is {n}; split {split!r} of {self.name} must keep at least 2 examples.")
+        return replace(self, splits={**self.splits, split: self.split(split)[:n]})
+
     def few_sample(self, n: int, seed: int) -> TaskDataset:
         """The task with only `n` training examples, drawn without replacement by `seed` alone, in their order.
 
@@ -180,14 +193,14 @@ class TaskDataset:
     def _check(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(get_args(Kind))}.")
-        if "train" not in self.splits or len(self.splits) < 2:
+        if "train" not in self.splits or (len(self.splits) < 2 and self.kind != "unlabelled"):
             raise ValueError(f"{self.name} has the splits {list(self.splits)}; it needs 'train' and one to evaluate on.")
         named = len(set(self.label_names))
         if named != len(self.label_names) or (named >= 2) != (self.kind == "classification") or named == 1:
             raise ValueError(f"label_names is {self.label_names!r}; 'classification' needs two or more, each once, other kinds none.")
         known = _METRICS_OF_KIND[self.kind]
-        if not self.metrics or not set(self.metrics) <= set(known):
-            raise ValueError(f"metrics is {self.metrics!r}; kind {self.kind!r} can be judged by {', '.join(known)}.")
+        if bool(self.metrics) != bool(known) or not set(self.metrics) <= set(known):
+            raise ValueError(f"metrics is {self.metrics!r}; kind {self.kind!r} can be judged by {', '.join(known) or 'none'}.")
         if "f1" in self.metrics and named != 2:
             raise ValueError(f"metrics is {self.metrics!r}, but 'f1' is for two classes and {self.name} has {named}; use 'f1_macro'.")
 
@@ -200,6 +213,8 @@ class TaskDataset:
         if self.kind == "multiple_choice" and (len(example.choices) < 2 or not all(map(str.strip, example.choices))):
             return f"has the choices {list(example.choices)}; two or more are needed, none empty"
         label = example.label
+        if self.kind == "unlabelled" and label is not None:
+            return f"has the label {label!r}; kind 'unlabelled' has none"
         if (label is not None) != labelled:
             return "has a label and the first row has none" if label is not None else "has no label, which the first row has"
         if label is None:

@@ -128,6 +128,15 @@ STDLIB_TASKS: dict[str, Callable[..., TaskDataset]] = {
 """The tasks by name; each takes `seed`."""
 
 
+def training_pairs() -> list[LabelledExample]:
+    """Every documented function of the docstring tasks' training files with its own docstring, without a label."""
+    return [
+        LabelledExample(function.code, function.docstring, group=function.file)
+        for function in _functions()
+        if function.docstring and _split_of(function.file) == "train"
+    ]
+
+
 def _documented_splits(
     fewest: int, examples: Callable[[Sequence[_Function]], Iterator[LabelledExample]], *key: int | str
 ) -> dict[str, list[LabelledExample]]:

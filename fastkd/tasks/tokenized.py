@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from fastkd.files import json_bytes, new_folder
 from fastkd.tasks.corpus import Corpus
+from fastkd.tasks.token_rows import require_fast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -133,11 +134,7 @@ class _Options:
 
 
 def _check_arguments(tokenizer: PreTrainedTokenizerFast, options: _Options) -> None:
-    if not tokenizer.is_fast:
-        raise TypeError(
-            f"The tokenizer is a {type(tokenizer).__name__}, which is not a fast one: load it with "
-            "AutoTokenizer.from_pretrained, or convert it to a tokenizer.json first."
-        )
+    require_fast(tokenizer)
     if options.layout not in get_args(Layout):
         raise ValueError(f"layout={options.layout!r} is unknown: use one of {', '.join(map(repr, get_args(Layout)))}.")
     if options.layout == "packed" and options.split_long:

@@ -73,6 +73,43 @@ class TaskData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetArguments:
+    """Examples of a known task, read as its benchmark has them, without a template."""
+
+    task: str
+    """Which task: glue/rte, super_glue/boolq, squad_v2, ..., stdlib/module, stdlib/docstring, stdlib/which_docstring (made from
+    Python's own library), or for stages without labels stdlib/pairs, or pairs (the rows at path)."""
+    path: str | None = None
+    """Folder or hub name of a copy; null: the hub's own."""
+    eval_split: str | None = None
+    """Split that selects the best weights; null: the task's first besides train."""
+    text_columns: tuple[str, ...] = ("text",)
+    """pairs: the column of the text, or of both texts."""
+    max_length: int = 128
+    """Tokens in a row; longer texts are cut."""
+    doc_stride: int = 128
+    """Question answering: tokens that neighbouring windows of a context share."""
+    max_answer_length: int = 30
+    """Question answering: tokens of the longest answer."""
+    few_sample: int | None = None
+    """Train on so many examples alone, drawn by sample_seed."""
+    label_noise: float = 0.0
+    """Share of training labels that are replaced by another one, drawn by sample_seed."""
+    sample_seed: int = 0
+    """Of few_sample and label_noise: the same examples whatever the run's seed."""
+    max_eval_rows: int | None = None
+    """At most this many evaluation examples."""
+
+    def __post_init__(self) -> None:
+        _at_least(2, self, "few_sample", "max_eval_rows")
+        _at_least(8, self, "max_length")
+        if not 1 <= len(self.text_columns) <= 2:
+            raise ValueError(f"text_columns has {len(self.text_columns)} names; give the column of the text, or of both texts.")
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise is {self.label_noise}; it is a share of the labels, between 0 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """Which part of the teacher's vocabulary the student keeps."""
 
@@ -100,7 +137,9 @@ class StageArguments:
     text: TextData | None = None
     """Unlabeled text (stages on text)."""
     task: TaskData | None = None
-    """Task examples (stages on a task)."""
+    """Task examples in a template (glmd's stages on a task)."""
+    dataset: DatasetArguments | None = None
+    """Examples of a known task (finetune, crild, ted)."""
     teacher_model_name_or_path: str | None = None
     """Folder or hub name of the teacher; task stages want the one fine-tuned on the task."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -187,20 +226,24 @@ class StageArguments:
 class RunConfig(StageArguments):
     """A whole run of a method."""
 
-    method: Literal["glmd", "kd", "lm"]
-    """glmd: word prediction and task scores from a teacher; kd: plain full-vocabulary distillation; lm: hard labels alone."""
+    method: Literal["glmd", "crild", "ted", "kd", "lm", "finetune"]
+    """glmd: word prediction and task scores from a teacher; crild: relations and states of the last layer, with consistency; ted:
+    layers through task-aware filters; kd: plain full-vocabulary distillation; lm and finetune: hard labels alone, of text or a task."""
     output_dir: str
     """Where everything of the run goes; each stage has its folder, with its finished student in student/."""
     model_name_or_path: str | None = None
     """Folder or hub name to start the student from; null: a new one is built from `student`."""
     tokenizer_name_or_path: str | None = None
     """Tokenizer, where there is no teacher to take it from."""
+    student_layers: str | tuple[int, ...] | None = None
+    """Layers of model_name_or_path that the student keeps: first:6, every:2 (the 2nd, 4th, ...), or a list of their numbers from 1."""
     student: dict[str, Any] = field(default_factory=dict)
     """Settings of a new student over the teacher's configuration, such as num_hidden_layers; model_type makes another architecture."""
     vocabulary: Vocabulary | None = None
     """The kept vocabulary; null: the student keeps all of it."""
     stages: dict[str, StageArguments] = field(default_factory=dict)
-    """Stages to run and what they set for themselves; empty: the method's first. glmd has pretrain, task_words, task_scores."""
+    """Stages to run and what they set for themselves; empty: the method's first. glmd has pretrain, task_words, task_scores; crild
+    teacher, ild, kd; ted teacher, student, teacher_filters, student_filters, distill."""
     seed: int = 0
     """Of new weights, of the order of the data, and of masking."""
     use_cpu: bool = False
@@ -217,6 +260,8 @@ class RunConfig(StageArguments):
                 "neither model_name_or_path nor student is set, so there is no student to train. Name a model to start from, or give "
                 "the settings of a new one, such as student: {num_hidden_layers: 2}."
             )
+        if self.student_layers is not None and self.model_name_or_path is None:
+            raise ValueError("student_layers picks layers of model_name_or_path, which is not set; name the model to take them from.")
 
 
 STAGE_KEYS = frozenset(f.name for f in fields(StageArguments))

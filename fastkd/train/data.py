@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..tasks.cloze import Example, encode_examples
+from ..methods.stage_data import ClozeRows, DatasetRows, TextRows
+from ..tasks.cloze import encode_examples
 from ..tasks.corpus import Corpus, open_corpus
+from ..tasks.encoded import encode_task
 from ..tasks.examples import load_examples
+from ..tasks.glue import load_task
+from ..tasks.labelled import TaskDataset
+from ..tasks.pairs import load_pairs, stdlib_pairs
+from ..tasks.stdlib_tasks import STDLIB_TASKS
 from ..tasks.tokenized import TokenRows, tokenize_corpus
-from .config import TaskData, TextData
-
-
-@dataclass(frozen=True)
-class TextRows:
-    train: TokenRows
-    eval: TokenRows | None
-
-
-def longest_row(rows: TokenRows | Sequence[Example]) -> int:
-    """Positions that the longest row takes in a batch, which is padded to a multiple of 8."""
-    lengths = rows.lengths if isinstance(rows, TokenRows) else [len(ids) for example in rows for ids in example.sequences]
-    return -(-int(max(lengths)) // 8) * 8
+from .config import DatasetArguments, TaskData, TextData
 
 
 def train_corpus(text: TextData) -> Corpus:
@@ -68,8 +60,8 @@ def text_rows(text: TextData, tokenizer: Any, cache_dir: Path, *, causal: bool) 
     return TextRows(tokenized(train_corpus(text)), None if judged is None else tokenized(judged))
 
 
-def task_rows(data: TaskData, tokenizer: Any, *, causal: bool) -> tuple[list[Example], list[Example]]:
-    """Training and evaluation examples."""
+def cloze_rows(data: TaskData, tokenizer: Any, *, causal: bool) -> ClozeRows:
+    """Training and evaluation examples in the task's template."""
     if data.eval_path is None and Path(data.path).is_file():
         raise ValueError(
             f"task.path {data.path!r} is one file, so training and evaluation would share its rows; name the evaluation rows by "
@@ -81,4 +73,48 @@ def task_rows(data: TaskData, tokenizer: Any, *, causal: bool) -> tuple[list[Exa
     eval_rows = encode_examples(data.cloze, judged, tokenizer, causal=causal)
     if any(example.label < 0 for example in eval_rows):
         raise ValueError(f"Some evaluation rows have no {data.cloze.label_column}; labels are needed there to select the best weights.")
-    return encode_examples(data.cloze, train, tokenizer, causal=causal), eval_rows
+    return ClozeRows(data.cloze, encode_examples(data.cloze, train, tokenizer, causal=causal), eval_rows)
+
+
+def load_dataset(arguments: DatasetArguments) -> TaskDataset:
+    """The task's examples, with few or noisy training labels if that is asked for."""
+    made_here = {**STDLIB_TASKS, "stdlib/pairs": stdlib_pairs}
+    if arguments.task in made_here:
+        if arguments.path is not None:
+            raise ValueError(
+                f"dataset.path is {arguments.path!r}, but {arguments.task} is made from Python's own library; leave path out."
+            )
+        dataset = made_here[arguments.task]()
+    elif arguments.task == "pairs":
+        if arguments.path is None:
+            raise ValueError("dataset.path is not set, and task pairs are the rows found there; name a file, folder or hub data set.")
+        dataset = load_pairs(
+            arguments.path, text_column=arguments.text_columns[0], second_text_column=next(iter(arguments.text_columns[1:]), None)
+        )
+    else:
+        dataset = load_task(arguments.task, arguments.path)
+    if arguments.few_sample is not None:
+        dataset = dataset.few_sample(arguments.few_sample, arguments.sample_seed)
+    if arguments.label_noise:
+        dataset = dataset.label_noise(arguments.label_noise, arguments.sample_seed)
+    return dataset
+
+
+def dataset_rows(arguments: DatasetArguments, dataset: TaskDataset, tokenizer: Any) -> DatasetRows:
+    """The examples as token rows; a dataset without a labelled split to judge by has none to evaluate on."""
+    splits = [split for split in dataset.splits if split != "train" and dataset.is_labelled(split)]
+    eval_split = arguments.eval_split or next(iter(splits), None)
+    if eval_split is not None and arguments.max_eval_rows is not None:
+        dataset = dataset.limited(eval_split, arguments.max_eval_rows)
+
+    def encoded(split: str) -> Any:
+        return encode_task(
+            dataset,
+            split,
+            tokenizer,
+            max_length=arguments.max_length,
+            doc_stride=arguments.doc_stride,
+            max_answer_length=arguments.max_answer_length,
+        )
+
+    return DatasetRows(dataset, encoded("train"), eval_split, None if eval_split is None else encoded(eval_split))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.objective import Stage
+from ..methods.objective import Position, Stage
 from .batches import BatchOrder, counter_torch_generator
 from .checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
 from .config import StageArguments
@@ -131,8 +131,9 @@ class StageTrainer:
         self.rng = rng_tensors()
         first = self.at.step * arguments.gradient_accumulation_steps
         indices = range(first, first + arguments.gradient_accumulation_steps)
-        batches = [self.stage.make_batch(self.order.batch(i), counter_torch_generator(self.seed, i)) for i in indices]  # type: ignore[arg-type]
+        batches = [self._micro_batch(i) for i in indices]
         denominator = sum(objective.weight(batch) for batch in batches)
+        objective.begin_step(self._position())
         tokens = int(sum(batch.attention_mask.sum() for batch in batches))
         total = torch.zeros((), device=self.device)
         for batch in batches:
@@ -165,6 +166,7 @@ class StageTrainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        objective.end_step()
         at = self.at
         at.step += 1
         at.tokens += tokens
@@ -185,6 +187,15 @@ class StageTrainer:
                 }
             )
             at.window_loss = 0.0
+
+    def _micro_batch(self, index: int) -> Any:
+        """Rows and whatever is drawn for them follow from the seed and the micro-batch's number alone."""
+        generator = counter_torch_generator(self.seed, index)
+        return self.stage.objective.prepare(self.stage.make_batch(self.order.batch(index), generator), generator)  # type: ignore[arg-type]
+
+    def _position(self) -> Position:
+        steps_per_epoch = self.order.batches_per_epoch / self.arguments.gradient_accumulation_steps
+        return Position(self.at.step, self.total_steps, int(self.at.step / steps_per_epoch), self.total_steps / steps_per_epoch)
 
     def _catch_up(self, lines: RunLog, flag: SignalFlag) -> None:
         """Evaluate and save if that is due at this step and not done; so a run that was stopped in between does it on resuming."""
@@ -215,7 +226,7 @@ class StageTrainer:
         if self.saved_step == self.at.step:
             return
         tensors = {
-            "model": _state(self.stage.objective.student),
+            **{name: _state(module) for name, module in self._changing().items()},
             "optimizer": optimizer_tensors(self.optimizer, self.names),
             "rng": self.rng,
         }
@@ -225,10 +236,17 @@ class StageTrainer:
         prune_checkpoints(self.folder, self.arguments.save_total_limit)
         self.saved_step = self.at.step
 
+    def _changing(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds: the student, unless it is frozen throughout, and what is kept beside it."""
+        objective = self.stage.objective
+        student = {"model": objective.student} if any(p.requires_grad for p in objective.student.parameters()) else {}
+        return {**student, **objective.auxiliary()}
+
     def _load(self, path: Path) -> None:
         tensors, state = load_checkpoint(path, self.device)
         self.scaler.load_state_dict(state.pop("scaler"))
-        _load_state(self.stage.objective.student, tensors["model"])
+        for name, module in self._changing().items():
+            _load_state(module, tensors[name])
         load_optimizer_tensors(self.optimizer, self.names, tensors["optimizer"])
         self.best_state = {name: value.cpu() for name, value in tensors.get("best", {}).items()}
         self.at = Progressed(**state)

@@ -47,7 +47,7 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     """Run it all, or what is not finished yet; return what is written to results.json."""
     output_dir.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    tokenizer_dir = _tokenizer(output_dir)
+    tokenizer_dir = make_tokenizer(output_dir / "tokenizer", VOCABULARY)
     teacher_result = distill(_teacher_config(output_dir))["train"]
     results = {}
     for name in STUDENTS[:3]:
@@ -94,20 +94,19 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     return summary
 
 
-def _tokenizer(output_dir: Path) -> Path:
+def make_tokenizer(folder: Path, vocabulary: int) -> Path:
     """A byte-level BPE tokenizer trained on the training files, made once."""
-    folder = output_dir / "tokenizer"
     if (folder / "tokenizer_config.json").is_file():
         return folder
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    log.info("Training a tokenizer of %d tokens.", VOCABULARY)
+    log.info("Training a tokenizer of %d tokens.", vocabulary)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

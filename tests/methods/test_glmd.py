@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastkd.methods.glmd import GLMDOptions, TaskScores, WordPrediction
-from fastkd.models.classifier import Classifier
 from fastkd.models.language_model import LanguageModel
+from fastkd.models.task_model import TaskModel
 from fastkd.tasks.cloze import Example, collate
 from fastkd.tasks.cloze_task import ClozeTask
 from fastkd.tasks.text import Masking, TextBatch, collate_text
@@ -187,17 +187,17 @@ def test_length_penalty_divides_by_the_candidates_length():
 def test_classification_heads():
     from transformers import BertConfig, BertForSequenceClassification
 
-    def classifier(seed: int) -> Classifier:
+    def classifier(seed: int) -> TaskModel:
         torch.manual_seed(seed)
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "num_labels": 3}
-        return Classifier(BertForSequenceClassification(BertConfig(vocab_size=ROWS, **shape)).eval())
+        return TaskModel(BertForSequenceClassification(BertConfig(vocab_size=ROWS, **shape)).eval())
 
     student, teacher = classifier(0), classifier(1).eval().requires_grad_(False)
     examples = [Example((np.arange(5, end, dtype=np.int32),), ((),), ((),), label) for end, label in ((9, 0), (12, 2))]
     batch = collate(examples, pad_id=0)
     task = ClozeTask(kind="classification", template="{text}", labels=(0, 1, 2))
     objective = TaskScores(student, teacher, GLMDOptions(), task)
-    u_s, u_t = student(batch.input_ids, batch.attention_mask), teacher(batch.input_ids, batch.attention_mask)
+    u_s, u_t = student(batch), teacher(batch)
     assert_close(objective(batch, 2.0), -(u_t.softmax(-1) * u_s.log_softmax(-1)).sum() / 2, 1e-6)
 
 

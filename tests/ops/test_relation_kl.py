@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ def make_inputs(
 
 
 def make_targets(dtype: torch.dtype = torch.float64) -> list[RelationTarget]:
-    """The two consistency targets of CR-ILD, of the student's head size, with masks of their own, and one of another size without."""
+    """The two consistency targets of CR-ILD, of the student's head size, with masks of their own, and one of another size with few."""
     shape = (BATCH, HEADS, LENGTH, STUDENT_SIZE)
     clean_q, clean_k, size_one = (
         normal(*shape, seed=7, dtype=dtype),
@@ -61,16 +63,16 @@ def make_targets(dtype: torch.dtype = torch.float64) -> list[RelationTarget]:
         normal(*shape[:3], 1, seed=9, dtype=dtype),
     )
     return [
-        RelationTarget(clean_q, clean_k, 0.07, OTHER_MASK),
-        RelationTarget(clean_q.flip(0), clean_k.flip(0), torch.tensor(0.03), OTHER_MASK.flip(0)),
-        RelationTarget(size_one, size_one, 2),
+        RelationTarget(clean_q, clean_k, 0.7, OTHER_MASK, QUERY_MASK.flip(0)),
+        RelationTarget(clean_q.flip(0), clean_k.flip(0), torch.tensor(0.3), OTHER_MASK.flip(0), OTHER_MASK.flip(0)),
+        RelationTarget(size_one, size_one, 2, query_mask=KEY_MASK),
     ]
 
 
 def raised(value):
     """Options with their tensors, and those of their targets, in float64."""
     if isinstance(value, RelationTarget):
-        return RelationTarget(value.q.double(), value.k.double(), value.weight, value.key_mask)
+        return replace(value, q=value.q.double(), k=value.k.double())
     return [raised(x) for x in value] if isinstance(value, list) else value
 
 
@@ -136,6 +138,20 @@ def test_the_mean_is_over_heads_and_unmasked_rows():
     assert (rows[~QUERY_MASK[:, None].expand_as(rows)] == 0).all()
     mean = fastkd.relation_kl(**inputs, **MASKS["both masks"])
     assert_close(mean, rows.sum() / (HEADS * QUERY_MASK.sum()), 1e-12)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_targets_query_mask_is_its_own_and_does_not_change_what_the_mean_is_over(reduction):
+    """The rows are those of a target without it, zero where it masks; the call's query_mask has them divided."""
+    inputs = make_inputs()
+    teacher, own = (inputs["teacher_q"], inputs["teacher_k"]), OTHER_MASK.flip(0)
+    student = [inputs[name] for name in NAMES]
+    rows = fastkd.relation_kl(**inputs, **MASKS["both masks"], reduction="none").where(own[:, None], 0.0)
+    loss = fastkd.relation_kl(
+        *student, None, None, targets=[RelationTarget(*teacher, 1.0, KEY_MASK, own)], query_mask=QUERY_MASK, reduction=reduction
+    )
+    count = HEADS * QUERY_MASK.sum()
+    assert_close(loss, {"mean": rows.sum() / count, "sum": rows.sum(), "none": rows}[reduction], 1e-12)
 
 
 def test_cross_entropy_is_kl_plus_the_teachers_entropy_with_the_same_gradient():
@@ -250,7 +266,7 @@ def test_rows_without_a_key_add_zero_and_get_zero(several, form, reduction):
     options = {"key_mask": mask, "form": form, "reduction": reduction, "targets": []}
     if several:
         options["targets"] = [
-            RelationTarget(*(x.flip(1) for x in (t.q, t.k)), t.weight, mask.roll(i + 1, 0)) for i, t in enumerate(make_targets())
+            replace(t, q=t.q.flip(1), k=t.k.flip(1), key_mask=mask.roll(i + 1, 0)) for i, t in enumerate(make_targets())
         ]
     check(options, torch.float64, 1e-11)
     if not several:
@@ -312,7 +328,7 @@ def test_gradcheck(reduction):
     mask = torch.tensor([[True, True, False], [False, True, True]])
 
     def loss(student_q, student_k):
-        targets = [RelationTarget(clean, clean, 0.3, ~mask), RelationTarget(clean.flip(0), clean, 0.7)]
+        targets = [RelationTarget(clean, clean, 0.3, ~mask, mask.flip(1)), RelationTarget(clean.flip(0), clean, 0.7)]
         masks = {"key_mask": mask, "query_mask": mask.flip(0)}
         return fastkd.relation_kl(student_q, student_k, *teacher, **masks, targets=targets, reduction=reduction, chunk_size=2)
 

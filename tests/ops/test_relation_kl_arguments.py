@@ -51,6 +51,8 @@ BAD = {
     "mask shape": ({"query_mask": KEY_MASK[:, :5]}, ValueError, "query_mask has shape (3, 5)"),
     "mask type": ({"query_mask": [True]}, TypeError, "query_mask has type list"),
     "target's mask": (target(key_mask=KEY_MASK[:1]), ValueError, "targets[1].key_mask has shape (1, 11)"),
+    "target's query mask": (target(query_mask=KEY_MASK[:, :5]), ValueError, "targets[1].query_mask has shape (3, 5)"),
+    "target's query mask type": (target(query_mask=[True]), TypeError, "targets[1].query_mask has type list"),
     "target's mask dtype": (target(key_mask=KEY_MASK.double()), TypeError, "targets[1].key_mask has dtype"),
     "weight": (target(weight=-0.5), ValueError, "targets[1].weight=-0.5"),
     "weight is not finite": (target(weight=float("nan")), ValueError, "targets[1].weight=nan"),

@@ -65,7 +65,7 @@ def test_compiles_whole_and_only_once_for_every_length(reduction):
     counter = CompileCounterWithBackend("aot_eager")
 
     def loss(q, k, teacher, clean, mask, weight):
-        targets = [RelationTarget(clean, clean, weight, mask), RelationTarget(clean, teacher[..., :4], 1 - weight)]
+        targets = [RelationTarget(clean, clean, weight, mask), RelationTarget(clean, teacher[..., :4], 1 - weight, query_mask=~mask)]
         return fastkd.relation_kl(q, k, teacher, teacher, query_mask=mask, targets=targets, reduction=reduction)
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
@@ -86,8 +86,8 @@ def test_compiles_whole_and_only_once_for_every_length(reduction):
 def test_the_shapes_and_dtypes_that_are_promised_to_the_compiler_are_kept(reduction):
     inputs = make_inputs(torch.bfloat16)
     arguments = (
-        *(inputs[n] for n in NAMES), [inputs["teacher_q"]] * 2, [inputs["teacher_k"]] * 2, [KEY_MASK, KEY_MASK[:0]], QUERY_MASK,
-        torch.ones(2, dtype=torch.float64), None, [True, True],
+        *(inputs[n] for n in NAMES), [inputs["teacher_q"]] * 2, [inputs["teacher_k"]] * 2, [KEY_MASK, KEY_MASK[:0]],
+        [KEY_MASK[:0], QUERY_MASK.flip(0)], QUERY_MASK, torch.ones(2, dtype=torch.float64), None, [True, True],
     )  # fmt: skip
     scalars = {"form": "kl", "reduction": reduction, "chunk_size": 5, "memory_budget": None, "backend": "auto"}
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")

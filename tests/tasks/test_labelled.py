@@ -141,6 +141,35 @@ def test_fingerprint_is_the_same_for_ever():
     assert classes(3).fingerprint == "1df3f602776205e6aee5001e042b21844e4f4039d1b4dd28ac406d2a039b9631"
 
 
+def test_limits_keep_the_first_rows_of_one_split():
+    task = classes()
+    limited = task.limited("validation", 4)
+    assert limited.split("validation") == task.split("validation")[:4] and limited.split("train") == task.split("train")
+    assert task.limited("validation", 100).fingerprint == task.fingerprint
+    with pytest.raises(ValueError, match="n is 1; split 'train' of toy must keep at least 2 examples"):
+        task.limited("train", 1)
+    with pytest.raises(ValueError, match="split='dev' is not a split"):
+        task.limited("dev", 4)
+
+
+def test_outputs_of_every_kind():
+    assert [task().num_outputs for task in (classes, choices, values, questions)] == [3, 1, 1, 2]
+
+
+def test_unlabelled_rows_need_no_split_to_evaluate_on_and_no_metrics():
+    rows = [LabelledExample("a", "b"), LabelledExample("c")]
+    task = TaskDataset("toy", "unlabelled", {"train": rows}, ())
+    assert task.num_outputs == 0 and not task.is_labelled("train") and len(task.limited("train", 2).split("train")) == 2
+    with pytest.raises(ValueError, match=r"metrics is \('accuracy',\); kind 'unlabelled' can be judged by none"):
+        replace(task, metrics=("accuracy",))
+    with pytest.raises(ValueError, match="needs 'train'"):
+        replace(task, splits={"validation": rows})
+    with pytest.raises(ValueError, match=r"Row 1 .* has the label 1; kind 'unlabelled' has none"):
+        with_row(task, 1, label=1)
+    with pytest.raises(ValueError, match="no labels to score"):
+        task.score("train", [0, 0])
+
+
 def test_few_samples_follow_from_their_own_seed():
     task = classes()
     few = task.few_sample(100, seed=3)

@@ -104,7 +104,7 @@ def test_every_key_has_its_help():
         ({"stages": {"pretrain": {"max_step": 1}}}, ["stages.pretrain.max_step is not a known key", "stages.pretrain.max_steps?"]),
         ({"text": {"path": "a", "max_lenght": 1}}, ["text.max_lenght is not a known key", "text.max_length?"]),
         ({"vocabulary": {"keeps": 0.5}}, ["vocabulary.keeps", "vocabulary.keep?"]),
-        ({"method": "glmdd"}, ["method is the text 'glmdd'; it must be glmd | kd | lm"]),
+        ({"method": "glmdd"}, ["method is the text 'glmdd'; it must be glmd | crild | ted | kd | lm | finetune"]),
         ({"learning_rate": "2e-5"}, ["learning_rate is the text '2e-5'", "write 2.0e-5"]),
         ({"learning_rate": 0}, ["learning_rate is 0.0; it must be a finite number > 0"]),
         ({"learning_rate": float("nan")}, ["learning_rate is nan"]),
@@ -145,7 +145,7 @@ def test_a_bad_value_is_named_with_its_remedy(changes, sentences):
 
 def test_missing_keys_are_named():
     message = refusal({"student": {"num_hidden_layers": 2}})
-    assert "method is missing (glmd | kd | lm)" in message and "output_dir is missing" in message
+    assert "method is missing (glmd | crild | ted | kd | lm | finetune)" in message and "output_dir is missing" in message
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import torch
 import yaml
 
 from fastkd.cli.main import main
-from fastkd.models.load import load_frozen, load_language_model
+from fastkd.models.load import load_frozen, load_language_model, load_tokenizer
 from fastkd.tasks import stdlib
 from fastkd.train import quickstart
 from fastkd.train.config import read_config
-from fastkd.train.run import _Run
+from fastkd.train.run_models import RunModels
 
 FIELDS = {
     "method",
@@ -72,7 +72,8 @@ def test_all_students_start_from_the_same_weights(finished):
     states = []
     for name in quickstart.STUDENTS:
         config = quickstart._student_config(output_dir, 3, name, 8)
-        states.append(_Run(config, output_dir / "seed-3" / name)._first_student(teacher).state_dict())
+        models = RunModels(config, output_dir / "seed-3" / name, output_dir / "cache", load_tokenizer(str(output_dir / "tokenizer")))
+        states.append(models._first_student(teacher, config).state_dict())
     for state in states[1:]:
         assert all(torch.equal(state[key], value) for key, value in states[0].items())
 

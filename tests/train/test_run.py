@@ -275,7 +275,7 @@ if moment == "mid-step":
 else:
     build = registry.build_stage
     from fastkd.train import run
-    run.build_stage = lambda method, spec, inputs: kill() if spec.name == moment else build(method, spec, inputs)
+    run.build_stage = lambda spec, inputs: kill() if spec.name == moment else build(spec, inputs)
 distill(config)
 """
 
@@ -430,17 +430,23 @@ def test_task_words_needs_words(tmp_path, no_step):
     stages = {"pretrain": {}, "task_words": {}, "task_scores": {}}
     with pytest.raises(ValueError, match=r"task_words compares words.*leave task_words out"):
         fastkd.distill(glmd(tmp_path, runs.bert_teacher(tmp_path), "classification", stages=stages))
-    with pytest.raises(ValueError, match="classification task starts from a trained student: run pretrain first"):
-        fastkd.distill(glmd(tmp_path, runs.bert_teacher(tmp_path), "classification", stages={"task_scores": {}}))
 
 
 def test_a_small_classification_teacher_is_refused(tmp_path, no_step):
-    stages = {"task_scores": {"teacher_model_name_or_path": small_teacher(tmp_path)}}
+    small = runs.bert_classifier(tmp_path, vocabulary=500)
+    stages = {"task_scores": {"teacher_model_name_or_path": small}}
     config = glmd(
         tmp_path, runs.bert_teacher(tmp_path), "classification", stages=stages, model_name_or_path=runs.bert_teacher(tmp_path, 2)
     )
     with pytest.raises(ValueError, match="The teacher has 500 vocabulary rows and its tokenizer 600 ids"):
         fastkd.distill(config)
+
+
+def test_a_teacher_without_a_trained_head_is_refused(tmp_path):
+    stages = {"task_scores": {"teacher_model_name_or_path": runs.bert_teacher(tmp_path)}}
+    with pytest.raises(ValueError, match=r"has no trained head for classification.*Fine-tune it first"):
+        fastkd.distill(glmd(tmp_path, runs.bert_teacher(tmp_path), "classification", stages=stages))
+    assert not trained(tmp_path / "run")
 
 
 def test_a_stage_that_is_not_there(tmp_path, no_step):

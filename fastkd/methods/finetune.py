@@ -1,0 +1,33 @@
+"""Fine-tuning on a task's labels: how a teacher is made, stage 0 of CR-ILD and TED, and the student that is trained alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..models.task_model import TaskModel
+from ..tasks.encoded import TaskBatch
+from .objective import Objective
+from .task_losses import label_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneOptions:
+    """Method `finetune` has no options."""
+
+
+class FineTuning(Objective):
+    """mean over examples of the task's own loss: cross-entropy, or squared error for regression."""
+
+    student: TaskModel
+
+    def __init__(self, student: TaskModel) -> None:
+        super().__init__()
+        self.student = student
+
+    def weight(self, batch: TaskBatch) -> float:
+        return float(batch.num_examples)
+
+    def forward(self, batch: TaskBatch, denominator: float) -> Tensor:
+        return label_loss(self.student.kind, self.student(batch), batch.labels).sum() / denominator

@@ -1,0 +1,158 @@
+"""Where the models of a run come from: finished stages, folders and hub names, or a configuration with new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import new_folder
+from ..methods.registry import METHODS, Model, StageSpec
+from ..models.language_model import LanguageModel
+from ..models.load import VOCAB_MAP_FOLDER, check_padded_vocabulary, load_config, load_frozen, load_language_model
+from ..models.student import build_student, prune_model, student_config
+from ..models.task_model import TaskHead, TaskModel, build_task_model, load_task_model
+from ..models.truncate import keep_layers, parse_layers
+from ..tasks.token_rows import pad_id
+from ..vocab.map import VocabMap
+from .config import RunConfig, StageArguments
+from .data import train_corpus
+from .schema import ConfigError
+from .vocabulary import build_vocab_map
+
+RESULT_FILE = "result.json"
+
+
+class RunModels:
+    """Loads what each stage of one run trains, and its teacher."""
+
+    def __init__(self, config: RunConfig, output_dir: Path, cache_dir: Path, tokenizer: Any) -> None:
+        self.config, self.output_dir, self.cache_dir, self.tokenizer = config, output_dir, cache_dir, tokenizer
+
+    def finished(self, stage: str) -> bool:
+        return (self.output_dir / stage / RESULT_FILE).is_file()
+
+    def teacher(self, spec: StageSpec, arguments: StageArguments, head: TaskHead | None) -> Model:
+        """The frozen teacher beside the student: what the run itself has trained, else the one that is named."""
+        source = self._made_before(spec, "teacher") or arguments.teacher_model_name_or_path
+        assert source is not None
+        if head is None:
+            teacher: Model = load_frozen(source)
+        else:
+            teacher = self._task_model(source, head, needs_head=spec.reads_scores).eval().requires_grad_(False)
+        check_padded_vocabulary(teacher, self.tokenizer, "teacher")
+        return teacher
+
+    def trained(self, spec: StageSpec, arguments: StageArguments, teacher: Model | None, head: TaskHead | None) -> Model:
+        """What the stage trains: the result of the stage before, else the model that is named, or a new student."""
+        source = self._made_before(spec, spec.trains)
+        if source is None and spec.trains == "teacher":
+            source = arguments.teacher_model_name_or_path
+        if source is not None:
+            model = load_language_model(source) if head is None else self._task_model(source, head)
+            check_padded_vocabulary(model, self.tokenizer, spec.trains)
+            return model
+        if teacher is None and arguments.teacher_model_name_or_path is not None and self.config.model_name_or_path is None:
+            # A stage without a teacher may still name one: its architecture and rows are what the student is built from.
+            teacher = load_frozen(arguments.teacher_model_name_or_path) if head is None else None
+        return self._first_student(teacher, arguments) if head is None else self._first_task_student(arguments, head)
+
+    def skeletons(self, arguments: StageArguments) -> tuple[Any, Any]:
+        """Backbones of student and teacher without weights: what can be refused of them is refused before anything is trained."""
+        from transformers import AutoModel
+
+        config = self.config
+        assert arguments.teacher_model_name_or_path is not None
+        teacher_config = load_config(arguments.teacher_model_name_or_path)
+        with torch.device("meta"):
+            teacher = AutoModel.from_config(teacher_config)
+            if config.model_name_or_path is None:
+                return AutoModel.from_config(student_config(teacher_config, config.student, None)), teacher
+            student = AutoModel.from_config(load_config(config.model_name_or_path))
+            if config.student_layers is not None:
+                student = keep_layers(student, parse_layers(config.student_layers, student))
+        return student, teacher
+
+    def _made_before(self, spec: StageSpec, role: str) -> str | None:
+        """Folder of the model that the latest stage before this one made in that role; None if the run has no such stage."""
+        stages = METHODS[self.config.method].stages
+        before = stages[: [stage.name for stage in stages].index(spec.name)]
+        made = [s.name for s in before if s.name in self.config.stages and s.trains == role and s.makes == "model"]
+        if not made:
+            return None
+        if not self.finished(made[-1]):
+            raise ConfigError(f"stage {spec.name} starts from the {role} of {made[-1]}, which is not finished; run that first.")
+        return str(self.output_dir / made[-1] / role)
+
+    def _task_model(self, source: str, head: TaskHead, *, needs_head: bool = False) -> TaskModel:
+        return load_task_model(source, head, seed=self.config.seed, pad_id=pad_id(self.tokenizer), needs_head=needs_head)
+
+    def _first_task_student(self, arguments: StageArguments, head: TaskHead) -> TaskModel:
+        config = self.config
+        if config.vocabulary is not None and not (self.output_dir / VOCAB_MAP_FOLDER).is_dir():
+            raise ConfigError(
+                "vocabulary is set, and a student for a labelled task keeps the vocabulary that it has; prune the model that it starts "
+                "from by `fastkd vocab prune`, or distil on text first."
+            )
+        if config.model_name_or_path is not None:
+            named = self._task_model(config.model_name_or_path, head)
+            check_padded_vocabulary(named, self.tokenizer, "student")
+            if config.student_layers is not None:
+                named.model = keep_layers(named.model, parse_layers(config.student_layers, named.model))
+            return named
+        teacher = arguments.teacher_model_name_or_path
+        base = load_config(teacher) if teacher is not None else base_config(config.student)
+        student = student_config(base, config.student, None, len(self.tokenizer))
+        return build_task_model(student, head, seed=config.seed, pad_id=pad_id(self.tokenizer))
+
+    def _first_student(self, teacher: Model | None, arguments: StageArguments) -> LanguageModel:
+        assert teacher is None or isinstance(teacher, LanguageModel)
+        config = self.config
+        named = None if config.model_name_or_path is None else load_language_model(config.model_name_or_path)
+        if named is not None and config.student_layers is not None:
+            named = LanguageModel(keep_layers(named.model, parse_layers(config.student_layers, named.model)), named.vocab_map)
+        if named is not None and named.vocab_map is not None:
+            return named
+        vocab_map = self._vocab_map(teacher or named)
+        if named is None:
+            base = teacher.model.config if teacher is not None else base_config(config.student)
+            vocabulary = None if vocab_map is not None else len(self.tokenizer)
+            return build_student(base, config.student, vocab_map, seed=config.seed, vocabulary=vocabulary)
+        check_padded_vocabulary(named, self.tokenizer, "student")
+        if vocab_map is not None:
+            return prune_model(named.model, vocab_map)
+        padding = named.vocabulary - len(self.tokenizer)
+        if not padding:
+            return named
+        tokens = torch.arange(len(self.tokenizer))
+        sliced = VocabMap(tokens, torch.cat([tokens, tokens.new_zeros(padding)]))
+        return LanguageModel(prune_model(named.model, sliced).model)
+
+    def _vocab_map(self, rows_of: LanguageModel | None) -> VocabMap | None:
+        if self.config.vocabulary is None:
+            return None
+        folder = self.output_dir / VOCAB_MAP_FOLDER
+        if folder.is_dir():
+            return VocabMap.load(folder)
+        if rows_of is None:
+            raise ConfigError("vocabulary is set, and there is neither a teacher nor a named student whose rows give the stand-ins.")
+        stages = list(self.config.stages.values()) or [self.config]
+        texts = [stage.text for stage in stages if stage.text is not None]
+        corpus = train_corpus(texts[0]) if texts else None
+        tasks = [stage.task.cloze for stage in stages if stage.task is not None]
+        vocab_map = build_vocab_map(self.config.vocabulary, self.tokenizer, rows_of, corpus, tasks, self.cache_dir)
+        with new_folder(folder) as unfinished:
+            vocab_map.save(unfinished)
+        return vocab_map
+
+
+def base_config(overrides: Mapping[str, Any]) -> Any:
+    """The configuration of a student's own architecture, where no teacher gives one."""
+    from transformers import CONFIG_MAPPING
+
+    kind = str(overrides.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"student.model_type is {kind!r}; without a teacher it must name an architecture that transformers knows.")
+    return CONFIG_MAPPING[kind]()

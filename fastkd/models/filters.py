@@ -23,7 +23,7 @@ from .task_model import TaskModel
 T = TypeVar("T", bound=nn.Module)
 _KIND = "filters"
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
-_DROPOUTS = ("classifier_dropout", "hidden_dropout_prob", "resid_pdrop")
+_DROPOUTS = ("cls_dropout", "classifier_dropout", "hidden_dropout_prob", "resid_pdrop")
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ def intervals(student_layers: int, teacher_layers: int, filter_interval: int, te
     counts = student_layers // filter_interval, teacher_layers // teacher_filter_interval
     if counts[0] != counts[1]:
         raise ValueError(
-            f"filter_interval={filter_interval} makes {counts[0]} filters on {student_layers} student layers, and teacher_filter_interval="
-            f"{teacher_filter_interval} makes {counts[1]} on {teacher_layers}. Choose intervals that make as many on both sides."
+            f"filter_interval={filter_interval} makes {counts[0]} filters on {student_layers} student layers, and "
+            f"teacher_filter_interval={teacher_filter_interval} makes {counts[1]} on {teacher_layers}. Choose intervals that make "
+            "as many on both sides."
         )
     return tuple((k * filter_interval, k * teacher_filter_interval) for k in range(1, counts[0] + 1))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastkd")
 VOCAB_MAP_FOLDER = "vocab_map"
+# Heads read these, and a configuration that leaves them to the backbone's dropout does not name them.
+_HEAD_DROPOUTS = ("cls_dropout", "classifier_dropout")
 
 
-def load_config(name_or_path: str) -> PretrainedConfig:
-    """The transformers configuration at a folder or hub name; never runs code from there."""
+def load_config(name_or_path: str, dropout: Mapping[str, float] | None = None) -> PretrainedConfig:
+    """The transformers configuration at a folder or hub name, with other dropout probabilities; never runs code from there."""
     from transformers import AutoConfig
 
     _check_folder(name_or_path, "config.json", "a transformers model")
-    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    for name, probability in (dropout or {}).items():
+        if not hasattr(config, name) and name not in _HEAD_DROPOUTS:
+            known = ", ".join(key for key in config.to_dict() if "drop" in key)
+            raise ValueError(f"dropout.{name} is not a setting of {type(config).__name__}, which has {known or 'no dropout'}.")
+        setattr(config, name, probability)
+    return config
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -40,10 +49,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A masked or causal language model, with the vocabulary map beside it if there is one."""
-    config = load_config(name_or_path)
-    model = auto_class(config).from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+def load_language_model(
+    name_or_path: str, dtype: torch.dtype = torch.float32, *, dropout: Mapping[str, float] | None = None
+) -> LanguageModel:
+    """A masked or causal language model, with the vocabulary map beside it if there is one, and with these dropout probabilities."""
+    config = load_config(name_or_path, dropout)
+    model = auto_class(config).from_pretrained(name_or_path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     folder = Path(name_or_path) / VOCAB_MAP_FOLDER
     return LanguageModel(model, VocabMap.load(folder) if folder.is_dir() else None)
 

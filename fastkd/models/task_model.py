@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,14 +67,15 @@ def load_task_model(
     seed: int,
     pad_id: int | None = None,
     needs_head: bool = False,
+    dropout: Mapping[str, float] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TaskModel:
     """The task model at `name_or_path`, or a new head (drawn from `seed`) on the backbone found there.
 
     pad_id: what rows are padded with, by which decoders find a row's last token. needs_head: refuse a model whose head would be new, or
-    is that of another task.
+    is that of another task. dropout: probabilities that it is to have.
     """
-    config = load_config(name_or_path)
+    config = load_config(name_or_path, dropout)
     if needs_head:
         _check_labels(name_or_path, config, head)
     with torch.random.fork_rng(devices=[]):

@@ -144,6 +144,9 @@ class StageArguments:
     """Folder or hub name of the teacher; task stages want the one fine-tuned on the task."""
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own options, such as temperature; docs/configuration.md lists them per method."""
+    dropout: dict[str, float] = field(default_factory=dict)
+    """Dropout probabilities of the model that is trained, by their names in its configuration, such as hidden_dropout_prob; what is not
+    named stays as the model has it."""
     per_device_train_batch_size: int = 16
     """Rows (examples, in task stages) in a micro-batch."""
     per_device_eval_batch_size: int = 16
@@ -203,6 +206,11 @@ class StageArguments:
             "save_steps",
             "save_total_limit",
         )
+        for name, probability in self.dropout.items():
+            if not 0 <= probability < 1 or "drop" not in name:
+                raise ValueError(
+                    f"dropout.{name} is {probability}; name a dropout of the model's configuration, and give it from 0 to below 1."
+                )
         for name in ("learning_rate", "adam_epsilon", "num_train_epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number > 0.")

@@ -51,7 +51,8 @@ class RunModels:
         if source is None and spec.trains == "teacher":
             source = arguments.teacher_model_name_or_path
         if source is not None:
-            model = load_language_model(source) if head is None else self._task_model(source, head)
+            dropout = arguments.dropout
+            model = load_language_model(source, dropout=dropout) if head is None else self._task_model(source, head, dropout=dropout)
             check_padded_vocabulary(model, self.tokenizer, spec.trains)
             return model
         if teacher is None and arguments.teacher_model_name_or_path is not None and self.config.model_name_or_path is None:
@@ -70,7 +71,7 @@ class RunModels:
             teacher = AutoModel.from_config(teacher_config)
             if config.model_name_or_path is None:
                 return AutoModel.from_config(student_config(teacher_config, config.student, None)), teacher
-            student = AutoModel.from_config(load_config(config.model_name_or_path))
+            student = AutoModel.from_config(load_config(config.model_name_or_path, arguments.dropout))
             if config.student_layers is not None:
                 student = keep_layers(student, parse_layers(config.student_layers, student))
         return student, teacher
@@ -86,8 +87,8 @@ class RunModels:
             raise ConfigError(f"stage {spec.name} starts from the {role} of {made[-1]}, which is not finished; run that first.")
         return str(self.output_dir / made[-1] / role)
 
-    def _task_model(self, source: str, head: TaskHead, *, needs_head: bool = False) -> TaskModel:
-        return load_task_model(source, head, seed=self.config.seed, pad_id=pad_id(self.tokenizer), needs_head=needs_head)
+    def _task_model(self, source: str, head: TaskHead, **options: Any) -> TaskModel:
+        return load_task_model(source, head, seed=self.config.seed, pad_id=pad_id(self.tokenizer), **options)
 
     def _first_task_student(self, arguments: StageArguments, head: TaskHead) -> TaskModel:
         config = self.config
@@ -97,7 +98,7 @@ class RunModels:
                 "from by `fastkd vocab prune`, or distil on text first."
             )
         if config.model_name_or_path is not None:
-            named = self._task_model(config.model_name_or_path, head)
+            named = self._task_model(config.model_name_or_path, head, dropout=arguments.dropout)
             check_padded_vocabulary(named, self.tokenizer, "student")
             if config.student_layers is not None:
                 named.model = keep_layers(named.model, parse_layers(config.student_layers, named.model))
@@ -110,7 +111,8 @@ class RunModels:
     def _first_student(self, teacher: Model | None, arguments: StageArguments) -> LanguageModel:
         assert teacher is None or isinstance(teacher, LanguageModel)
         config = self.config
-        named = None if config.model_name_or_path is None else load_language_model(config.model_name_or_path)
+        source = config.model_name_or_path
+        named = None if source is None else load_language_model(source, dropout=arguments.dropout)
         if named is not None and config.student_layers is not None:
             named = LanguageModel(keep_layers(named.model, parse_layers(config.student_layers, named.model)), named.vocab_map)
         if named is not None and named.vocab_map is not None:

@@ -171,7 +171,13 @@ def _teacher_config(output_dir: Path) -> RunConfig:
 
 
 def student_config(
-    output_dir: Path, method: Method, seed: int, name: str, epochs: float = STUDENT_EPOCHS, *, overwrite: bool = False
+    output_dir: Path,
+    method: Method,
+    seed: int,
+    name: str = "student_distilled",
+    epochs: float = STUDENT_EPOCHS,
+    *,
+    overwrite: bool = False,
 ) -> RunConfig:
     """What `fastkd train` would run for that student."""
     kind = {"student_kd": "kd", "student_distilled": method}.get(name, "alone")

@@ -65,10 +65,10 @@ def test_every_architecture_takes_a_step(tmp_path, architecture, method):
     moved = [name for name in student if name not in start or not torch.equal(student[name], start[name])]
     assert moved and all(tensor.isfinite().all() for tensor in student.values())
     assert not any("filter" in name or "fit_dense" in name for name in student)
-    assert type(fastkd_open(last["student_dir"])).__name__.endswith("ForSequenceClassification")
+    assert type(reopened(last["student_dir"])).__name__.endswith("ForSequenceClassification")
 
 
-def fastkd_open(folder: str) -> Any:
+def reopened(folder: str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification.from_pretrained(folder)
@@ -197,6 +197,13 @@ def test_interrupted_runs_end_bit_for_bit(tmp_path, method, monkeypatch):
         assert log_lines(tmp_path / "whole" / name) == log_lines(tmp_path / "run" / name)
 
 
+def test_dropout_is_that_of_the_stage(tmp_path):
+    run = config(tmp_path, "finetune", saved(tmp_path, "bert"), dropout={"hidden_dropout_prob": 0.0, "classifier_dropout": 0.3})
+    student = reopened(fastkd.distill(run)["train"]["student_dir"])
+    assert [module.p for module in student.modules() if isinstance(module, torch.nn.Dropout)].count(0.3) == 1
+    assert student.config.hidden_dropout_prob == 0.0 and student.config.attention_probs_dropout_prob == 0.1
+
+
 # ---- refused before the first step
 
 
@@ -250,6 +257,7 @@ BAD = {
     "letters": ("crild", _options(objects="AX"), "objects='AX'"),
     "layers": ("crild", _set(student_layers="first:9"), "first:9"),
     "compiled": ("crild", lambda run, folder: run["stages"].update(ild={"torch_compile": True}), "torch_compile is on, and stage ild"),
+    "dropout": ("ted", _set(dropout={"dropout_rate": 0.0}), "dropout.dropout_rate is not a setting of BertConfig"),
     "task": ("ted", lambda run, folder: run["dataset"].update(task="glue/nope"), "'glue/nope' is not a task"),
 }
 

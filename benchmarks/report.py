@@ -26,8 +26,8 @@ DEVICES = {"cpu": "CPU", "cuda": "NVIDIA GPU"}
 HEAD = """# Benchmarks
 
 Written by `fastkd bench report` from `benchmarks/results/*.json`. `make bench-cpu` and `make bench-gpu` measure again. Times are
-medians of interleaved rounds, with the quartiles in the JSON; "x GEMMs" is the ratio to the four dense products alone, measured in the
-same rounds. Peaks are above inputs and gradients. Errors are relative L2 errors against float64.
+medians of interleaved rounds, with the quartiles in the JSON; "x GEMMs" is the ratio to the dense products alone, measured in the same
+rounds. Peaks are above inputs and gradients. Errors are relative L2 errors against float64.
 """
 
 
@@ -198,6 +198,38 @@ def _accuracy(record: Record) -> str:
     return markdown(["dtype", "nats", "implementation", "loss", "gradient of hidden states", "gradient of head"], rows)
 
 
+def _relation_kl(record: Record) -> str:
+    counts = dict.fromkeys(row["targets"] for row in record["results"])
+    return "\n".join(
+        _beside_eager(f"targets: {count}", [row for row in record["results"] if row["targets"] == count], record["left_out"])
+        for count in counts
+    )
+
+
+def _projected_mse(record: Record) -> str:
+    return _beside_eager("", record["results"], record["left_out"])
+
+
+def _beside_eager(title: str, results: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> str:
+    eager_peak = next((row["peak_bytes"] for row in results if row["implementation"] == "eager"), None)
+    names = next(list(row["errors"]) for row in results if row["errors"])
+    head = [title, "seconds", "x GEMMs", "x eager", "peak MB", "of eager's peak", *(f"error, {name}" for name in names)]
+    body = [
+        [
+            row["implementation"],
+            cell(row["seconds"]["median"]),
+            cell(row["ratio_to_gemms"], ".2f"),
+            cell(row["ratio_to_eager"], ".2f"),
+            megabytes(row["peak_bytes"]),
+            cell(row["peak_bytes"] / eager_peak if eager_peak else None, ".3f"),
+            *(cell(row["errors"][name], ".1e") if row["errors"] else "" for name in names),
+        ]
+        for row in results
+    ]
+    body += [[f"{name} ({reason})", *[NOT_MEASURED] * (len(head) - 1)] for name, reason in left_out.items()]
+    return markdown(head, body)
+
+
 def _grad_filter(record: Record) -> str:
     rows = [["GEMMs alone", "", cell(record["floor"]["median"]), "1.00", *[""] * 4]]
     rows.append(
@@ -227,6 +259,8 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "row_kernel": _row_kernel,
     "vocab_gather": _vocab_gather,
     "accuracy": _accuracy,
+    "relation_kl": _relation_kl,
+    "projected_mse": _projected_mse,
     "grad_filter": _grad_filter,
 }
 

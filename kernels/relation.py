@@ -1,13 +1,13 @@
 """Floor 1: the Triton relation kernels. Queries and keys of two models in, the divergence of their softmaxes and its gradients out.
 
 No score ever leaves a program. `relation_rows_kernel` serves a tile of query rows of one (batch, head) pair: it streams the keys of
-both models, with maxima and sums online, and streams them again for dQ = G K / sqrt(d), where G, the gradient of the student's scores,
-is row_weight * (softmax(student's scores) - softmax(teacher's)). `relation_keys_kernel` serves a tile of keys: it streams the query
-rows, whose maxima and sums the other one left, for dK = G^T Q / sqrt(d). No two programs add to one place: every run gives the same
-bits.
+both models, with maxima and sums online, and leaves them to `relation_gradient_kernel`. That serves a tile of query rows and streams
+the keys for dQ = G K / sqrt(d), or serves a tile of keys and streams the query rows for dK = G^T Q / sqrt(d), where G, the gradient of
+the student's scores, is row_weight * (softmax(student's scores) - softmax(teacher's)). No two programs add to one place: every run
+gives the same bits.
 
 Queries and keys may be float16, bfloat16 or float32; a product of float32 has float32's precision. Everything else is float32. Against
-16-bit keys G is rounded to TF32, whose range is float32's: in float16 its small entries would be lost, in bfloat16 their precision.
+16-bit inputs G is rounded to TF32, whose range is float32's: in float16 its small entries would be lost, in bfloat16 their precision.
 """
 
 import torch
@@ -29,22 +29,16 @@ def _pair(tensor, pair, heads, batch_stride, head_stride):
 
 
 @triton.jit
-def _row(matrix, row, stride):
-    return matrix + tl.full((), row, tl.int64) * stride
-
-
-@triton.jit
 def _tile(matrix, start, length, stride, size, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """ROWS rows of a (length, size) matrix from row `start`, zero past its ends."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, SIZE)
     inside = (start + rows < length)[:, None] & (columns < size)[None, :]
-    return tl.load(_row(matrix, start, stride) + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    return tl.load(matrix + tl.full((), start, tl.int64) * stride + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _kept(key_mask, start, length, KEYS: tl.constexpr):
-    """Which of KEYS keys from `start` there are and are not masked."""
-    keys = start + tl.arange(0, KEYS)
+def _kept(key_mask, keys, length):
+    """Which of `keys` there are and are not masked."""
     kept = keys < length
     if key_mask is not None:
         kept = kept & (tl.load(key_mask + keys, mask=kept, other=0) != 0)
@@ -55,24 +49,6 @@ def _kept(key_mask, start, length, KEYS: tl.constexpr):
 def _scores(left, right, scale, kept):
     """left right^T / sqrt(d), masked where `kept`, which broadcasts, is not."""
     return tl.where(kept, tl.dot(left, tl.trans(right), input_precision="ieee") * scale, _MASKED)
-
-
-@triton.jit
-def _add_product(total, gradient, other):
-    """total + gradient @ other, see the module's docstring for its precision."""
-    PRECISION: tl.constexpr = "ieee" if other.dtype == tl.float32 else "tf32"
-    return tl.dot(gradient, other.to(tl.float32), total, input_precision=PRECISION)
-
-
-@triton.jit
-def _store(gradient, value, start, length, size, ADD: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """Write `value` to rows of a contiguous (length, size) matrix, or add it to what they hold."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, SIZE)
-    inside = (start + rows < length)[:, None] & (columns < size)[None, :]
-    at = _row(gradient, start, size) + rows[:, None] * size + columns[None, :]
-    if ADD:
-        value += tl.load(at, mask=inside, other=0.0)
-    tl.store(at, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=("heads", "length"))
@@ -100,39 +76,36 @@ def relation_rows_kernel(
     student_scale,
     teacher_scale,
     key_mask,
-    row_weight,
-    row_statistics,
     divergence,
-    gradient,
+    row_statistics,
     CROSS_ENTROPY: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    SERVED: tl.constexpr,
+    STREAMED: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    tiles = tl.cdiv(length, ROWS)
-    pair, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
+    tiles = tl.cdiv(length, SERVED)
+    pair, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * SERVED
     student_q = _pair(student_q, pair, heads, student_q_batch_stride, student_q_head_stride)
     student_k = _pair(student_k, pair, heads, student_k_batch_stride, student_k_head_stride)
     teacher_q = _pair(teacher_q, pair, heads, teacher_q_batch_stride, teacher_q_head_stride)
     teacher_k = _pair(teacher_k, pair, heads, teacher_k_batch_stride, teacher_k_head_stride)
     if key_mask is not None:
         key_mask += (pair // heads).to(tl.int64) * length
-    own_q = _tile(student_q, start, length, student_q_stride, student_size, ROWS, SIZE)
-    other_q = _tile(teacher_q, start, length, teacher_q_stride, teacher_size, ROWS, SIZE)
+    own_q = _tile(student_q, start, length, student_q_stride, student_size, SERVED, SIZE)
+    other_q = _tile(teacher_q, start, length, teacher_q_stride, teacher_size, SERVED, SIZE)
 
     # The divergence of a row is a moment of the difference of its scores, from that of the maxima: of the divergence's own size,
     # whatever is added to the scores. The moment moves with the maxima.
-    student_max = tl.full((ROWS,), _MASKED, tl.float32)
-    teacher_max = tl.full((ROWS,), _MASKED, tl.float32)
-    student_sum = tl.zeros((ROWS,), tl.float32)
-    teacher_sum = tl.zeros((ROWS,), tl.float32)
-    moment = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, length, KEYS):
-        kept = _kept(key_mask, first, length, KEYS)[None, :]
-        own_k = _tile(student_k, first, length, student_k_stride, student_size, KEYS, SIZE)
+    student_max = tl.full((SERVED,), _MASKED, tl.float32)
+    teacher_max = tl.full((SERVED,), _MASKED, tl.float32)
+    student_sum = tl.zeros((SERVED,), tl.float32)
+    teacher_sum = tl.zeros((SERVED,), tl.float32)
+    moment = tl.zeros((SERVED,), tl.float32)
+    for first in range(0, length, STREAMED):
+        kept = _kept(key_mask, first + tl.arange(0, STREAMED)[None, :], length)
+        own_k = _tile(student_k, first, length, student_k_stride, student_size, STREAMED, SIZE)
         s = _scores(own_q, own_k, student_scale, kept)
-        other_k = _tile(teacher_k, first, length, teacher_k_stride, teacher_size, KEYS, SIZE)
+        other_k = _tile(teacher_k, first, length, teacher_k_stride, teacher_size, STREAMED, SIZE)
         t = _scores(other_q, other_k, teacher_scale, kept)
         student_moved = tl.maximum(student_max, tl.max(s, axis=1))
         teacher_moved = tl.maximum(teacher_max, tl.max(t, axis=1))
@@ -152,7 +125,7 @@ def relation_rows_kernel(
         student_max = student_moved
         teacher_max = teacher_moved
 
-    rows = start + tl.arange(0, ROWS)
+    rows = start + tl.arange(0, SERVED)
     inside = rows < length
     at = pair.to(tl.int64) * length + rows
     # A quotient, not a difference of logarithms: both are large where it is small.
@@ -164,41 +137,26 @@ def relation_rows_kernel(
         tl.store(row_statistics + planes + at, student_sum, mask=inside)
         tl.store(row_statistics + 2 * planes + at, teacher_max, mask=inside)
         tl.store(row_statistics + 3 * planes + at, teacher_sum, mask=inside)
-    if gradient is not None:
-        weight = tl.load(row_weight + at, mask=inside, other=0.0)
-        student_factor = (weight / student_sum)[:, None]
-        teacher_factor = (weight / teacher_sum)[:, None]
-        total = tl.zeros((ROWS, SIZE), tl.float32)
-        for first in range(0, length, KEYS):
-            kept = _kept(key_mask, first, length, KEYS)[None, :]
-            own_k = _tile(student_k, first, length, student_k_stride, student_size, KEYS, SIZE)
-            s = _scores(own_q, own_k, student_scale, kept)
-            other_k = _tile(teacher_k, first, length, teacher_k_stride, teacher_size, KEYS, SIZE)
-            t = _scores(other_q, other_k, teacher_scale, kept)
-            g = student_factor * tl.exp(s - student_max[:, None]) - teacher_factor * tl.exp(t - teacher_max[:, None])
-            total = _add_product(total, g, own_k)
-        gradient += pair.to(tl.int64) * length * student_size
-        _store(gradient, total * student_scale, start, length, student_size, ADD, ROWS, SIZE)
 
 
 @triton.jit(do_not_specialize=("heads", "length"))
-def relation_keys_kernel(
-    student_q,
-    student_k,
-    teacher_q,
-    teacher_k,
-    student_q_batch_stride,
-    student_q_head_stride,
-    student_q_stride,
-    student_k_batch_stride,
-    student_k_head_stride,
-    student_k_stride,
-    teacher_q_batch_stride,
-    teacher_q_head_stride,
-    teacher_q_stride,
-    teacher_k_batch_stride,
-    teacher_k_head_stride,
-    teacher_k_stride,
+def relation_gradient_kernel(
+    student_served,
+    student_streamed,
+    teacher_served,
+    teacher_streamed,
+    student_served_batch_stride,
+    student_served_head_stride,
+    student_served_stride,
+    student_streamed_batch_stride,
+    student_streamed_head_stride,
+    student_streamed_stride,
+    teacher_served_batch_stride,
+    teacher_served_head_stride,
+    teacher_served_stride,
+    teacher_streamed_batch_stride,
+    teacher_streamed_head_stride,
+    teacher_streamed_stride,
     heads,
     length,
     student_size,
@@ -209,45 +167,53 @@ def relation_keys_kernel(
     row_weight,
     row_statistics,
     gradient,
+    OF_KEYS: tl.constexpr,
     ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    SERVED: tl.constexpr,
+    STREAMED: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    tiles = tl.cdiv(length, KEYS)
-    pair, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * KEYS
-    student_q = _pair(student_q, pair, heads, student_q_batch_stride, student_q_head_stride)
-    student_k = _pair(student_k, pair, heads, student_k_batch_stride, student_k_head_stride)
-    teacher_q = _pair(teacher_q, pair, heads, teacher_q_batch_stride, teacher_q_head_stride)
-    teacher_k = _pair(teacher_k, pair, heads, teacher_k_batch_stride, teacher_k_head_stride)
+    tiles = tl.cdiv(length, SERVED)
+    pair, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * SERVED
+    student_served = _pair(student_served, pair, heads, student_served_batch_stride, student_served_head_stride)
+    student_streamed = _pair(student_streamed, pair, heads, student_streamed_batch_stride, student_streamed_head_stride)
+    teacher_served = _pair(teacher_served, pair, heads, teacher_served_batch_stride, teacher_served_head_stride)
+    teacher_streamed = _pair(teacher_streamed, pair, heads, teacher_streamed_batch_stride, teacher_streamed_head_stride)
     if key_mask is not None:
         key_mask += (pair // heads).to(tl.int64) * length
-    kept = _kept(key_mask, start, length, KEYS)[:, None]
-    own_k = _tile(student_k, start, length, student_k_stride, student_size, KEYS, SIZE)
-    other_k = _tile(teacher_k, start, length, teacher_k_stride, teacher_size, KEYS, SIZE)
     row_weight += pair.to(tl.int64) * length
     row_statistics += pair.to(tl.int64) * length
     planes = (tl.num_programs(0) // tiles).to(tl.int64) * length
+    own_served = _tile(student_served, start, length, student_served_stride, student_size, SERVED, SIZE)
+    other_served = _tile(teacher_served, start, length, teacher_served_stride, teacher_size, SERVED, SIZE)
 
-    # Scores are transposed here, so that G^T, in the layout that the product with Q reads, comes from them without a change of it.
-    total = tl.zeros((KEYS, SIZE), tl.float32)
-    for first in range(0, length, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        inside = rows < length
-        own_q = _tile(student_q, first, length, student_q_stride, student_size, ROWS, SIZE)
-        s = _scores(own_k, own_q, student_scale, kept)
-        other_q = _tile(teacher_q, first, length, teacher_q_stride, teacher_size, ROWS, SIZE)
-        t = _scores(other_k, other_q, teacher_scale, kept)
-        weight = tl.load(row_weight + rows, mask=inside, other=0.0)
-        student_max = tl.load(row_statistics + rows, mask=inside, other=0.0)
-        student_sum = tl.load(row_statistics + planes + rows, mask=inside, other=1.0)
-        teacher_max = tl.load(row_statistics + 2 * planes + rows, mask=inside, other=0.0)
-        teacher_sum = tl.load(row_statistics + 3 * planes + rows, mask=inside, other=1.0)
-        student_part = (weight / student_sum)[None, :] * tl.exp(s - student_max[None, :])
-        g = student_part - (weight / teacher_sum)[None, :] * tl.exp(t - teacher_max[None, :])
-        total = _add_product(total, g, own_q)
-    gradient += pair.to(tl.int64) * length * student_size
-    _store(gradient, total * student_scale, start, length, student_size, ADD, KEYS, SIZE)
+    PRECISION: tl.constexpr = "ieee" if student_streamed.dtype.element_ty == tl.float32 else "tf32"
+    # Of keys, scores are transposed: G^T comes from them in the layout that its product reads.
+    total = tl.zeros((SERVED, SIZE), tl.float32)
+    for first in range(0, length, STREAMED):
+        served = start + tl.arange(0, SERVED)[:, None]
+        streamed = first + tl.arange(0, STREAMED)[None, :]
+        rows = streamed if OF_KEYS else served
+        kept = _kept(key_mask, served if OF_KEYS else streamed, length)
+        own = _tile(student_streamed, first, length, student_streamed_stride, student_size, STREAMED, SIZE)
+        s = _scores(own_served, own, student_scale, kept)
+        other = _tile(teacher_streamed, first, length, teacher_streamed_stride, teacher_size, STREAMED, SIZE)
+        t = _scores(other_served, other, teacher_scale, kept)
+        weight = tl.load(row_weight + rows, mask=rows < length, other=0.0)
+        student_max = tl.load(row_statistics + rows, mask=rows < length, other=0.0)
+        student_sum = tl.load(row_statistics + planes + rows, mask=rows < length, other=1.0)
+        teacher_max = tl.load(row_statistics + 2 * planes + rows, mask=rows < length, other=0.0)
+        teacher_sum = tl.load(row_statistics + 3 * planes + rows, mask=rows < length, other=1.0)
+        g = weight / student_sum * tl.exp(s - student_max) - weight / teacher_sum * tl.exp(t - teacher_max)
+        total = tl.dot(g, own.to(tl.float32), total, input_precision=PRECISION)
+    total *= student_scale
+    served = start + tl.arange(0, SERVED)[:, None]
+    columns = tl.arange(0, SIZE)[None, :]
+    at = gradient + (pair.to(tl.int64) * length + served) * student_size + columns
+    inside = (served < length) & (columns < student_size)
+    if ADD:
+        total += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, total, mask=inside)
 
 
 def relation(
@@ -268,32 +234,45 @@ def relation(
     """Launch the kernels for one target: every row's KL (or cross-entropy) into `divergence`, and the gradients that are given.
 
     Queries and keys: (B, heads, S, d), unit stride along d and any others; q and k of a model share a dtype. `key_mask` (B, S), True =
-    keep, leaves every batch entry a key. `row_weight` and `divergence` are (B, heads, S), `row_statistics`, scratch that `gradient_k`
-    needs, (4, B, heads, S), and gradients as the student, all of them contiguous and float32; with `add` gradients are added to.
+    keep, leaves every batch entry a key. `row_weight` and `divergence` are (B, heads, S), `row_statistics`, scratch that gradients
+    need, (4, B, heads, S), and gradients as the student, all of them contiguous and float32; with `add` gradients are added to.
     """
     batch, heads, length, size = student_q.shape
     if student_q.numel() == 0:
         return
-    inputs = student_q, student_k, teacher_q, teacher_k
     sizes = size, teacher_q.shape[-1]
-    shared = (
-        *inputs,
-        *(stride for x in inputs for stride in x.stride()[:3]),
-        heads,
-        length,
-        *sizes,
-        *(d**-0.5 for d in sizes),
-        key_mask,
-        row_weight,
-        row_statistics,
-    )
-    served, streamed = tile(all(x.element_size() == 2 for x in inputs))
+    shared = (heads, length, *sizes, *(d**-0.5 for d in sizes), key_mask)
+    served, streamed = tile(all(x.element_size() == 2 for x in (student_q, teacher_q)))
     grid = (batch * heads * triton.cdiv(length, served),)
-    options = {"ADD": add, "SIZE": width(*sizes), **launch_options(served)}
+    options = {"SERVED": served, "STREAMED": streamed, "SIZE": width(*sizes), **launch_options(served)}
+    queries, keys = (student_q, teacher_q), (student_k, teacher_k)
     with torch.cuda.device_of(student_q):
-        relation_rows_kernel[grid](*shared, divergence, gradient_q, CROSS_ENTROPY=cross_entropy, ROWS=served, KEYS=streamed, **options)
-        if gradient_k is not None:
-            relation_keys_kernel[grid](*shared, gradient_k, ROWS=streamed, KEYS=served, **options)
+        relation_rows_kernel[grid](
+            *_matrices(queries, keys),
+            *shared,
+            divergence,
+            row_statistics,
+            CROSS_ENTROPY=cross_entropy,
+            **options,
+        )
+        for gradient, *matrices in ((gradient_q, queries, keys), (gradient_k, keys, queries)):
+            if gradient is not None:
+                relation_gradient_kernel[grid](
+                    *_matrices(*matrices),
+                    *shared,
+                    row_weight,
+                    row_statistics,
+                    gradient,
+                    OF_KEYS=gradient is gradient_k,
+                    ADD=add,
+                    **options,
+                )
+
+
+def _matrices(served: tuple[Tensor, Tensor], streamed: tuple[Tensor, Tensor]) -> tuple[Tensor | int, ...]:
+    """The kernels' first arguments, of the student's and the teacher's."""
+    matrices = served[0], streamed[0], served[1], streamed[1]
+    return *matrices, *(stride for x in matrices for stride in x.stride()[:3])
 
 
 def tile(narrow: bool) -> tuple[int, int]:
@@ -307,5 +286,5 @@ def width(*sizes: int) -> int:
 
 
 def launch_options(served: int) -> dict[str, int]:
-    """Eight rows a warp, and leave to use all registers: ptxas would spill to get down to 128."""
-    return {"num_warps": served // 8, "num_stages": 2, "maxnreg": 255}
+    """Eight rows a warp. No `maxnreg`: at any value, 255 among them, ptxas spills in some of the variants that are compiled ahead."""
+    return {"num_warps": served // 8, "num_stages": 2}

@@ -132,27 +132,28 @@ def _backward(ctx: Any, upstream: Tensor | None, *_others: Any) -> tuple[Any, ..
         saved = ctx.saved_tensors
         student, teacher, others = saved[:students], saved[students : students + teachers], saved[students + teachers :]
         *_, made = _operator(list(student), list(teacher), *others, upstream.detach(), ctx.needs_grad, **ctx.scalars)
-        gradients = [g.to(dtype) if wanted else None for g, dtype, wanted in zip(made, ctx.dtypes, ctx.needs_grad, strict=True)]
-    else:
-        scale, *made = (x.detach() for x in ctx.saved_tensors)
-        factor = upstream.detach() * scale
-        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = [
-            times(g, factor, dtype, in_place) if wanted else None
-            for g, dtype, wanted in zip(made, ctx.dtypes, ctx.needs_grad, strict=True)
-        ]
-    return once_differentiable(gradients), *nothing
+        return finished_gradients(ctx, made, None), *nothing
+    scale, *made = ctx.saved_tensors
+    return finished_gradients(ctx, made, upstream * scale), *nothing
 
 
-def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """gradient * factor in `dtype`, in one pass; in place where nobody will ask for the gradient again."""
-    if gradient.dtype == dtype and in_place:
-        return gradient.mul_(factor)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+def finished_gradients(ctx: Any, made: Sequence[Tensor], factor: Tensor | None) -> list[Tensor | None]:
+    """`made` times `factor` (None: they carry it) for the inputs that need gradients, each in its own dtype.
 
-
-def once_differentiable(gradients: list[Tensor | None]) -> list[Tensor | None]:
-    """Under create_graph=True, gradients that refuse to be differentiated: as constants they would give wrong numbers silently."""
+    In place where nobody will ask for `made` again. Under create_graph=True they refuse to be differentiated: as constants they would
+    give wrong numbers silently.
+    """
+    in_place = ctx.deferred or not torch._C._autograd._get_current_graph_task_keep_graph()
+    gradients: list[Tensor | None] = []
+    for gradient, dtype, wanted in zip(made, ctx.dtypes, ctx.needs_grad, strict=True):
+        if not wanted:
+            gradients.append(None)
+        elif factor is None:
+            gradients.append(gradient.detach().to(dtype))
+        elif gradient.dtype == dtype and in_place:
+            gradients.append(gradient.detach().mul_(factor.detach()))
+        else:
+            gradients.append(torch.mul(gradient.detach(), factor.detach(), out=torch.empty_like(gradient, dtype=dtype)))
     if not torch.is_grad_enabled():
         return gradients
     refuse = torch._C._functions.DelayedError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import LossOptions, check_plain, check_row_tensors, check_teacher, compute_dtype, leading_shape
 from .linear_logits import autocast_dtype
-from .operator import once_differentiable, times
+from .operator import finished_gradients
 from .residual import empty_gradients, residual_pass
 
 _SCHEMA = (
@@ -189,14 +189,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_others: Any) -> tuple[Any, ..
     else:
         factor, *made = ctx.saved_tensors
         factor = upstream * factor
-    factor, *made = (x.detach() for x in (factor, *made))
-    in_place = ctx.deferred or not torch._C._autograd._get_current_graph_task_keep_graph()
     # On a GPU a factor of no dims would be rounded to a 16-bit gradient's dtype before the product.
-    factor = factor.view(1) if factor.is_cuda else factor
-    gradients = [
-        times(g, factor, dtype, in_place) if wanted else None for g, dtype, wanted in zip(made, ctx.dtypes, ctx.needs_grad, strict=True)
-    ]
-    return *once_differentiable(gradients), *nothing
+    return *finished_gradients(ctx, made, factor.view(1) if factor.is_cuda else factor), *nothing
 
 
 _operator.register_autograd(_backward, setup_context=_setup)

@@ -68,7 +68,7 @@ def relation_kl(
         form: "kl", or "cross_entropy": KL plus the target's entropy, with the same gradient.
         reduction: "mean" over heads and unmasked query rows, "sum", or "none" (one value per row, (B, heads, S), zero where masked).
         chunk_size, memory_budget: query rows of a tile, counted over heads, or bytes of tiles; None: planned.
-        backend: "auto" or a backend's name.
+        backend: "auto" or a backend's name. "triton" has no tiles in memory, short of float64 and of head sizes above 128.
 
     Returns:
         The loss in float32 (float64 if any input is), in which scores and gradients are made too, under torch.autocast as well.

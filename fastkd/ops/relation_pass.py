@@ -19,7 +19,7 @@ from torch import Tensor
 from . import relation_triton
 from .arguments import compute_dtype
 from .backends import RowKernel, row_kernel
-from .operator import once_differentiable, times
+from .operator import finished_gradients
 from .plan import default_budget
 from .rows import RowLosses, RowOptions
 
@@ -263,21 +263,13 @@ def _backward(ctx: Any, upstream: Tensor | None, *_others: Any) -> tuple[Any, ..
     nothing = *[[None] * ctx.targets] * 4, *[None] * 4
     if upstream is None:
         return None, None, *nothing
-    upstream = upstream.detach()
     if ctx.deferred:
         student_q, student_k, query_mask, weights, *rest = ctx.saved_tensors
         targets = [rest[start : start + ctx.targets] for start in range(0, len(rest), ctx.targets)]
-        *_, made = relation_pass(student_q, student_k, *targets, query_mask, weights, upstream, ctx.needs_grad, **ctx.scalars)
-        gradients = [g.to(dtype) if wanted else None for g, dtype, wanted in zip(made, ctx.dtypes, ctx.needs_grad, strict=True)]
-    else:
-        scale, *made = (x.detach() for x in ctx.saved_tensors)
-        factor = upstream * scale
-        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
-        gradients = [
-            times(g, factor, dtype, in_place) if wanted else None
-            for g, dtype, wanted in zip(made, ctx.dtypes, ctx.needs_grad, strict=True)
-        ]
-    return *once_differentiable(gradients), *nothing
+        *_, made = relation_pass(student_q, student_k, *targets, query_mask, weights, upstream.detach(), ctx.needs_grad, **ctx.scalars)
+        return *finished_gradients(ctx, made, None), *nothing
+    scale, *made = ctx.saved_tensors
+    return *finished_gradients(ctx, made, upstream * scale), *nothing
 
 
 relation_pass.register_autograd(_backward, setup_context=_setup)

@@ -36,7 +36,7 @@ def fill(
     from ..kernels.relation import relation
 
     student = _operands(student_q, student_k)
-    row_statistics = None if grad_k is None else values.new_empty(4, *values.shape[1:])
+    row_statistics = None if grad_q is None and grad_k is None else values.new_empty(4, *values.shape[1:])
     targets = zip(target_q, target_k, key_masks, row_weights, values, strict=True)
     for index, (q, k, key_mask, row_weight, value) in enumerate(targets):
         relation(

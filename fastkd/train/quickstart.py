@@ -94,26 +94,26 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     return summary
 
 
-def make_tokenizer(folder: Path, vocabulary: int) -> Path:
-    """A byte-level BPE tokenizer trained on the training files, made once."""
+def make_tokenizer(folder: Path, vocabulary: int, *, encoder: bool = False) -> Path:
+    """A byte-level BPE tokenizer trained on the training files, made once; for an encoder, rows are [CLS] text [SEP]."""
     if (folder / "tokenizer_config.json").is_file():
         return folder
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     log.info("Training a tokenizer of %d tokens.", vocabulary)
+    special = ["[PAD]", "[CLS]", "[SEP]"] if encoder else ["<|endoftext|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(open_corpus("stdlib").rows(), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    fast.save_pretrained(folder)
+    names = {"eos_token": special[0], "pad_token": special[0]}
+    if encoder:
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+        names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder
 
 

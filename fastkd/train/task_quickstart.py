@@ -1,27 +1,22 @@
-"""The quickstart of CR-ILD and TED: from which package of Python's library does this function come?
+"""The quickstart of CR-ILD and TED: from which of eight packages of Python's library does this function come?
 
-A tokenizer and a small decoder (the teacher) are made once and cached: pre-trained on the library's files, but for those that hold the
-task's evaluation and test functions, and fine-tuned on the task. A student of some of the pre-trained layers is then trained from the
-same weights on the same examples in the same order: on labels alone, by plain distillation of the teacher's scores, and by the method;
-and on labels once more for as long as the method took.
+An encoder, the teacher, learns the task from all of its labelled functions, once, and is cached. There are few examples for the
+student, a smaller encoder with new weights: from the same weights, on the same examples in the same order, it is trained on labels
+alone, by plain distillation of the teacher's scores, and by the method; and on labels once more for as long as the method took.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import write_bytes_atomic, write_json_atomic
+from ..files import write_json_atomic
 from ..methods.stage_data import dataset_scores
 from ..models.load import load_tokenizer
 from ..models.student import count_parameters
 from ..models.task_model import TaskHead, TaskModel, load_task_model
-from ..tasks import stdlib
-from ..tasks.stdlib_tasks import which_module
 from ..tasks.token_rows import pad_id
 from .config import DatasetArguments, RunConfig, read_config
 from .curves import plot_curves
@@ -35,12 +30,11 @@ log = logging.getLogger("fastkd")
 Method = Literal["crild", "ted"]
 TASK = "stdlib/module"
 VOCABULARY = 4096
-LENGTH = 64
-TEACHER_LAYERS = 4
-STUDENT_LAYERS = "first:1"
-PRETRAIN_STEPS = 900
-TEACHER_EPOCHS = 4
-STUDENT_EPOCHS = 4
+LENGTH = 96
+FEW_SAMPLE: int | None = 400
+TEACHER_EPOCHS = 6.0
+STUDENT_EPOCHS = 20.0
+EVAL_STEPS = 52
 STUDENTS = ("student_alone", "student_kd", "student_distilled", "student_alone_equal_time")
 TITLES = {"crild": "CR-ILD", "ted": "TED"}
 
@@ -49,65 +43,111 @@ def task_quickstart(output_dir: Path, method: Method, seed: int = 0) -> dict[str
     """Run it all, or what is not finished yet; return what is written to results.json."""
     output_dir.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    make_tokenizer(output_dir / "tokenizer", VOCABULARY)
-    _write_corpus(output_dir / "corpus.jsonl")
-    pretrained = distill(_pretrained_config(output_dir))["train"]
-    teacher_result = distill(_teacher_config(output_dir))["train"]
-    folder = output_dir / f"{method}-seed-{seed}"
-    runs = {}
+    make_tokenizer(output_dir / "tokenizer", VOCABULARY, encoder=True)
+    runs = {"teacher": distill(_teacher_config(output_dir))}
     for name in STUDENTS[:3]:
         log.info("Training %s.", name)
         runs[name] = distill(student_config(output_dir, method, seed, name))
-    seconds = {name: sum(stage["seconds"] for stage in stages.values()) for name, stages in runs.items()}
-    epochs = max(1.0, seconds["student_distilled"] / seconds["student_alone"]) * STUDENT_EPOCHS
-    log.info("Training student_alone_equal_time for %.1f epochs.", epochs)
-    runs[STUDENTS[3]] = distill(student_config(output_dir, method, seed, STUDENTS[3], epochs, overwrite=True))
-    seconds[STUDENTS[3]] = runs[STUDENTS[3]]["train"]["seconds"]
+    ratio = _total(runs["student_distilled"], "seconds") / _total(runs["student_alone"], "seconds")
+    log.info("Training student_alone_equal_time for %.1f times as long.", max(1.0, ratio))
+    equal_time = student_config(output_dir, method, seed, STUDENTS[3], STUDENT_EPOCHS * max(1.0, ratio))
+    runs[STUDENTS[3]] = distill(equal_time)
 
-    folders = {"teacher": teacher_result["student_dir"], **{name: _last(stages)["student_dir"] for name, stages in runs.items()}}
-    models = {name: _load(output_dir, path) for name, path in folders.items()}
-    scores = {name: _test_accuracy(output_dir, model) for name, model in models.items()}
+    folders = {name: list(stages.values())[-1]["student_dir"] for name, stages in runs.items()}
+    models = {name: _load(output_dir, folder) for name, folder in folders.items()}
     student = models["student_distilled"]
     summary = {
         "method": method,
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
-        "metric": "accuracy on functions of held-out files of the Python standard library: which of eight packages is it from?",
+        "metric": "accuracy on functions of held-out files of the Python standard library: from which of eight packages is it?",
         "higher_is_better": True,
-        **scores,
+        **{name: _test_accuracy(output_dir, model) for name, model in models.items()},
         "teacher_parameters": count_parameters(models["teacher"]),
         "student_parameters": count_parameters(student),
         "teacher_vocab": VOCABULARY,
         "student_vocab": student.model.config.vocab_size,
         "student_dir": folders["student_distilled"],
-        "steps": {
-            "teacher": pretrained["steps"] + teacher_result["steps"],
-            **{name: sum(stage["steps"] for stage in stages.values()) for name, stages in runs.items()},
-        },
-        "train_seconds": {"teacher": pretrained["seconds"] + teacher_result["seconds"], **seconds},
+        "steps": {name: _total(stages, "steps") for name, stages in runs.items()},
+        "train_seconds": {name: _total(stages, "seconds") for name, stages in runs.items()},
     }
+    folder = _folder(output_dir, method, seed)
     _draw(folder, method)
     write_json_atomic(folder / "results.json", summary)
     write_json_atomic(output_dir / "results.json", summary)
     return summary
 
 
-def _write_corpus(path: Path) -> None:
-    """The library's training files without those of the task's evaluation and test functions, which no model is to read before."""
-    if path.is_file():
-        return
-    task = which_module()
-    held_out = {example.group for split in ("validation", "test") for example in task.split(split)}
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [file for file in stdlib.stdlib_files("train") if file.relative_to(root).as_posix() not in held_out]
-    texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
-    write_bytes_atomic(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+def student_config(
+    output_dir: Path, method: Method, seed: int, name: str = "student_distilled", epochs: float = STUDENT_EPOCHS
+) -> RunConfig:
+    """What `fastkd train` would run for that student."""
+    kind = {"student_kd": "kd", "student_distilled": method}.get(name, "alone")
+    return read_config(
+        {
+            **_shared(output_dir),
+            "dataset": {"task": TASK, "max_length": LENGTH, "few_sample": FEW_SAMPLE},
+            "output_dir": str(_folder(output_dir, method, seed) / name),
+            "teacher_model_name_or_path": _teacher_dir(output_dir),
+            "student": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1},
+            "num_train_epochs": epochs,
+            "learning_rate": 2e-3,
+            "eval_steps": EVAL_STEPS,
+            "seed": seed,
+            # How long "as long as the method" is differs from run to run, so a second call begins it anew.
+            "overwrite_output_dir": name == STUDENTS[3],
+            **_METHODS[kind],
+        }
+    )
+
+
+_METHODS: dict[str, dict[str, Any]] = {
+    "alone": {"method": "finetune"},
+    "kd": {"method": "ted", "options": {"layerwise": "none", "kl_alpha": 1.0}, "stages": {"distill": {}}},
+    "crild": {"method": "crild", "options": {"label_weight": 1.0}, "stages": {"ild": {}, "kd": {}}},
+    "ted": {
+        "method": "ted",
+        "options": {"kl_alpha": 1.0, "mse_alpha": 20.0, "layer_map": [[1, 2]]},
+        "stages": {"student": {}, "teacher_filters": {}, "student_filters": {}, "distill": {}},
+    },
+}
+
+
+def _teacher_config(output_dir: Path) -> RunConfig:
+    return read_config(
+        {
+            **_shared(output_dir),
+            "method": "finetune",
+            "dataset": {"task": TASK, "max_length": LENGTH},
+            "output_dir": str(output_dir / "teacher"),
+            "tokenizer_name_or_path": str(output_dir / "tokenizer"),
+            "student": {
+                "model_type": "modernbert",
+                "vocab_size": VOCABULARY,
+                "hidden_size": 128,
+                "intermediate_size": 192,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 256,
+                "local_attention": 256,
+                "classifier_pooling": "mean",
+                **dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"), 0.1),
+                **dict.fromkeys(("bos_token_id", "eos_token_id"), None),
+                "pad_token_id": 0,
+                "cls_token_id": 1,
+                "sep_token_id": 2,
+            },
+            "num_train_epochs": TEACHER_EPOCHS,
+            "learning_rate": 2e-3,
+            "seed": 0,
+        }
+    )
 
 
 def _shared(output_dir: Path) -> dict[str, Any]:
     return {
         "cache_dir": str(output_dir / "cache"),
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
         "adam_beta2": 0.98,
         "weight_decay": 0.01,
@@ -118,125 +158,32 @@ def _shared(output_dir: Path) -> dict[str, Any]:
     }
 
 
-def _pretrained_config(output_dir: Path) -> RunConfig:
-    return read_config(
-        {
-            **_shared(output_dir),
-            "method": "lm",
-            "output_dir": str(output_dir / "pretrained"),
-            "tokenizer_name_or_path": str(output_dir / "tokenizer"),
-            "text": {"path": str(output_dir / "corpus.jsonl"), "max_length": 128},
-            "student": {
-                "model_type": "llama",
-                "hidden_size": 160,
-                "intermediate_size": 448,
-                "num_hidden_layers": TEACHER_LAYERS,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 4,
-                "max_position_embeddings": 512,
-                "tie_word_embeddings": True,
-                "bos_token_id": None,
-                "eos_token_id": 0,
-                "pad_token_id": 0,
-            },
-            "per_device_train_batch_size": 8,
-            "max_steps": PRETRAIN_STEPS,
-            "learning_rate": 4e-3,
-            "weight_decay": 0.1,
-            "seed": 0,
-        }
-    )
+def _folder(output_dir: Path, method: Method, seed: int) -> Path:
+    return output_dir / f"{method}-seed-{seed}"
 
 
-def _task(output_dir: Path) -> dict[str, Any]:
-    return {**_shared(output_dir), "dataset": {"task": TASK, "max_length": LENGTH}}
+def _teacher_dir(output_dir: Path) -> str:
+    return str(output_dir / "teacher" / "train" / "student")
 
 
-def _pretrained_dir(output_dir: Path) -> str:
-    return str(output_dir / "pretrained" / "train" / "student")
-
-
-def _teacher_config(output_dir: Path) -> RunConfig:
-    return read_config(
-        {
-            **_task(output_dir),
-            "method": "finetune",
-            "output_dir": str(output_dir / "teacher"),
-            "model_name_or_path": _pretrained_dir(output_dir),
-            "num_train_epochs": TEACHER_EPOCHS,
-            "learning_rate": 1e-3,
-            "seed": 0,
-        }
-    )
-
-
-def student_config(
-    output_dir: Path,
-    method: Method,
-    seed: int,
-    name: str = "student_distilled",
-    epochs: float = STUDENT_EPOCHS,
-    *,
-    overwrite: bool = False,
-) -> RunConfig:
-    """What `fastkd train` would run for that student."""
-    kind = {"student_kd": "kd", "student_distilled": method}.get(name, "alone")
-    return read_config(
-        {
-            **_task(output_dir),
-            "output_dir": str(output_dir / f"{method}-seed-{seed}" / name),
-            "teacher_model_name_or_path": str(output_dir / "teacher" / "train" / "student"),
-            "model_name_or_path": _pretrained_dir(output_dir),
-            "student_layers": STUDENT_LAYERS,
-            "num_train_epochs": epochs,
-            "learning_rate": 2e-3,
-            "seed": seed,
-            "overwrite_output_dir": overwrite,
-            **_METHODS[kind],
-        }
-    )
-
-
-_METHODS: dict[str, dict[str, Any]] = {
-    "alone": {"method": "finetune", "teacher_model_name_or_path": None},
-    "kd": {"method": "ted", "options": {"layerwise": "none", "kl_alpha": 1.0}, "stages": {"distill": {}}},
-    "crild": {"method": "crild", "options": {"label_weight": 1.0}, "stages": {"ild": {}, "kd": {}}},
-    "ted": {
-        "method": "ted",
-        "options": {"kl_alpha": 1.0, "mse_alpha": 20.0, "teacher_filter_interval": TEACHER_LAYERS},
-        "stages": {
-            "student": {},
-            "teacher_filters": {"num_train_epochs": 1},
-            "student_filters": {"num_train_epochs": 1},
-            "distill": {},
-        },
-    },
-}
-
-
-def _last(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return list(stages.values())[-1]
-
-
-def _arguments(split: str) -> DatasetArguments:
-    return DatasetArguments(task=TASK, max_length=LENGTH, eval_split=split)
+def _total(stages: dict[str, dict[str, Any]], key: str) -> Any:
+    return sum(stage[key] for stage in stages.values())
 
 
 def _load(output_dir: Path, folder: str) -> TaskModel:
-    dataset = load_dataset(_arguments("test"))
+    dataset = load_dataset(DatasetArguments(task=TASK))
     head = TaskHead(dataset.kind, dataset.num_outputs, dataset.label_names)
-    tokenizer = load_tokenizer(str(output_dir / "tokenizer"))
-    return load_task_model(folder, head, seed=0, pad_id=pad_id(tokenizer), needs_head=True)
+    return load_task_model(folder, head, seed=0, pad_id=pad_id(load_tokenizer(str(output_dir / "tokenizer"))), needs_head=True)
 
 
 def _test_accuracy(output_dir: Path, model: TaskModel) -> float:
-    arguments = _arguments("test")
+    arguments = DatasetArguments(task=TASK, max_length=LENGTH, eval_split="test")
     rows = dataset_rows(arguments, load_dataset(arguments), load_tokenizer(str(output_dir / "tokenizer")))
-    return dataset_scores(model, rows, 64)["accuracy"]
+    return dataset_scores(model, rows, batch_size=64)["accuracy"]
 
 
 def _draw(folder: Path, method: Method) -> None:
-    """Accuracy on the validation split over the epochs of the last stage, one curve a student."""
+    """Accuracy on the validation split over the steps of the last stage, one curve a student."""
     labels = ("labels alone", "plain KD", TITLES[method], f"labels, as long as {TITLES[method]}")
     series = {}
     for name, label in zip(STUDENTS, labels, strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.benchmarks import CLAIMS, checks, claim
+from fastkd.benchmarks import CLAIMS, checks, claim, relation_kl
 from fastkd.cli.main import main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,6 +60,42 @@ def test_grad_filter(records):
     coarse, fine = records["grad_filter"]["results"]
     assert coarse["threshold"] > fine["threshold"] and coarse["columns_kept"] < fine["columns_kept"] <= 1
     assert coarse["student_error"] > fine["student_error"] and fine["head_cosine"] > 0.999
+
+
+def test_relation_kl_and_projected_mse(records):
+    relation, filtered = records["relation_kl"], records["projected_mse"]
+    assert {row["targets"] for row in relation["results"]} == {1, 3}
+    for count in (1, 3):
+        check_beside_eager([row for row in relation["results"] if row["targets"] == count], ["value", "q", "k"])
+    check_beside_eager(filtered["results"], ["value", "states", "weight", "bias"])
+
+
+def check_beside_eager(results, judged):
+    rows = {row["implementation"]: row for row in results}
+    floor, eager = rows.pop("GEMMs alone"), rows["eager"]
+    assert floor["ratio_to_gemms"] == eager["ratio_to_eager"] == 1.0 and floor["errors"] is None
+    assert any(name.startswith("fastkd") for name in rows)
+    for row in rows.values():
+        assert row["ratio_to_gemms"] == pytest.approx(row["seconds"]["median"] / floor["seconds"]["median"])
+        assert row["ratio_to_eager"] == pytest.approx(row["seconds"]["median"] / eager["seconds"]["median"])
+        assert list(row["errors"]) == judged and 0 < max(row["errors"].values()) < 2e-5
+
+
+def test_a_peer_that_fails_is_left_out_and_ours_is_not(tmp_path):
+    settings = claim.Settings(torch.device("cpu"), 1, 1.0, smoke=True, output=tmp_path, pair=None)
+
+    def fail(inputs):
+        raise RuntimeError("no compiler")
+
+    def run(found):
+        return relation_kl.beside_eager(settings, found, lambda name: (list, lambda: found[name](None)), None, lambda run: {})
+
+    found = {"GEMMs alone": lambda inputs: (), "eager": fail, "fastkd": lambda inputs: ()}
+    rows, failed = run(found)
+    assert failed == {"eager": "RuntimeError: no compiler"}
+    assert [(row["implementation"], row["ratio_to_eager"]) for row in rows] == [("GEMMs alone", None), ("fastkd", None)]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        run({**found, "fastkd": fail})
 
 
 @pytest.mark.parametrize(

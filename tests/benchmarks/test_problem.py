@@ -1,15 +1,20 @@
-"""What errors are measured against: exact gradients by formula, pairs at the divergence asked for; peaks in a process of their own."""
+"""What is measured against: exact gradients, pairs at the divergence asked for, floors with all products; peaks of the step alone."""
 
 from __future__ import annotations
+
+import math
+from functools import partial
 
 import pytest
 import torch
 
 import fastkd
-from fastkd.benchmarks import linear_kl
+from fastkd.benchmarks import linear_kl, projected_mse, relation_kl
 from fastkd.benchmarks.checks import compare
 from fastkd.benchmarks.memory import peak_bytes
 from fastkd.benchmarks.problem import Shape, close_pair, exact, exact_loss, make_inputs, relative_error
+from fastkd.benchmarks.relation_kl import worst_errors
+from fastkd.ops.plan import plan_chunks
 from tests.oracle import assert_close, wrong_gradients
 
 CPU = torch.device("cpu")
@@ -45,6 +50,38 @@ def test_wrong_gradients_are_seen():
             compare([wrong], [truth], 5e-3)
     with pytest.raises(AssertionError, match="nan"):
         compare([truth * float("nan")], [truth], 5e-3)
+
+
+def test_an_error_under_a_name_is_the_worst_of_its_gradients():
+    truth = [torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(3)]
+
+    def errors(*made):
+        return worst_errors(["value", "x", "x"], None, truth, lambda inputs: made)
+
+    assert errors(*truth) == {"value": 0.0, "x": 0.0}
+    assert errors(truth[0], truth[1], truth[2] * 1.01) == {"value": 0.0, "x": pytest.approx(0.01)}
+    assert math.isnan(errors(truth[0], truth[1] * math.nan, truth[2])["x"])
+
+
+@pytest.mark.parametrize("tile_bytes", [1 << 20, 600, 200], ids=["all pairs", "one pair", "some rows"])
+def test_the_relations_floor_makes_every_product(tile_bytes, monkeypatch):
+    monkeypatch.setattr(relation_kl, "TILE_BYTES", tile_bytes)
+    inputs = relation_kl.make_inputs(relation_kl.Shape(2, 3, 8, 4), (1.0, 0.5), CPU)
+    _, grad_q, grad_k = relation_kl.gemms_alone(inputs)
+    q, k = (x.detach().double().flatten(0, 1) for x in (inputs.q, inputs.k))
+    scores = q @ k.mT
+    assert_close(grad_q, scores @ k, 1e-6)
+    assert_close(grad_k, scores.mT @ q, 1e-6)
+
+
+def test_the_filters_floor_makes_every_product(monkeypatch):
+    monkeypatch.setattr(projected_mse, "plan_chunks", partial(plan_chunks, chunk_size=3))
+    layers = projected_mse.make_inputs(projected_mse.Shape(2, 8, 5, 6, 7), torch.float32, CPU)
+    _, *made = projected_mse.gemms_alone(layers)
+    for layer, (grad_states, grad_weight) in zip(layers, zip(made[::2], made[1::2], strict=True), strict=True):
+        residual = layer.teacher_states.double() @ layer.teacher_weight.double().T
+        assert_close(grad_states, residual @ layer.student_weight.double(), 1e-6)
+        assert_close(grad_weight, residual.T @ layer.student_states.double(), 1e-6)
 
 
 def test_peaks_are_those_of_the_step_alone():

@@ -56,7 +56,17 @@ def others() -> list[dict]:
         ),
         record("grad_filter", floor=seconds(2.0), unfiltered=seconds(2.2) | {"ratio_to_gemms": 1.1}, results=[filtered | gradients]),
         record("accuracy", results=[judged, {**judged, "kl": 1.0}], left_out={}),
+        record("relation_kl", results=[{"targets": n, **row} for n in (1, 3) for row in beside_eager("q", "k")], left_out={}),
+        record("projected_mse", results=beside_eager("states", "bias")[1:], left_out={"eager": "the process was killed"}),
     ]
+
+
+def beside_eager(*gradients: str) -> list[dict]:
+    errors = {"value": 1e-7, **dict.fromkeys(gradients, 3e-7)}
+    eager = {"implementation": "eager", "seconds": seconds(8.0), "ratio_to_gemms": 4.0, "ratio_to_eager": 1.0, "peak_bytes": 2e9}
+    ours = {"implementation": "fastkd", "seconds": seconds(3.0), "ratio_to_gemms": 1.5, "ratio_to_eager": 0.375, "peak_bytes": 5e7}
+    floor = {"implementation": "GEMMs alone", "seconds": seconds(2.0), "ratio_to_gemms": 1.0, "ratio_to_eager": 0.25, "peak_bytes": 2e7}
+    return [{**eager, "errors": errors}, {**floor, "errors": None}, {**ours, "errors": errors}]
 
 
 @pytest.fixture
@@ -82,8 +92,15 @@ def test_everything_is_written(folder):
     assert "| 2.44e-04 | 25.0% | 1.5 | 0.75 | 1.0e-03 |" in text
     assert "tokens 1024, vocabulary 262144: peak not measured MB" in text
     assert all(f"## {name}\n\n{sentence}" in text for name, sentence in CLAIMS.items())
-    # Nothing was measured on a GPU, and four claims have no file at all.
-    assert text.count("not measured.\n") == len(CLAIMS) + len(CLAIMS) - 4
+    for head in ("| targets: 1 | seconds |", "| targets: 3 | seconds |"):
+        assert head in text
+    assert text.count("| fastkd | 3 | 1.50 | 0.38 | 50 | 0.025 | 1.0e-07 | 3.0e-07 | 3.0e-07 |\n") == 2
+    assert text.count("| GEMMs alone | 2 | 1.00 | 0.25 | 20 | 0.010 |  |  |  |\n") == 2
+    assert "of eager's peak | error, value | error, states | error, bias |\n" in text
+    assert "| fastkd | 3 | 1.50 | 0.38 | 50 | not measured | 1.0e-07 | 3.0e-07 | 3.0e-07 |\n" in text
+    assert "| eager (the process was killed) | not measured |" in text
+    # Nothing was measured on a GPU, and on the CPU six claims.
+    assert text.count("not measured.\n") == len(CLAIMS) + len(CLAIMS) - 6
     for name in ("linear_kl_cpu", "scaling_cpu", "grad_filter_cpu", "accuracy_cpu"):
         assert (folder / "docs" / "img" / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"(img/{name}.png)" in text
     readme = (folder / "README.md").read_text()

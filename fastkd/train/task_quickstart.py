@@ -79,7 +79,7 @@ def task_quickstart(output_dir: Path, method: Method, seed: int = 0) -> dict[str
 
 
 def student_config(
-    output_dir: Path, method: Method, seed: int, name: str = "student_distilled", epochs: float = STUDENT_EPOCHS
+    output_dir: Path, method: Method, seed: int, name: str = "student_distilled", epochs: float | None = None
 ) -> RunConfig:
     """What `fastkd train` would run for that student."""
     kind = {"student_kd": "kd", "student_distilled": method}.get(name, "alone")
@@ -90,7 +90,7 @@ def student_config(
             "output_dir": str(_folder(output_dir, method, seed) / name),
             "teacher_model_name_or_path": _teacher_dir(output_dir),
             "student": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1},
-            "num_train_epochs": epochs,
+            "num_train_epochs": epochs or STUDENT_EPOCHS,
             "learning_rate": 2e-3,
             "eval_steps": EVAL_STEPS,
             "seed": seed,

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= benchmarks/results
+METHOD ?= glmd
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
@@ -19,7 +20,7 @@ setup: .venv/installed
 	touch $@
 
 quickstart: setup
-	$(BIN)/fastkd quickstart --method glmd --output_dir runs/quickstart $(ARGS)
+	$(BIN)/fastkd quickstart --method $(METHOD) $(ARGS)
 
 test: setup lint kernels
 	$(BIN)/python -m pytest $(ARGS)
@@ -40,7 +41,7 @@ docs: setup
 kernels: setup
 	$(BIN)/python -m fastkd.kernels.compile
 
-# What fastkd claims on a CPU, beside every peer: about half an hour on two idle cores. Then `.venv/bin/fastkd bench report`.
+# What fastkd claims on a CPU, beside every peer: about 40 minutes on two idle cores. Then `.venv/bin/fastkd bench report`.
 bench-cpu: .venv/bench
 	$(BIN)/fastkd bench --device cpu --output $(OUT) $(ARGS)
 

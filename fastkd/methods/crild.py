@@ -44,7 +44,7 @@ OBJECTS = "AHPQKV"
 Preset = Literal["consistency", "paper_script", "tinybert", "pkd"]
 Layers = Literal["last", "uniform"]
 Ramp = Literal["epoch", "step"]
-Padding = Literal["include", "exclude"]
+Padding = Literal["exclude", "include"]
 Form = Literal["kl", "cross_entropy"]
 Model = TaskModel | LanguageModel
 

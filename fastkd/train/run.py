@@ -14,11 +14,11 @@ import torch
 from ..files import new_folder, remove_folder, write_json_atomic
 from ..methods.objective import Objective
 from ..methods.registry import METHODS, Data, Model, StageInputs, StageSpec, build_stage, check_stages
-from ..methods.stage_data import Rows
+from ..methods.stage_data import DatasetRows, Rows
 from ..models.load import check_row_length, check_same_tokenizer, is_decoder, load_tokenizer, save_model
 from ..models.task_model import TaskHead
-from ..tasks.labelled import TaskDataset
-from .config import RunConfig, StageArguments, read_config
+from ..recipes import config_path
+from .config import DatasetArguments, RunConfig, StageArguments, read_config
 from .curves import plot_curves
 from .data import cloze_rows, dataset_rows, eval_corpus, load_dataset, text_rows, train_corpus
 from .log import LOG_FILE, read_log
@@ -42,13 +42,14 @@ class _PlannedStage:
 
 
 def distill(config: RunConfig | Mapping[str, Any] | str | Path, *, only_stage: str | None = None) -> dict[str, dict[str, Any]]:
-    """Run every stage of `config` (a RunConfig, a mapping, or a YAML file) that is not finished yet; return the stages' results.
+    """Run every stage of `config` that is not finished yet, and return the stages' results. It is a RunConfig, a mapping, or the name
+    of a YAML file or of a recipe.
 
     What `fastkd train` calls. The last stage's student is in output_dir/<stage>/student. Everything that can be refused is refused
     before the first download or step.
     """
     if isinstance(config, (str, Path)):
-        config = load_yaml(config)
+        config = load_yaml(config_path(str(config)))
     if isinstance(config, Mapping):
         config = read_config(config)
     stages = _plan(config, only_stage)
@@ -127,8 +128,8 @@ class _Run:
         if config.model_name_or_path is not None and config.model_name_or_path != source:
             check_same_tokenizer(self.tokenizer, load_tokenizer(config.model_name_or_path))
         self.models = RunModels(config, output_dir, self.cache_dir, self.tokenizer)
-        self.datasets: dict[str, TaskDataset] = {}
-        self.rows: dict[str, Rows] = {}
+        self.datasets: dict[DatasetArguments, DatasetRows] = {}
+        self.cloze_rows: dict[str, Rows] = {}
 
     def check(self, planned: _PlannedStage) -> None:
         """Refuse what needs no weights to be refused: every stage's models and data are looked at before the first stage starts."""
@@ -142,8 +143,14 @@ class _Run:
             train_corpus(arguments.text)
             eval_corpus(arguments.text)
             return
-        teacher = arguments.teacher_model_name_or_path
-        self.rows[name] = self._rows(planned, causal=self._head(planned) is None and teacher is not None and is_decoder(teacher))
+        if planned.data == "task":
+            teacher = arguments.teacher_model_name_or_path
+            causal = self._head(planned) is None and teacher is not None and is_decoder(teacher)
+            self.cloze_rows[name] = self._rows(planned, causal=causal)
+            return
+        dataset = self._dataset(planned).dataset
+        if planned.spec.needs_labels and not dataset.is_labelled("train"):
+            raise ConfigError(f"stage {name} learns from labels, and {dataset.name} has none; give a labelled task.")
 
     def stage(self, planned: _PlannedStage) -> dict[str, Any]:
         """Train one stage, or return the result it already has."""
@@ -156,7 +163,7 @@ class _Run:
         head = self._head(planned)
         teacher = self.models.teacher(spec, arguments, head) if spec.needs_teacher else None
         student = self.models.trained(spec, arguments, teacher, head)
-        rows = self.rows.get(spec.name) or self._rows(planned, causal=is_decoder(student.model.config))
+        rows = self.cloze_rows.get(spec.name) or self._rows(planned, causal=is_decoder(student.model.config))
         for model, role in ((student, spec.trains), (teacher, "teacher")):
             if model is not None:
                 check_row_length(model, -(-rows.longest // 8) * 8, role)
@@ -189,31 +196,28 @@ class _Run:
             return TaskHead("classification", task.cloze.num_labels) if planned.spec.wants_classifier(task.cloze) else None
         for stage in self.stages[self.stages.index(planned) :]:
             if stage.data == "dataset":
-                dataset = self._dataset(stage)
+                dataset = self._dataset(stage).dataset
                 if dataset.is_labelled("train"):
                     return TaskHead(dataset.kind, dataset.num_outputs, dataset.label_names)
         return None
 
-    def _dataset(self, planned: _PlannedStage) -> TaskDataset:
-        name, arguments = planned.spec.name, planned.arguments.dataset
+    def _dataset(self, planned: _PlannedStage) -> DatasetRows:
+        """Read and encoded once for all stages that have the same."""
+        arguments = planned.arguments.dataset
         assert arguments is not None
-        if name not in self.datasets:
-            dataset = load_dataset(arguments)
-            if planned.spec.needs_labels and not dataset.is_labelled("train"):
-                raise ConfigError(f"stage {name} learns from labels, and {arguments.task} has none; give a labelled task.")
-            self.datasets[name] = dataset
-        return self.datasets[name]
+        if arguments not in self.datasets:
+            self.datasets[arguments] = dataset_rows(arguments, load_dataset(arguments), self.tokenizer)
+        return self.datasets[arguments]
 
     def _rows(self, planned: _PlannedStage, *, causal: bool) -> Rows:
         arguments = planned.arguments
+        if planned.data == "dataset":
+            return self._dataset(planned)
         if planned.data == "text":
             assert arguments.text is not None
             return text_rows(arguments.text, self.tokenizer, self.cache_dir, causal=causal)
-        if planned.data == "task":
-            assert arguments.task is not None
-            return cloze_rows(arguments.task, self.tokenizer, causal=causal)
-        assert arguments.dataset is not None
-        return dataset_rows(arguments.dataset, self._dataset(planned), self.tokenizer)
+        assert arguments.task is not None
+        return cloze_rows(arguments.task, self.tokenizer, causal=causal)
 
     def _finish(self, planned: _PlannedStage, student: Model, objective: Objective, result: StageResult) -> dict[str, Any]:
         """Save what the stage made under its final name, then the result: a stage is finished when its result is there."""

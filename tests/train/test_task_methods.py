@@ -238,7 +238,7 @@ def _set(**keys: Any) -> Any:
 BAD = {
     "missing column": ("ted", _rename("other"), "column 'sentence2' .* is missing"),
     "one example": ("ted", _only_one, "Split 'train' of glue/rte has 1 examples; at least two"),
-    "no labels": ("crild", _unlabelled, "stage kd learns from labels, and pairs has none"),
+    "no labels": ("crild", _unlabelled, "stage kd learns from labels, and .*train.jsonl has none"),
     "no data": ("crild", _set(dataset=None), "dataset or text is not set, and stage teacher of crild needs it"),
     "both data": (
         "crild",

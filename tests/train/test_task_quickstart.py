@@ -1,4 +1,4 @@
-"""The quickstart of CR-ILD and TED in miniature: every field of results.json, one initialisation for all students, the YAML it prints."""
+"""The quickstart of CR-ILD and TED in miniature: what results.json holds, one initialisation for all students, the YAML it prints."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from tests.train.test_quickstart import FIELDS
 def folder(tmp_path_factory):
     """A tokenizer made of a few files, and a few steps."""
     patch = pytest.MonkeyPatch()
-    few = open_corpus([str(file) for file in stdlib.stdlib_files("train")[:8]])
+    folder = tmp_path_factory.mktemp("task-quickstart")
+    (folder / "few.txt").write_text("\n".join(file.read_text() for file in stdlib.stdlib_files("train")[:8]))
+    few = open_corpus(folder / "few.txt")
     patch.setattr("fastkd.train.quickstart.open_corpus", lambda path: few)
     small = {"VOCABULARY": 600, "LENGTH": 16, "FEW_SAMPLE": 32, "TEACHER_EPOCHS": 0.05, "STUDENT_EPOCHS": 2.0, "EVAL_STEPS": 1}
     for name, value in small.items():
         patch.setattr(quickstart, name, value)
-    yield tmp_path_factory.mktemp("task-quickstart")
+    yield folder
     patch.undo()
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         )
     else:
         _show(task_quickstart(output_dir, known.method, known.seed), ["accuracy"], lambda results, key: [f"{results[key]:.1%}"])
-        print("\nAccuracy is on functions of files that no model has read. All students begin as the same layers.")
+        print("\nAccuracy is on functions of files that no model has read. All students begin from the same weights.")
     print(f"Curves and results.json: {output_dir}")
     return 0
 
@@ -60,6 +60,7 @@ def _show(results: dict[str, Any], columns: list[str], scores: Any) -> None:
         "student_kd": "student, plain KD",
         "student_distilled": f"student, {title}",
         "student_alone_equal_time": f"student, hard labels, as long as {title}",
+        "student_kd_equal_time": f"student, plain KD, as long as {title}",
     }
     print()
     print_table(
@@ -74,6 +75,7 @@ def _show(results: dict[str, Any], columns: list[str], scores: Any) -> None:
                 results["teacher_vocab" if key == "teacher" else "student_vocab"],
             ]
             for key, label in rows.items()
+            if key in results
         ],
     )
     print(f"\nStudent: {results['student_dir']}")

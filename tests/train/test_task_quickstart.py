@@ -43,7 +43,7 @@ def test_results(folder, method, capsys):
     assert set(results) >= FIELDS
     assert results["method"] == method and results["seed"] == 3 and results["higher_is_better"] is True
     assert results["student_parameters"] < results["teacher_parameters"] and results["student_vocab"] == results["teacher_vocab"] == 600
-    for row in ("teacher", *quickstart.STUDENTS):
+    for row in ("teacher", *quickstart.STUDENTS, *quickstart.EQUAL_TIME):
         assert 0 < results[row] < 1 and f"{results[row]:.1%}" in shown
     assert results["steps"]["student_alone_equal_time"] >= results["steps"]["student_alone"] == 2
     assert (folder / f"{method}-seed-3" / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -53,7 +53,7 @@ def test_results(folder, method, capsys):
 def test_all_students_start_from_the_same_weights(folder):
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     states = []
-    for name in quickstart.STUDENTS:
+    for name in (*quickstart.STUDENTS, *quickstart.EQUAL_TIME):
         config = quickstart.student_config(folder, "ted", 3, name)
         models = RunModels(config, folder / "nowhere", folder / "cache", tokenizer)
         states.append(models._first_task_student(config, TaskHead("classification", 8)).state_dict())

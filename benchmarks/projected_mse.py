@@ -20,8 +20,8 @@ import fastkd
 from fastkd.ops.plan import plan_chunks
 
 from .claim import Settings, main
+from .eager import EAGER, Implementation, Outcome, beside_eager, worst_errors
 from .implementations import COMPILED, FLOOR
-from .relation_kl import EAGER, Implementation, Outcome, beside_eager, worst_errors
 
 FEW_TOKENS = 512
 """Of which errors are judged, and after which thread pools and workspaces exist."""

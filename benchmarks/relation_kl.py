@@ -8,8 +8,8 @@ of both gradients against float64.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,12 +20,9 @@ import fastkd
 from fastkd.ops.plan import default_budget
 
 from .claim import Settings, main
+from .eager import EAGER, Implementation, Outcome, beside_eager, worst_errors
 from .implementations import COMPILED, FLOOR, live_backends
-from .memory import peak_bytes
-from .problem import relative_error
-from .runner import Case, interleaved, stopwatch
 
-EAGER = "eager"
 NAMES = ("value", "q", "k")
 TARGET_WEIGHTS = ((1.0,), (1.0, 0.7, 0.3))
 FEW_ROWS = 128
@@ -33,10 +30,6 @@ JUDGED_HEADS = 2
 """Errors are those of all keys, but of fewer heads: float64 scores of all of them would fill the memory."""
 TILE_BYTES = 16 << 20
 """Of the floor's scores on a CPU, to stay in its cache."""
-
-Outcome = Sequence[Tensor | None]
-"""The loss, None where it is no loss, and the gradients."""
-Implementation = Callable[[Any], Outcome]
 
 
 class Shape(NamedTuple):
@@ -78,53 +71,6 @@ def measure(settings: Settings) -> dict[str, Any]:
         "results": results,
         "left_out": left_out,
     }
-
-
-def beside_eager(
-    settings: Settings,
-    found: Mapping[str, Implementation],
-    build: Callable[..., Any],
-    inputs: Any,
-    errors: Callable[[Implementation], dict[str, float]],
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for each of `found`, the floor and eager torch among them; and why a peer has none. A failure of ours is a bug and raises.
-
-    build(name) makes the steps that `peak_bytes` takes; errors(implementation) judges what is not the floor.
-    """
-    peaks, failed = {}, {}
-    for name in found:
-        try:
-            peaks[name] = peak_bytes(settings.device, build, name, own_process=not settings.smoke)
-        except Exception as error:
-            if name not in (EAGER, COMPILED):
-                raise
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'the process was killed'}"
-            print(f"  left out: {name}: {failed[name]}", flush=True)
-    cases = {name: Case(partial(found[name], inputs)) for name in peaks}
-    timings = interleaved(cases, stopwatch(settings.device), repeats=settings.repeats, budget=settings.budget)
-    rows = []
-    for name, timing in timings.items():
-        rows.append(
-            {
-                "implementation": name,
-                "seconds": asdict(timing),
-                "ratio_to_gemms": timing.median / timings[FLOOR].median,
-                "ratio_to_eager": timing.median / timings[EAGER].median if EAGER in timings else None,
-                "peak_bytes": peaks[name],
-                "errors": None if name == FLOOR else errors(found[name]),
-            }
-        )
-        print(f"  {name}: {timing.median:.4g} s, {rows[-1]['ratio_to_gemms']:.2f} x GEMMs alone, {peaks[name]} bytes", flush=True)
-    return rows, failed
-
-
-def worst_errors(names: Sequence[str], inputs: Any, truth: Outcome, run: Implementation) -> dict[str, float]:
-    """The largest relative L2 error of what `run` makes of the inputs, under each name; NaN if one is."""
-    errors: dict[str, list[float]] = {name: [] for name in names}
-    for name, value, true_value in zip(names, run(inputs), truth, strict=True):
-        assert value is not None and true_value is not None
-        errors[name].append(relative_error(value, true_value))
-    return {name: float(torch.tensor(values).max()) for name, values in errors.items()}
 
 
 def implementations(device: torch.device, *, compiles: bool = True) -> tuple[dict[str, Implementation], dict[str, str]]:

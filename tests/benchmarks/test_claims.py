@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.benchmarks import CLAIMS, checks, claim, relation_kl
+from fastkd.benchmarks import CLAIMS, checks, claim, eager
 from fastkd.cli.main import main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,7 +88,7 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(tmp_path):
         raise RuntimeError("no compiler")
 
     def run(found):
-        return relation_kl.beside_eager(settings, found, lambda name: (list, lambda: found[name](None)), None, lambda run: {})
+        return eager.beside_eager(settings, found, lambda name: (list, lambda: found[name](None)), None, lambda run: {})
 
     found = {"GEMMs alone": lambda inputs: (), "eager": fail, "fastkd": lambda inputs: ()}
     rows, failed = run(found)

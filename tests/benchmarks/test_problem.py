@@ -11,9 +11,9 @@ import torch
 import fastkd
 from fastkd.benchmarks import linear_kl, projected_mse, relation_kl
 from fastkd.benchmarks.checks import compare
+from fastkd.benchmarks.eager import worst_errors
 from fastkd.benchmarks.memory import peak_bytes
 from fastkd.benchmarks.problem import Shape, close_pair, exact, exact_loss, make_inputs, relative_error
-from fastkd.benchmarks.eager import worst_errors
 from fastkd.ops.plan import plan_chunks
 from tests.oracle import assert_close, wrong_gradients
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..files import write_json_atomic
-from ..methods.stage_data import dataset_scores
+from ..methods.stage_data import DatasetRows, dataset_scores
 from ..models.load import load_tokenizer
 from ..models.student import count_parameters
 from ..models.task_model import TaskHead, TaskModel, load_task_model
+from ..tasks.labelled import TaskDataset
 from ..tasks.token_rows import pad_id
 from .config import DatasetArguments, RunConfig, read_config
 from .curves import plot_curves
@@ -56,7 +57,9 @@ def task_quickstart(output_dir: Path, method: Method, seed: int = 0) -> dict[str
         runs[name] = distill(student_config(output_dir, method, seed, name, STUDENT_EPOCHS * ratio))
 
     folders = {name: list(stages.values())[-1]["student_dir"] for name, stages in runs.items()}
-    models = {name: _load(output_dir, folder) for name, folder in folders.items()}
+    tokenizer = load_tokenizer(str(output_dir / "tokenizer"))
+    test = _test_rows(tokenizer)
+    models = {name: _load(folder, test.dataset, tokenizer) for name, folder in folders.items()}
     student = models["student_distilled"]
     summary = {
         "method": method,
@@ -64,7 +67,7 @@ def task_quickstart(output_dir: Path, method: Method, seed: int = 0) -> dict[str
         "seconds": round(time.perf_counter() - started, 1),
         "metric": "accuracy on functions of held-out files of the Python standard library: from which of eight packages is it?",
         "higher_is_better": True,
-        **{name: _test_accuracy(output_dir, model) for name, model in models.items()},
+        **{name: dataset_scores(model, test, batch_size=64)["accuracy"] for name, model in models.items()},
         "teacher_parameters": count_parameters(models["teacher"]),
         "student_parameters": count_parameters(student),
         "teacher_vocab": VOCABULARY,
@@ -172,16 +175,14 @@ def _total(stages: dict[str, dict[str, Any]], key: str) -> Any:
     return sum(stage[key] for stage in stages.values())
 
 
-def _load(output_dir: Path, folder: str) -> TaskModel:
-    dataset = load_dataset(DatasetArguments(task=TASK))
-    head = TaskHead(dataset.kind, dataset.num_outputs, dataset.label_names)
-    return load_task_model(folder, head, seed=0, pad_id=pad_id(load_tokenizer(str(output_dir / "tokenizer"))), needs_head=True)
-
-
-def _test_accuracy(output_dir: Path, model: TaskModel) -> float:
+def _test_rows(tokenizer: Any) -> DatasetRows:
     arguments = DatasetArguments(task=TASK, max_length=LENGTH, eval_split="test")
-    rows = dataset_rows(arguments, load_dataset(arguments), load_tokenizer(str(output_dir / "tokenizer")))
-    return dataset_scores(model, rows, batch_size=64)["accuracy"]
+    return dataset_rows(arguments, load_dataset(arguments), tokenizer)
+
+
+def _load(folder: str, dataset: TaskDataset, tokenizer: Any) -> TaskModel:
+    head = TaskHead(dataset.kind, dataset.num_outputs, dataset.label_names)
+    return load_task_model(folder, head, seed=0, pad_id=pad_id(tokenizer), needs_head=True)
 
 
 def _draw(folder: Path, method: Method) -> None:

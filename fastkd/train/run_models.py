@@ -70,7 +70,7 @@ class RunModels:
         with torch.device("meta"):
             teacher = AutoModel.from_config(teacher_config)
             if config.model_name_or_path is None:
-                return AutoModel.from_config(student_config(teacher_config, config.student, None)), teacher
+                return AutoModel.from_config(student_config(teacher_config, {**config.student, **arguments.dropout}, None)), teacher
             student = AutoModel.from_config(load_config(config.model_name_or_path, arguments.dropout))
             if config.student_layers is not None:
                 student = keep_layers(student, parse_layers(config.student_layers, student))
@@ -105,7 +105,7 @@ class RunModels:
             return named
         teacher = arguments.teacher_model_name_or_path
         base = load_config(teacher) if teacher is not None else base_config(config.student)
-        student = student_config(base, config.student, None, len(self.tokenizer))
+        student = student_config(base, {**config.student, **arguments.dropout}, None, len(self.tokenizer))
         return build_task_model(student, head, seed=config.seed, pad_id=pad_id(self.tokenizer))
 
     def _first_student(self, teacher: Model | None, arguments: StageArguments) -> LanguageModel:
@@ -121,7 +121,7 @@ class RunModels:
         if named is None:
             base = teacher.model.config if teacher is not None else base_config(config.student)
             vocabulary = None if vocab_map is not None else len(self.tokenizer)
-            return build_student(base, config.student, vocab_map, seed=config.seed, vocabulary=vocabulary)
+            return build_student(base, {**config.student, **arguments.dropout}, vocab_map, seed=config.seed, vocabulary=vocabulary)
         check_padded_vocabulary(named, self.tokenizer, "student")
         if vocab_map is not None:
             return prune_model(named.model, vocab_map)

@@ -141,3 +141,11 @@ def test_the_documents_are_those_of_the_results():
     assert (ROOT / "docs" / "benchmarks.md").read_text() == page(records, images), "run `fastkd bench report`"
     readme = (ROOT / "README.md").read_text()
     assert with_table(readme, readme_table(records["linear_kl"]), ROOT / "README.md") == readme, "run `fastkd bench report`"
+
+
+def test_results_name_no_machine():
+    """A committed record holds no absolute path."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        assert '"/' not in file.read_text(), file.name

@@ -204,6 +204,12 @@ def test_dropout_is_that_of_the_stage(tmp_path):
     assert student.config.hidden_dropout_prob == 0.0 and student.config.attention_probs_dropout_prob == 0.1
 
 
+def test_dropout_is_that_of_a_new_student_too(tmp_path):
+    new = {"model_name_or_path": None, "student_layers": None, "student": {"num_hidden_layers": 1}}
+    run = config(tmp_path, "finetune", saved(tmp_path, "bert"), dropout={"hidden_dropout_prob": 0.3}, max_steps=1, **new)
+    assert reopened(fastkd.distill(run)["train"]["student_dir"]).config.hidden_dropout_prob == 0.3
+
+
 # ---- refused before the first step
 
 

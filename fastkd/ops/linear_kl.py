@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_denominator, check_row_tensors, check_vocab_index, divergence_options
+from .arguments import (
+    LossOptions,
+    check_denominator,
+    check_row_tensors,
+    check_teacher,
+    check_vocab_index,
+    divergence_options,
+    leading_shape,
+)
 from .chunked import LossStats
 from .divergence import Divergence
 from .kl import kl_div_reference
 from .linear_logits import autocast_dtype, check_head, flatten_head
 from .operator import chunked_loss
+from .vocab_parallel import check_group, vocab_parallel_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_kl_div(
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | None,
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
@@ -42,6 +54,7 @@ def linear_kl_div(
     return_stats: bool = False,
     grad_filter: float | None = None,
     teacher_precision: str = "full",
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """T^2 D(softmax(z_t / T), softmax(z_s / T)) per token, with z = softcap(scale (h W^T + b)), reduced over tokens.
 
@@ -51,8 +64,9 @@ def linear_kl_div(
         student_hidden: (..., H_s) states before the head, any leading dims.
         student_weight: (V_s, H_s) head; outside autocast in the dtype of `student_hidden`.
         teacher_hidden: (..., H_t), same leading dims. No gradient ever flows to the teacher.
-        teacher_weight: (V_t, H_t).
-        student_bias, teacher_bias: (V_s,), (V_t,).
+        teacher_weight: (V_t, H_t); None: the identity, and `teacher_hidden` holds the teacher's logits (..., V_t) already, in any
+            floating dtype, from a cache or a service. They are read as they are, a chunk at a time.
+        student_bias, teacher_bias: (V_s,), (V_t,); no teacher_bias without a teacher_weight.
         divergence: a name or a `Divergence`; p is the teacher, q the student.
         temperature: T > 0. Value and gradient both carry T^2 (Hinton et al., arXiv:1503.02531).
         mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
@@ -70,6 +84,14 @@ def linear_kl_div(
             of some token of the chunk exceeds this (before the division by the denominator); the others are replaced by their mean,
             token by token. `LossStats.columns_kept` and `.dropped_mass` say what it did. The value stays exact.
         teacher_precision: "full", or approximate "fp8": the teacher's GEMM in float8 e4m3, on GPUs that have it (and slowly on CPUs).
+        group: tensor-parallel heads. Every process of the group passes the same hidden states, mask and labels, and its own rows of
+            both heads (with `teacher_weight=None` its own columns of the teacher's logits): the same ids in both, row by row. Shards
+            may differ in size. The loss is that of the whole vocabulary, on every process. The gradient of `student_hidden` is summed
+            over the group in the backward pass, so that it is complete, and equal, on every process: do not sum it again. Gradients of
+            weight and bias are those of the shard. `labels` are positions in the shards as they stand one behind the other, in the
+            order of ranks. A chunk of tokens takes two all-reduces (three for tvd, jsd, skew_kl and skew_rkl) of at most five numbers a
+            token. All processes must call, and go backward, alike. Not with vocab_index, return_stats, grad_filter,
+            teacher_precision="fp8" or compiled backends; under `torch.compile` the graph breaks here.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). Gradients accumulate in that dtype and come back in each input's own.
@@ -79,7 +101,7 @@ def linear_kl_div(
         ValueError, TypeError: before any work, naming the argument, what it got and what would do.
     """
     leading = check_head("student", student_hidden, student_weight, student_bias)
-    if check_head("teacher", teacher_hidden, teacher_weight, teacher_bias) != leading:
+    if _check_teacher_side(teacher_hidden, teacher_weight, teacher_bias, teacher_precision) != leading:
         raise ValueError(
             f"student_hidden has leading dims {tuple(leading)} and teacher_hidden {tuple(teacher_hidden.shape[:-1])}; "
             "both models must have seen the same tokens."
@@ -87,7 +109,6 @@ def linear_kl_div(
     device = student_hidden.device
     if teacher_hidden.device != device:
         raise ValueError(f"teacher_hidden is on {teacher_hidden.device} and student_hidden on {device}; move them together.")
-    check_vocab_index(vocab_index, student_weight.shape[0], teacher_weight.shape[0], device)
     options = LossOptions(
         **divergence_options(divergence),
         temperature=temperature,
@@ -107,23 +128,40 @@ def linear_kl_div(
         operand_dtype=autocast_dtype(device),
     )
     mask, labels = check_row_tensors(leading, device, options, mask, labels)
-    return chunked_loss(
-        flatten_head(student_hidden, student_weight, student_bias),
-        flatten_head(teacher_hidden, teacher_weight, teacher_bias),
-        options,
-        leading,
-        vocab_index=vocab_index,
-        mask=mask,
-        labels=labels,
-        denominator=check_denominator(denominator, reduction, device),
-    )
+    denominator = check_denominator(denominator, reduction, device)
+    student = flatten_head(student_hidden, student_weight, student_bias)
+    teacher = [teacher_hidden.flatten(0, -2)] if teacher_weight is None else flatten_head(teacher_hidden, teacher_weight, teacher_bias)
+    if group is not None:
+        check_group(group, vocab_index, options)
+        return vocab_parallel_loss(student, teacher, options, leading, group, mask=mask, labels=labels, denominator=denominator)
+    teacher_vocabulary = teacher_hidden.shape[-1] if teacher_weight is None else teacher_weight.shape[0]
+    check_vocab_index(vocab_index, student_weight.shape[0], teacher_vocabulary, device)
+    return chunked_loss(student, teacher, options, leading, vocab_index=vocab_index, mask=mask, labels=labels, denominator=denominator)
+
+
+def _check_teacher_side(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, precision: str) -> torch.Size:
+    """Check a head with its hidden states, or logits that exist; return the leading dims."""
+    if weight is not None:
+        return check_head("teacher", hidden, weight, bias)
+    leading = leading_shape("teacher_hidden", hidden)
+    check_teacher("teacher_hidden", hidden)
+    if bias is not None:
+        raise ValueError(
+            "teacher_bias was given without a teacher_weight: teacher_hidden then holds finished logits. Add the bias to them."
+        )
+    if precision == "fp8":
+        raise ValueError(
+            "teacher_precision='fp8' is the teacher's GEMM, and without a teacher_weight there is none; leave it at 'full', or pass "
+            "the teacher's hidden states and weight."
+        )
+    return leading
 
 
 def linear_kl_div_reference(
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | None,
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
@@ -131,7 +169,9 @@ def linear_kl_div_reference(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """The same value by plain torch in the inputs' dtype, all logits at once: the oracle in float64."""
     student_logits = torch.nn.functional.linear(student_hidden, student_weight, student_bias)
-    teacher_logits = torch.nn.functional.linear(teacher_hidden, teacher_weight, teacher_bias)
+    teacher_logits = teacher_hidden
+    if teacher_weight is not None:
+        teacher_logits = torch.nn.functional.linear(teacher_hidden, teacher_weight, teacher_bias)
     return kl_div_reference(student_logits, teacher_logits, **options)
 
 
@@ -147,7 +187,7 @@ class LinearKLDivLoss(torch.nn.Module):
         student_hidden: Tensor,
         student_weight: Tensor,
         teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher_weight: Tensor | None,
         **per_batch: Any,
     ) -> Tensor | tuple[Tensor, LossStats]:
         return linear_kl_div(student_hidden, student_weight, teacher_hidden, teacher_weight, **{**self.options, **per_batch})

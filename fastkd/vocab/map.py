@@ -200,6 +200,22 @@ class VocabMap:
         """The ids behind slots of any shape, int64; checked as `map_ids` does."""
         return _look_up(self.kept_ids, slots, "slots")
 
+    def shard(self, rank: int, world_size: int) -> Tensor:
+        """The slots of process `rank` of `world_size`, int64: rank, rank + world_size, ..., its rows of a student's head.
+
+        `from_counts` puts slots in the order of falling frequency, so every process gets frequent and rare tokens alike, and shards
+        differ by at most one slot; split by contiguous original ids, most kept tokens would often fall to one process. The rows of the
+        teacher's head beside them are `kept_ids[shard]`.
+
+        `linear_kl_div` with a `group` counts labels through the shards one behind the other. Of a slot that position is
+        `torch.cat([m.shard(r, world_size) for r in range(world_size)]).argsort()[slot]`.
+        """
+        if not 0 <= rank < world_size <= self.num_kept:
+            raise ValueError(
+                f"shard({rank}, {world_size}) of {self.num_kept} slots: give 0 <= rank < world_size, and no more processes than slots."
+            )
+        return torch.arange(rank, self.num_kept, world_size, device=self.kept_ids.device)
+
     def to(self, device: torch.device | str) -> VocabMap:
         return VocabMap(self.kept_ids.to(device), self.id_to_slot.to(device))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -137,6 +139,53 @@ def test_non_contiguous_inputs():
         inputs[name] = inputs[name].detach().T.contiguous().T.requires_grad_(inputs[name].requires_grad)
         assert not inputs[name].is_contiguous()
     check({"mask": MASK}, torch.float64, 1e-12, inputs)
+
+
+def with_teacher_logits(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same inputs, with the teacher's logits in place of its states and head."""
+    logits = torch.nn.functional.linear(inputs["teacher_hidden"], inputs["teacher_weight"], inputs["teacher_bias"])
+    return {name: x for name, x in inputs.items() if name.startswith("student")} | {"teacher_hidden": logits.to(dtype)}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {"mask": MASK, "reduction": "none"}], ids=[*OPTIONS.keys(), "none"])
+def test_logits_for_the_teacher_are_the_head_that_made_them(options, divergence):
+    inputs, options = make_inputs(), {**options, "divergence": divergence, "temperature": 2.0, "chunk_size": 5}
+    given = with_teacher_logits(inputs, torch.float64)
+    truth, true_gradients = value_and_gradients(fastkd.reference.linear_kl_div, inputs, **options)
+    for function in (fastkd.linear_kl_div, fastkd.reference.linear_kl_div):
+        value, gradients = value_and_gradients(partial(function, teacher_weight=None), given, **options)
+        assert_close(value, truth, 1e-11)
+        for name, gradient, true_gradient in zip(NAMES, gradients, true_gradients, strict=True):
+            assert_close(gradient, true_gradient, 1e-11, name)
+
+
+@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_teacher_logits_of_any_dtype(student_dtype, teacher_dtype):
+    """They are rounded by whoever stored them, and never again: the oracle reads the same rounded logits in float64."""
+    given = with_teacher_logits(make_inputs(), teacher_dtype)
+    given |= {name: given[name].detach().to(student_dtype).requires_grad_() for name in NAMES}
+    exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in given.items()}
+    options = {"mask": MASK, "labels": LABELS, "label_weight": 0.5, "vocab_index": INDEX, "teacher_softcap": 5.0, "chunk_size": 6}
+    fused = partial(fastkd.linear_kl_div, teacher_weight=None)
+    value, gradients = value_and_gradients(fused, given, **options)
+    truth, true_gradients = value_and_gradients(partial(fastkd.reference.linear_kl_div, teacher_weight=None), exact, **options)
+    assert value.dtype == (torch.float64 if teacher_dtype == torch.float64 else torch.float32)
+    assert_close(value, truth, 2e-5)
+    for name, gradient, true_gradient in zip(NAMES, gradients, true_gradients, strict=True):
+        assert gradient.dtype == student_dtype
+        assert_close(gradient, true_gradient, 5e-3 if student_dtype == torch.bfloat16 else 2e-5, name)
+
+
+def test_teacher_logits_compile_whole():
+    given = with_teacher_logits(make_inputs(), torch.float64)
+    fused = partial(fastkd.linear_kl_div, teacher_weight=None)
+    value, gradients = value_and_gradients(fused, given, mask=MASK)
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled_value, compiled_gradients = value_and_gradients(compiled, given, mask=MASK)
+    for made, expected in zip([compiled_value, *compiled_gradients], [value, *gradients], strict=True):
+        assert_close(made, expected, 1e-12)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -295,6 +344,12 @@ def test_a_teacher_that_requires_a_gradient_is_refused(name):
         fastkd.linear_kl_div(**inputs)
 
 
+def test_teacher_logits_that_require_a_gradient_are_refused():
+    given = with_teacher_logits(make_inputs(), torch.float64)
+    with pytest.raises(ValueError, match="teacher_hidden requires a gradient"):
+        fastkd.linear_kl_div(**{**given, "teacher_hidden": given["teacher_hidden"].requires_grad_()}, teacher_weight=None)
+
+
 def test_the_order_of_tokens_changes_nothing():
     inputs = make_inputs()
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(9))
@@ -386,6 +441,13 @@ BAD = {
     "scale": ({"teacher_logit_scale": 0.0}, ValueError, "teacher_logit_scale=0.0"),
     "student weight": ({"student_weight": torch.zeros(STUDENT_VOCAB, 3, dtype=torch.float64)}, ValueError, "student_weight has shape"),
     "teacher bias": ({"teacher_bias": torch.zeros(2, dtype=torch.float64)}, ValueError, "teacher_bias has shape"),
+    "bias of given logits": ({"teacher_weight": None}, ValueError, "Add the bias to them"),
+    "fp8 of given logits": (
+        {"teacher_weight": None, "teacher_bias": None, "teacher_precision": "fp8"},
+        ValueError,
+        "teacher_precision='fp8' is the teacher's GEMM",
+    ),
+    "few given logits": ({"teacher_weight": None, "teacher_bias": None}, ValueError, "only 12"),
     "small teacher": ({"teacher_weight": torch.zeros(5, 12, dtype=torch.float64), "teacher_bias": None}, ValueError, "only 5"),
     "dtypes": ({"student_weight": torch.zeros(STUDENT_VOCAB, STUDENT_WIDTH)}, TypeError, "autocast"),
     "leading dims": ({"teacher_hidden": torch.zeros(4, TEACHER_WIDTH, dtype=torch.float64)}, ValueError, "the same tokens"),

@@ -38,18 +38,29 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Every file in it is flushed to the disk before that. `path` must not exist then, and nobody else may be writing it.
     """
+    temporary = start_folder(path)
+    try:
+        yield temporary
+        commit_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def start_folder(path: Path) -> Path:
+    """An empty folder under the temporary name of `path`."""
     temporary = temporary_path(path)
     if temporary.exists():  # left by a killed process that had our process id
         shutil.rmtree(temporary)
     temporary.mkdir()
-    try:
-        yield temporary
-        for written in (*temporary.rglob("*"), temporary):
-            sync(written)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    return temporary
+
+
+def commit_folder(temporary: Path, path: Path) -> None:
+    """Flush everything in `temporary` and give it its name."""
+    for written in (*temporary.rglob("*"), temporary):
+        sync(written)
+    os.rename(temporary, path)
     sync(path.parent)
 
 

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fastkd.tasks import stdlib
+from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows
 from fastkd.tasks.sources import Source, is_saved_dataset, matching_files, open_source, require_one_of
 
-_Reader = Callable[[int], Iterator[Any]]
+StreamState = dict[str, Any]
+Reader = Callable[[int, StreamState | None], Iterator[tuple[StreamState | None, Sequence[Any]]]]
 _READ_ROWS = 1_000
+
+
+@dataclass
+class Bookmark:
+    """A place in a corpus that another process can go on from, as numbers and JSON-able data.
+
+    Attributes:
+        rows: Rows that were given before it.
+        position: Rows that were read before it: those, and the bad ones that were left out.
+        bad_rows: How many were left out.
+        stream: The state of a streamed dataset there; a stream at its beginning has none.
+    """
+
+    rows: int = 0
+    position: int = 0
+    bad_rows: int = 0
+    stream: StreamState | None = None
 
 
 @dataclass(frozen=True)
@@ -24,33 +44,61 @@ class Corpus:
 
     Attributes:
         description: What the corpus is, as a part of a sentence.
-        fingerprint: Hex digest; another one for another content, split, column or ``max_rows``.
-        read: Yields the rows from a row number on.
+        fingerprint: Hex digest; another one for another content, split, column, ``max_rows`` or treatment of bad rows.
+        read: Yields batches of rows from a position on, each with the state that a stream has before it.
         max_rows: The corpus ends after this many rows; ``None``: where ``read`` ends.
+        bad_rows: What becomes of rows that are null or not strings. A row that is left out has no number.
+        is_stream: ``read`` finds a position by the stream's state alone, without one only the beginning.
     """
 
     description: str
     fingerprint: str
-    read: _Reader
+    read: Reader
     max_rows: int | None = None
+    bad_rows: BadRowPolicy = REFUSE_BAD_ROWS
+    is_stream: bool = False
 
-    def rows(self, start: int = 0) -> Iterator[str]:
+    def rows(self, start: int = 0, bookmark: Bookmark | None = None) -> Iterator[str]:
         """Yield the rows from number ``start`` (0 is the first) on.
 
-        Raises:
-            TypeError: A row is null or not a string; the message has the row's number.
-        """
-        for number, row in enumerate(islice(self.read(start), self._rows_left(start)), start):
-            if not isinstance(row, str):
-                held = "is null" if row is None else f"holds {type(row).__name__} {row!r:.80}"
-                raise TypeError(
-                    f"Row {number} (the first is 0) of {self.description} {held}, and every row must be a string: "
-                    "remove or convert such rows, or name another text_column."
-                )
-            yield row
+        Args:
+            start: How many rows are passed over.
+            bookmark: A place at or before ``start`` to begin reading at; it is moved along, never beyond the latest row.
 
-    def _rows_left(self, start: int) -> int | None:
-        return None if self.max_rows is None else max(self.max_rows - start, 0)
+        Raises:
+            TypeError: A row is null or not a string, and such rows are not skipped; the message has the row's number.
+            ValueError: More rows than may be were skipped.
+        """
+        place = Bookmark() if bookmark is None else bookmark
+        if not (self.is_stream or self.bad_rows.skips):  # every row read is a row given, so the number is the position
+            place.rows = place.position = start
+        yield from islice(self._rows_from(place), start - place.rows, None)
+
+    def _rows_from(self, place: Bookmark) -> Iterator[str]:
+        limit = math.inf if self.max_rows is None else self.max_rows
+        left_out = BadRows(self.description, self.bad_rows, place.bad_rows)
+        rows, position = place.rows, place.position
+        for stream, batch in self.read(position, place.stream):
+            place.rows, place.position, place.bad_rows, place.stream = rows, position, left_out.count, stream
+            for row in batch:
+                if rows >= limit:
+                    break
+                if isinstance(row, str):
+                    rows += 1
+                    yield row
+                else:
+                    left_out.add(self._fault(position, row))
+                position += 1
+            if rows >= limit:
+                break
+        left_out.report()
+
+    def _fault(self, position: int, row: Any) -> TypeError:
+        held = "is null" if row is None else f"holds {type(row).__name__} {row!r:.80}"
+        return TypeError(
+            f"Row {position} (the first is 0) of {self.description} {held}, and every row must be a string: "
+            "remove or convert such rows, or name another text_column."
+        )
 
 
 def open_corpus(
@@ -61,6 +109,7 @@ def open_corpus(
     text_column: str = "text",
     streaming: bool = False,
     max_rows: int | None = None,
+    bad_rows: BadRowPolicy = REFUSE_BAD_ROWS,
 ) -> Corpus:
     """Open a corpus, check what can be checked, and read its first row.
 
@@ -74,6 +123,7 @@ def open_corpus(
         text_column: The column that holds the text; it is ``text`` for ``stdlib`` and .txt files.
         streaming: Read files and hub datasets as they come instead of converting them to Arrow on disk first.
         max_rows: Use only this many rows, the first ones.
+        bad_rows: What becomes of rows that are null or not strings.
 
     Raises:
         FileNotFoundError: Nothing is at ``path``, here or on the hub.
@@ -95,33 +145,34 @@ def open_corpus(
             f"name the files in it with a glob, such as {str(place / '*.jsonl')!r}."
         )
 
-    read: _Reader
+    read: Reader
+    is_stream = False
     if path == "stdlib":
         description = f"the Python standard library (split {split!r})"
         require_one_of("text_column", text_column, ["text"], description)
         content = stdlib.stdlib_fingerprint(split)
-        read = _skipping(lambda: stdlib.stdlib_rows(split))
+        read = _passing_over(lambda: stdlib.stdlib_rows(split))
     else:
         source = open_source(path, files, name=name, split=split, streaming=streaming)
         description, content = source.description, source.content
-        read = _column_reader(source, text_column)
+        read, is_stream = _column_reader(source, text_column), streaming
         if files and files[0].suffix == ".txt":
-            with_blank = read
-            read = _skipping(lambda: filter(str.strip, with_blank(0)))
+            with_blank, is_stream = read, False
+            read = _passing_over(lambda: (line for _, lines in with_blank(0, None) for line in lines if line.strip()))
 
-    identity = json.dumps([content, split, text_column, max_rows])
-    corpus = Corpus(description, hashlib.sha256(identity.encode()).hexdigest(), read, max_rows)
+    identity = json.dumps([content, split, text_column, max_rows, *([bad_rows.max_bad_rows] if bad_rows.skips else [])])
+    corpus = Corpus(description, hashlib.sha256(identity.encode()).hexdigest(), read, max_rows, bad_rows, is_stream)
     if next(corpus.rows(), None) is None:
         raise ValueError(f"There are no rows in {description}: check that this is the file and the split you mean.")
     return corpus
 
 
-def _skipping(rows: Callable[[], Iterator[str]]) -> _Reader:
-    return lambda start: islice(rows(), start, None)
+def _passing_over(rows: Callable[[], Iterator[str]]) -> Reader:
+    return lambda start, _: ((None, [row]) for row in islice(rows(), start, None))
 
 
-def _column_reader(source: Source, text_column: str) -> _Reader:
-    """Check that the column exists; return a reader of it that skips rows of an Arrow table without reading them."""
+def _column_reader(source: Source, text_column: str) -> Reader:
+    """Check that the column exists; return a reader of it that passes over rows of an Arrow table without reading them."""
     import datasets
 
     dataset = source.dataset
@@ -130,11 +181,20 @@ def _column_reader(source: Source, text_column: str) -> _Reader:
     if columns:  # a stream without rows has none, and is refused as empty
         require_one_of("text_column", text_column, columns, source.description)
 
-    def read(start: int) -> Iterator[Any]:
+    def read(start: int, stream: StreamState | None) -> Iterator[tuple[StreamState | None, Sequence[Any]]]:
         if isinstance(dataset, datasets.Dataset) and start >= len(dataset):
             return
         with source.errors():
-            for batch in dataset.with_format(None).select_columns([text_column]).skip(start).iter(_READ_ROWS):
-                yield from batch[text_column]
+            column: Any = dataset.with_format(None).select_columns([text_column])
+            if isinstance(column, datasets.Dataset):
+                for batch in column.skip(start).iter(_READ_ROWS):
+                    yield None, batch[text_column]
+                return
+            if stream is not None:
+                column.load_state_dict(stream)
+            batches = column.iter(_READ_ROWS)
+            while batch := next(batches, None):
+                yield stream, batch[text_column]
+                stream = column.state_dict()
 
     return read

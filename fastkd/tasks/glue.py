@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastkd.tasks.labelled import Answer, Kind, LabelledExample, TaskDataset
+from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows
+from fastkd.tasks.labelled import Answer, Kind, LabelledExample, TaskDataset, example_fault
 from fastkd.tasks.split_rows import read_split
 
 
@@ -98,12 +99,12 @@ TASKS: dict[str, TaskSpec] = {
 """The tasks by name: BENCHMARK/CONFIGURATION, or the name of a data set that has only one."""
 
 
-def load_task(name: str, path: str | os.PathLike[str] | None = None) -> TaskDataset:
+def load_task(name: str, path: str | os.PathLike[str] | None = None, *, bad_rows: BadRowPolicy = REFUSE_BAD_ROWS) -> TaskDataset:
     """The task of that name in `TASKS`, with its training and validation splits.
 
-    `path` is where a copy is, as `split_rows.read_split` describes; None is the hub. No code of a data set is ever run. Raises
-    what `read_split` raises, and ValueError, naming split and row (counted from 0), for a missing text, an unknown label, and an
-    answer that is not in its context.
+    `path` is where a copy is, as `split_rows.read_split` describes; None is the hub. No code of a data set is ever run. A row is bad
+    that has no text, an unknown label, or an answer that is not in its context. Raises what `read_split` raises, and ValueError,
+    naming file or data set and row (counted from 0), for a bad one.
     """
     if name not in TASKS:
         raise ValueError(
@@ -112,10 +113,22 @@ def load_task(name: str, path: str | os.PathLike[str] | None = None) -> TaskData
     spec = TASKS[name]
     benchmark, _, config = name.partition("/")
     place = _HUB_PATHS[benchmark] if path is None else os.fspath(path)
-    splits = {}
+    splits: dict[str, list[LabelledExample]] = {}
     for split in ("train", *spec.validation):
         rows, description = read_split(place, config or None, split, spec.columns)
-        splits[split] = [_example(spec, row, f"Row {number} (the first is 0) of {description}") for number, row in enumerate(rows)]
+        left_out = BadRows(description, bad_rows)
+        splits[split] = []
+        for number, row in enumerate(rows):
+            where = f"Row {number} (the first is 0) of {description}"
+            try:
+                example = _example(spec, row, where)
+                fault = example_fault(example, spec.kind, len(spec.label_names), labelled=True)
+                if fault is not None:
+                    raise ValueError(f"{where} {fault}.")
+                splits[split].append(example)
+            except ValueError as error:
+                left_out.add(error)
+        left_out.report()
     return TaskDataset(name, spec.kind, splits, spec.metrics, spec.label_names)
 
 

@@ -96,7 +96,7 @@ class TaskDataset:
             if len(examples) < 2:
                 raise ValueError(f"Split {split!r} of {self.name} has {len(examples)} examples; at least two are needed.")
             for number, example in enumerate(examples):
-                fault = self._fault(example, labelled=self.is_labelled(split))
+                fault = example_fault(example, self.kind, len(self.label_names), labelled=self.is_labelled(split))
                 if fault:
                     raise ValueError(f"Row {number} (the first is 0) of split {split!r} of {self.name} {fault}.")
 
@@ -204,25 +204,26 @@ class TaskDataset:
         if "f1" in self.metrics and named != 2:
             raise ValueError(f"metrics is {self.metrics!r}, but 'f1' is for two classes and {self.name} has {named}; use 'f1_macro'.")
 
-    def _fault(self, example: LabelledExample, *, labelled: bool) -> str | None:
-        """What is wrong with the example, as the end of a sentence; None if nothing is."""
-        if not (example.text.strip() or (example.second_text or "").strip()):
-            return "has no text"
-        if self.kind == "question_answering":
-            return _answer_fault(example)
-        if self.kind == "multiple_choice" and (len(example.choices) < 2 or not all(map(str.strip, example.choices))):
-            return f"has the choices {list(example.choices)}; two or more are needed, none empty"
-        label = example.label
-        if self.kind == "unlabelled" and label is not None:
-            return f"has the label {label!r}; kind 'unlabelled' has none"
-        if (label is not None) != labelled:
-            return "has a label and the first row has none" if label is not None else "has no label, which the first row has"
-        if label is None:
-            return None
-        if self.kind == "regression":
-            return None if type(label) is float and math.isfinite(label) else f"has the label {label!r}, which is no finite float"
-        count = self._num_labels(example)
-        return None if type(label) is int and 0 <= label < count else f"has the label {label!r}; it must be an integer below {count}"
+
+def example_fault(example: LabelledExample, kind: Kind, num_classes: int, *, labelled: bool) -> str | None:
+    """What is wrong with an example of a split with or without labels, as the end of a sentence; None if nothing is."""
+    if not (example.text.strip() or (example.second_text or "").strip()):
+        return "has no text"
+    if kind == "question_answering":
+        return _answer_fault(example)
+    if kind == "multiple_choice" and (len(example.choices) < 2 or not all(map(str.strip, example.choices))):
+        return f"has the choices {list(example.choices)}; two or more are needed, none empty"
+    label = example.label
+    if kind == "unlabelled" and label is not None:
+        return f"has the label {label!r}; kind 'unlabelled' has none"
+    if (label is not None) != labelled:
+        return "has a label and the first row has none" if label is not None else "has no label, which the first row has"
+    if label is None:
+        return None
+    if kind == "regression":
+        return None if type(label) is float and math.isfinite(label) else f"has the label {label!r}, which is no finite float"
+    count = len(example.choices) if kind == "multiple_choice" else num_classes
+    return None if type(label) is int and 0 <= label < count else f"has the label {label!r}; it must be an integer below {count}"
 
 
 def _answer_fault(example: LabelledExample) -> str | None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows
 from fastkd.tasks.examples import load_examples
 from fastkd.tasks.labelled import LabelledExample, TaskDataset
 from fastkd.tasks.stdlib_tasks import training_pairs
@@ -27,6 +28,7 @@ def load_pairs(
     name: str | None = None,
     split: str = "train",
     max_rows: int | None = None,
+    bad_rows: BadRowPolicy = REFUSE_BAD_ROWS,
 ) -> TaskDataset:
     """The texts of a data set's column, or the pairs of two columns. Rows where one of them is blank are left out.
 
@@ -37,6 +39,7 @@ def load_pairs(
         name: The configuration of a hub data set.
         split: The split to read, where there are several.
         max_rows: Read only so many rows, the first ones.
+        bad_rows: What becomes of rows without a string in one of the columns.
 
     Raises:
         ValueError: A column that is missing, or fewer than two rows with text; and what `load_examples` raises.
@@ -44,14 +47,11 @@ def load_pairs(
     """
     path = os.fspath(path)
     rows = load_examples(path, name=name, split=split, max_rows=max_rows)
-    texts = _texts(rows, "text_column", text_column, path)
-    second_texts = [None] * len(rows)
-    if second_text_column is not None:
-        second_texts = _texts(rows, "second_text_column", second_text_column, path)
-    pairs = zip(texts, second_texts, strict=True)
-    kept = [LabelledExample(text, second) for text, second in pairs if text.strip() and (second is None or second.strip())]
-    if len(kept) < len(rows):
-        logger.warning("%d of %d rows of %s have no text and were left out.", len(rows) - len(kept), len(rows), path)
+    columns = {"text_column": text_column, "second_text_column": second_text_column}
+    pairs = _texts(rows, {argument: column for argument, column in columns.items() if column is not None}, path, bad_rows)
+    kept = [LabelledExample(texts[0], next(iter(texts[1:]), None)) for texts in pairs if all(map(str.strip, texts))]
+    if len(kept) < len(pairs):
+        logger.warning("%d of %d rows of %s have no text and were left out.", len(pairs) - len(kept), len(rows), path)
     return unlabelled(path, kept)
 
 
@@ -63,11 +63,21 @@ def stdlib_pairs() -> TaskDataset:
     return unlabelled("stdlib/pairs", training_pairs())
 
 
-def _texts(rows: Sequence[Mapping[str, Any]], argument: str, column: str, path: str) -> list[Any]:
-    if column not in rows[0]:
-        raise ValueError(f"{argument} is {column!r}, which is not a column of {path!r}: use one of {', '.join(map(repr, rows[0]))}.")
-    texts = [row[column] for row in rows]
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"Row {number} (the first is 0) of {path!r} holds {text!r} in column {column!r}; it must hold text.")
-    return texts
+def _texts(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], path: str, bad_rows: BadRowPolicy) -> list[list[str]]:
+    """Of every row the texts in `columns`, which maps the names of arguments to those of columns."""
+    for argument, column in columns.items():
+        if column not in rows[0]:
+            raise ValueError(
+                f"{argument} is {column!r}, which is not a column of {path!r}: use one of {', '.join(map(repr, rows[0]))}."
+            )
+    left_out = BadRows(repr(path), bad_rows)
+    kept = []
+    for number, row in enumerate(rows):
+        bad = next((column for column in columns.values() if not isinstance(row[column], str)), None)
+        if bad is None:
+            kept.append([row[column] for column in columns.values()])
+        else:
+            where = f"Row {number} (the first is 0) of {path!r}"
+            left_out.add(TypeError(f"{where} holds {row[bad]!r} in column {bad!r}; it must hold text."))
+    left_out.report()
+    return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 AnyDataset: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 _LOADER_OF_SUFFIX = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
+_CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}  # an empty cell is null; "NA", "None" and "nan" are words
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -109,7 +111,9 @@ def _open_files(path: str, files: list[Path], split: str | None, streaming: bool
     filled = [glob.escape(str(file)) for file in files if file.stat().st_size]  # the JSON loader fails on an empty file
     if filled:
         with errors():
-            dataset = _build(datasets.load_dataset_builder(loader, data_files={"train": filled}), "train", streaming)
+            options = _CSV_OPTIONS if loader == "csv" else {}
+            builder = datasets.load_dataset_builder(loader, data_files={"train": filled}, **options)
+            dataset = _build(builder, "train", streaming)
     content = json.dumps([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     return Source(dataset, description, content, errors)
 
@@ -125,6 +129,7 @@ def _loader_of(path: str, files: list[Path]) -> str:
 def _open_builder(path: str, name: str | None, split: str, streaming: bool) -> Source:
     """A hub dataset, or a folder of files, which ``datasets`` opens in the same way."""
     import datasets
+    from datasets.packaged_modules.csv.csv import CsvConfig
 
     place = Path(path).expanduser()
     configured = f"(configuration {name or 'default'!r}, split {split!r})"
@@ -141,6 +146,8 @@ def _open_builder(path: str, name: str | None, split: str, streaming: bool) -> S
         errors = partial(_hub_errors, description)
     with errors():
         builder = datasets.load_dataset_builder(str(place), name)
+        if isinstance(builder.config, CsvConfig):  # known only now that its files were looked at
+            builder = datasets.load_dataset_builder(str(place), name, **_CSV_OPTIONS)
     known_splits = builder.info.splits or builder.config.data_files
     if known_splits:
         whole_split = re.split(r"[\[+]", split)[0]
@@ -159,12 +166,28 @@ def _build(builder: datasets.DatasetBuilder, split: str, streaming: bool) -> Any
 
 @contextmanager
 def _file_errors(description: str) -> Iterator[None]:
+    with _logged_faults() as faults:
+        try:
+            yield
+        except Exception as error:
+            found = faults[-1] if faults else str(error.__cause__ or error)
+            raise ValueError(
+                f"Cannot read {description}: {found.rstrip('.')}. Check that the data are whole and of the kind that the name says."
+            ) from error
+
+
+@contextmanager
+def _logged_faults() -> Iterator[list[str]]:
+    """What `datasets` says of files that it cannot read: which of many it was is in its log, not in what it raises."""
+    faults: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: faults.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("datasets.packaged_modules")
+    logger.addHandler(handler)
     try:
-        yield
-    except Exception as error:
-        raise ValueError(
-            f"Cannot read {description}: {error.__cause__ or error}. Check that the data are whole and of the kind that the name says."
-        ) from error
+        yield faults
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextmanager

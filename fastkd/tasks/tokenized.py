@@ -7,19 +7,20 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from fastkd.files import json_bytes, new_folder
+from fastkd.files import json_bytes
 from fastkd.tasks.corpus import Corpus
 from fastkd.tasks.token_rows import require_fast
+from fastkd.tasks.token_writing import IDS, OFFSETS, UnfinishedCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,8 +30,6 @@ logger = logging.getLogger("fastkd")
 Layout = Literal["packed", "rows"]
 _FORMAT = 1
 _MANIFEST = "manifest.json"
-_IDS = "ids.npy"
-_OFFSETS = "offsets.npy"
 
 
 class TokenRows:
@@ -58,8 +57,8 @@ class TokenRows:
                 f"{self.folder} is damaged: its files have {sizes} bytes and its manifest says {manifest['bytes']}. "
                 "Delete it and tokenise again."
             )
-        self._offsets = _open_array(self.folder / _OFFSETS)
-        self.ids = _open_array(self.folder / _IDS)[: self.num_tokens]
+        self._offsets = _open_array(self.folder / OFFSETS)
+        self.ids = _open_array(self.folder / IDS)[: self.num_tokens]
         self.vocab_size: int = manifest["vocab_size"]
         self.fingerprint: str = manifest["fingerprint"]
         self.truncated_rows: int = manifest["truncated_rows"]
@@ -69,9 +68,15 @@ class TokenRows:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Row ``index`` as a read-only int32 view of the file."""
+        """Row ``index`` as a read-only int32 view of the file; ``ValueError`` if an id in it is none of the tokenizer's."""
         row = range(len(self))[index]
-        return self.ids[self._offsets[row] : self._offsets[row + 1]]
+        ids = self.ids[self._offsets[row] : self._offsets[row + 1]]
+        if not 0 <= ids.min() <= ids.max() < self.vocab_size:  # a GPU would only say so by a failed assertion, somewhere later
+            raise ValueError(
+                f"Row {row} of {self.folder} holds ids from {ids.min()} to {ids.max()}, and the tokenizer has {self.vocab_size}: the "
+                "files were changed since they were written. Delete the folder and tokenise again."
+            )
+        return ids
 
     def __reduce__(self) -> tuple[type[TokenRows], tuple[Path]]:
         return TokenRows, (self.folder,)
@@ -94,11 +99,14 @@ def tokenize_corpus(
     cache_dir: str | os.PathLike[str],
     split_long: bool = False,
     batch_size: int = 1_000,
+    save_every: int = 64,
+    poll: Callable[[], None] = lambda: None,
 ) -> TokenRows:
     """Tokenise ``corpus`` into ``cache_dir``, or open what an earlier call with the same arguments wrote there.
 
-    A cache appears under its name only when it is whole, and a second process waits for the first one's. The corpus is
-    never in memory: ``batch_size`` texts are.
+    A cache appears under its name only when it is whole, and a second process waits for the first one's. After an interruption
+    the same call goes on behind the last saved text and writes the bytes of an uninterrupted one. The corpus is never in memory:
+    ``batch_size`` texts are.
 
     Args:
         max_length: The most ids of a row.
@@ -108,6 +116,8 @@ def tokenize_corpus(
             ``max_length`` on the tokenizer's ``truncation_side``.
         split_long: With ``rows``: a longer text becomes several rows, each with special tokens, and nothing is lost.
         batch_size: Texts per call of the tokenizer, which spreads them over its threads.
+        save_every: Batches between two savings of how far it is.
+        poll: Called after every batch, and while another process is waited for. What it raises ends the call; all is saved before.
 
     Raises:
         ValueError: An argument does not fit, the corpus has no ids, or an id is not below ``len(tokenizer)``.
@@ -119,11 +129,19 @@ def tokenize_corpus(
     rows = _open_cache(folder)
     if rows is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with _acquired(FileLock(f"{folder}.lock"), poll):
             rows = _open_cache(folder)  # another process may have held the lock to write it
             if rows is None:
-                rows = _write_cache(folder, corpus, tokenizer, options, batch_size)
+                rows = _write_cache(folder, corpus, tokenizer, options, batch_size, save_every, poll)
     return rows
+
+
+def _acquired(lock: FileLock, poll: Callable[[], None]) -> AcquireReturnProxy:
+    while True:
+        try:
+            return lock.acquire(timeout=1)
+        except Timeout:
+            poll()
 
 
 @dataclass(frozen=True)
@@ -162,54 +180,78 @@ def _open_cache(folder: Path) -> TokenRows | None:
         return None
 
 
-def _write_cache(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, options: _Options, batch_size: int) -> TokenRows:
+def _write_cache(
+    folder: Path,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    options: _Options,
+    batch_size: int,
+    save_every: int,
+    poll: Callable[[], None],
+) -> TokenRows:
     """Write the cache beside ``folder``, the manifest last, and rename it; the caller holds the lock."""
-    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):  # the lock is ours, so whoever was writing it is gone
-        shutil.rmtree(leftover)
-    num_texts = truncated = dropped = 0
-    with new_folder(folder) as unfinished:
-        with _ArrayWriter(unfinished / _IDS, np.int32) as ids, _ArrayWriter(unfinished / _OFFSETS, np.int64) as offsets:
-            offsets.append(np.zeros(1))
-            for texts in _batches(corpus.rows(), batch_size):
-                batch = _encode(texts, tokenizer, options)
-                num_texts += len(texts)
-                truncated += batch.truncated
-                dropped += batch.dropped
-                lengths = np.fromiter(map(len, batch.rows), np.int64, len(batch.rows))
-                flat = np.fromiter(chain.from_iterable(batch.rows), np.int32, lengths.sum())
-                if flat.max(initial=0) >= len(tokenizer):
-                    raise ValueError(
-                        f"The tokenizer gave the id {flat.max()} for {corpus.description} and has only {len(tokenizer)} "
-                        "ids: its vocabulary has gaps or belongs to another tokenizer."
-                    )
-                if options.layout == "rows":
-                    offsets.append(ids.size + lengths.cumsum())
-                ids.append(flat)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    with UnfinishedCache(unfinished) as cache:
+        progress = cache.progress
+        try:
+            for number, texts in enumerate(_batches(corpus.rows(progress.texts, progress.bookmark), batch_size), start=1):
+                _append(texts, cache, corpus, tokenizer, options)
+                if number % save_every == 0:
+                    cache.save()
+                try:
+                    poll()
+                except BaseException:
+                    cache.save()
+                    raise
             if options.layout == "packed":
-                offsets.append(_block_ends(ids.size, options.max_length))
-        if offsets.size == 1:
-            raise ValueError(f"None of the {num_texts} texts of {corpus.description} gives a row of token ids: are they empty?")
+                cache.offsets.append(_block_ends(cache.ids.size, options.max_length))
+            if cache.offsets.size == 1:
+                raise ValueError(
+                    f"None of the {progress.texts} texts of {corpus.description} gives a row of token ids: are they empty?"
+                )
+        except (TypeError, ValueError):  # the data's fault: what is written is of no use to a corrected corpus
+            shutil.rmtree(unfinished)
+            raise
+        cache.ids.sync()
+        cache.offsets.sync()
 
-        manifest = {
-            "format": _FORMAT,
-            "fingerprint": folder.name,
-            "corpus": corpus.description,
-            **asdict(options),
-            "vocab_size": len(tokenizer),
-            "truncated_rows": truncated,
-            "dropped_rows": dropped,
-            "bytes": {name: (unfinished / name).stat().st_size for name in (_IDS, _OFFSETS)},
-        }
-        (unfinished / _MANIFEST).write_bytes(json_bytes(manifest))
-        shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can be there
+    manifest = {
+        "format": _FORMAT,
+        "fingerprint": folder.name,
+        "corpus": corpus.description,
+        **asdict(options),
+        "vocab_size": len(tokenizer),
+        "truncated_rows": progress.truncated,
+        "dropped_rows": progress.dropped,
+        "bytes": {name: (unfinished / name).stat().st_size for name in (IDS, OFFSETS)},
+    }
+    (unfinished / _MANIFEST).write_bytes(json_bytes(manifest))
+    cache.finish(folder)
 
     rows = TokenRows(folder)
     logger.info(
         "Tokenised %s: %d texts, %d rows, %d ids; %d texts of more than %d ids were %s, %d empty texts dropped.",
-        *(corpus.description, num_texts, len(rows), rows.num_tokens, truncated, options.max_length),
-        *("cut into several rows" if options.split_long else "cut", dropped),
+        *(corpus.description, progress.texts, len(rows), rows.num_tokens, progress.truncated, options.max_length),
+        *("cut into several rows" if options.split_long else "cut", progress.dropped),
     )
     return rows
+
+
+def _append(texts: list[str], cache: UnfinishedCache, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, options: _Options) -> None:
+    batch = _encode(texts, tokenizer, options)
+    lengths = np.fromiter(map(len, batch.rows), np.int64, len(batch.rows))
+    flat = np.fromiter(chain.from_iterable(batch.rows), np.int32, lengths.sum())
+    if flat.max(initial=0) >= len(tokenizer):
+        raise ValueError(
+            f"The tokenizer gave the id {flat.max()} for {corpus.description} and has only {len(tokenizer)} "
+            "ids: its vocabulary has gaps or belongs to another tokenizer."
+        )
+    if options.layout == "rows":
+        cache.offsets.append(cache.ids.size + lengths.cumsum())
+    cache.ids.append(flat)
+    cache.progress.texts += len(texts)
+    cache.progress.truncated += batch.truncated
+    cache.progress.dropped += batch.dropped
 
 
 class _Batch(NamedTuple):
@@ -249,37 +291,6 @@ def _block_ends(num_ids: int, max_length: int) -> np.ndarray:
 def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
     while batch := list(islice(texts, size)):
         yield batch
-
-
-class _ArrayWriter:
-    """Appends to a one-dimensional .npy file, which is synced to disk on leaving the context.
-
-    The header, which has the length, is written again at the end: numpy pads it to one size for every length.
-    """
-
-    def __init__(self, path: Path, dtype: type[np.integer]) -> None:
-        self.size = 0
-        self._dtype = np.dtype(dtype)
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
-
-    def __enter__(self) -> Self:
-        self._write_header()
-        return self
-
-    def append(self, values: np.ndarray) -> None:
-        self._file.write(values.astype(self._dtype).tobytes())
-        self.size += len(values)
-
-    def __exit__(self, *_: object) -> None:
-        with self._file:
-            self._file.seek(0)
-            self._write_header()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def _write_header(self) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.size,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
 
 
 def _open_array(path: Path) -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from multiprocessing import get_context
@@ -90,6 +90,7 @@ def count_tokens(
     num_proc: int = 1,
     batch_size: int = 1024,
     save_every: int = 64,
+    poll: Callable[[], None] = lambda: None,
 ) -> TokenCounts:
     """Count the ids of `tokenizer(row, add_special_tokens=False)` over all rows of the corpus.
 
@@ -100,10 +101,12 @@ def count_tokens(
     Args:
         num_proc: processes that tokenize. 1: this process, on the tokenizer's own threads; more: that many spawned
             processes of one thread each.
+        poll: called after every batch. What it raises ends the call; the count is saved before.
 
     Raises:
         ValueError: a corpus without tokens, or an `output_dir` that holds the count of another corpus or tokenizer.
         TypeError: a tokenizer without a `tokenizers` backend.
+        RuntimeError: a process that tokenized was killed.
     """
     for name, number in (("num_proc", num_proc), ("batch_size", batch_size), ("save_every", save_every)):
         if number < 1:
@@ -128,6 +131,11 @@ def count_tokens(
         state = replace(state, counts=state.counts + torch.from_numpy(counts), rows=state.rows + rows)
         if number % save_every == 0:
             _save(state, output_dir, finished=False)
+        try:
+            poll()
+        except BaseException:
+            _save(state, output_dir, finished=False)
+            raise
     if state.tokens == 0:
         raise ValueError(f"The corpus {corpus.description} has {state.rows} rows and no tokens; check its path, split and column.")
     state.save(output_dir)
@@ -166,9 +174,10 @@ def _counted(batches: Iterator[list[str]], tokenizer_json: str, vocab_size: int,
     if num_proc == 1:
         yield from map(_BatchCounter(tokenizer_json, vocab_size), batches)
         return
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         num_proc, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer_json, vocab_size)
-    ) as pool:
+    )
+    try:
         pending: deque[Future[tuple[int, np.ndarray]]] = deque()  # bounded: Executor.map would read the whole corpus
         for batch in batches:
             pending.append(pool.submit(_count_in_worker, batch))
@@ -176,6 +185,13 @@ def _counted(batches: Iterator[list[str]], tokenizer_json: str, vocab_size: int,
                 yield pending.popleft().result()
         for future in pending:
             yield future.result()
+    except BrokenExecutor as error:
+        raise RuntimeError(
+            "A process that counted tokens ended before its work did: it was killed, perhaps for want of memory, or failed in a way it "
+            "could not report. Count again with a lower num_proc: it goes on behind the last saved row."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _batches(rows: Iterator[str], batch_size: int) -> Iterator[list[str]]:

@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import datasets
 import pytest
 
+from fastkd.tasks import corpus as corpus_module
 from fastkd.tasks import stdlib
-from fastkd.tasks.corpus import Corpus, open_corpus
+from fastkd.tasks.bad_rows import BadRowPolicy
+from fastkd.tasks.corpus import Bookmark, Corpus, open_corpus
 
 ROWS = ["first row", "", "third: ünïcode\nof two lines", "fourth"]
 
@@ -252,6 +256,62 @@ def test_hub_name_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_are_checked_for_every_reader() -> None:
-    corpus = Corpus("a toy", "00", lambda start: iter(["a", b"b"][start:]))
+    corpus = Corpus("a toy", "00", lambda start, _: iter([(None, ["a", b"b"][start:])]))
     with pytest.raises(TypeError, match=r"Row 1 .*a toy holds bytes b'b'"):
         list(corpus.rows())
+
+
+MIXED: list[Any] = ["a", None, "b", 7, "c", ["d"], "e"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["arrow", "streaming"])
+def test_bad_rows_are_left_out_counted_and_said(tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "mixed.jsonl", [None, *(row if isinstance(row, str) else None for row in MIXED)])
+    with pytest.raises(TypeError, match=r"Row 0 .*mixed\.jsonl.* is null.*on_bad_row: skip leaves such rows out"):
+        open_corpus(path, streaming=streaming)
+    skipping = open_corpus(path, streaming=streaming, max_rows=4, bad_rows=BadRowPolicy("skip"))
+    assert "left out" not in caplog.text, "the first row alone was looked at"
+    assert [list(skipping.rows(start)) for start in (0, 2, 3, 9)] == [["a", "b", "c", "e"], ["c", "e"], ["e"], []]
+    assert "4 rows of " in caplog.text and "mixed.jsonl' cannot be used and were left out" in caplog.text
+    assert "The first: Row 0 " in caplog.text
+
+
+def test_more_bad_rows_than_may_be_are_refused() -> None:
+    corpus = Corpus("a toy", "00", lambda start, _: iter([(None, MIXED[start:])]), bad_rows=BadRowPolicy("skip", 3))
+    assert list(corpus.rows()) == ["a", "b", "c", "e"]
+    with pytest.raises(ValueError, match=r"More than max_bad_rows=2 rows of a toy .*The first of them: Row 1 .* is null"):
+        list(replace(corpus, bad_rows=BadRowPolicy("skip", 2)).rows())
+
+
+def test_what_becomes_of_bad_rows_is_in_the_fingerprint(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl")
+    policies = (BadRowPolicy(), BadRowPolicy("error", 5), BadRowPolicy("skip"), BadRowPolicy("skip", 5))
+    refused, also_refused, skipped, capped = (open_corpus(path, bad_rows=policy).fingerprint for policy in policies)
+    assert refused == also_refused == open_corpus(path).fingerprint and len({refused, skipped, capped}) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["arrow", "streaming"])
+@pytest.mark.parametrize("policy", [BadRowPolicy(), BadRowPolicy("skip")], ids=["error", "skip"])
+def test_a_bookmark_leads_to_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool, policy: BadRowPolicy
+) -> None:
+    monkeypatch.setattr(corpus_module, "_READ_ROWS", 3)
+    rows: list[Any] = [None if policy.skips and number % 4 == 1 else f"row {number}" for number in range(20)]
+    expected = [row for row in rows if row is not None]
+    corpus = open_corpus(write(tmp_path / "rows.jsonl", rows), streaming=streaming, bad_rows=policy)
+    for taken in range(len(expected) + 1):
+        bookmark = Bookmark()
+        assert list(islice(corpus.rows(0, bookmark), taken)) == expected[:taken]
+        assert bookmark.rows <= taken and bookmark.position == bookmark.rows + bookmark.bad_rows
+        reopened = Bookmark(**json.loads(json.dumps(asdict(bookmark))))
+        assert list(corpus.rows(taken, reopened)) == expected[taken:]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["arrow", "streaming"])
+def test_csv_cells_are_words_and_only_empty_ones_null(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "rows.csv").write_text("text,n\nNA,1\nNone,2\nnan,3\nnull,4\n")
+    corpus = open_corpus(tmp_path / "rows.csv", streaming=streaming)
+    assert list(corpus.rows()) == ["NA", "None", "nan", "null"]
+    (tmp_path / "gap.csv").write_text("text,n\na,1\n,2\n")
+    with pytest.raises(TypeError, match=r"Row 1 .*gap\.csv.* is null"):
+        list(open_corpus(tmp_path / "gap.csv", streaming=streaming).rows())

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
+from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy
 from fastkd.tasks.glue import TASKS, load_task
 from fastkd.tasks.labelled import Answer, LabelledExample, TaskDataset
 
@@ -175,11 +176,11 @@ def test_unanswerable_questions_have_no_answers(tmp_path):
     assert [len(row.answers) for row in rows] == [1, 1, 1, 0]
 
 
-def change(folder: Path, name: str, form: str = ".jsonl", **columns: Any) -> TaskDataset:
+def change(folder: Path, name: str, form: str = ".jsonl", bad_rows: BadRowPolicy = REFUSE_BAD_ROWS, **columns: Any) -> TaskDataset:
     """The task from a copy whose second validation row has other columns."""
     rows = {split: hub_rows(name, split) for split in ("train", *TASKS[name].validation)}
     rows[TASKS[name].validation[0]][1] |= columns
-    return load_task(name, write(folder, form, rows))
+    return load_task(name, write(folder, form, rows), bad_rows=bad_rows)
 
 
 def test_an_answer_that_is_a_little_off_is_put_right(tmp_path):
@@ -196,7 +197,7 @@ def test_an_answer_that_is_a_little_off_is_put_right(tmp_path):
         ("glue/rte", {"label": 2}, "holds the label 2; .*index below 2"),
         ("glue/rte", {"label": None}, "holds the label None"),
         ("glue/rte", {"sentence2": None}, "column 'sentence2' holds None; it must hold text"),
-        ("glue/rte", {"sentence1": "", "sentence2": " "}, "Row 1 .*'validation' of glue/rte has no text"),
+        ("glue/rte", {"sentence1": "", "sentence2": " "}, r"Row 1 .*validation\.jsonl.* has no text"),
         ("glue/stsb", {"label": -1.0}, r"holds the label -1\.0; it must be a number from 0 to 5"),
         ("glue/stsb", {"label": 5.5}, "from 0 to 5"),
         ("glue/stsb", {"label": None}, "from 0 to 5"),
@@ -206,7 +207,12 @@ def test_an_answer_that_is_a_little_off_is_put_right(tmp_path):
 )
 def test_bad_rows_are_named(tmp_path, name, columns, message):
     with pytest.raises(ValueError, match=message):
-        change(tmp_path, name, **columns)
+        change(tmp_path / "refused", name, **columns)
+    whole = load_task(name, copy_of(tmp_path / "whole", name)).split("validation")
+    kept = change(tmp_path / "skipped", name, bad_rows=BadRowPolicy("skip", 1), **columns).split("validation")
+    assert kept == (whole[0], *whole[2:])
+    with pytest.raises(ValueError, match="More than max_bad_rows=0 rows of"):
+        change(tmp_path / "capped", name, bad_rows=BadRowPolicy("skip", 0), **columns)
 
 
 def test_labels_may_be_names_booleans_or_digits(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fastkd.tasks import stdlib
+from fastkd.tasks.bad_rows import BadRowPolicy
 from fastkd.tasks.labelled import LabelledExample
 from fastkd.tasks.pairs import load_pairs, stdlib_pairs, unlabelled
 from fastkd.tasks.stdlib_tasks import docstring_matches, which_docstring
@@ -92,3 +93,16 @@ def test_unlabelled_rows_have_no_labels() -> None:
         unlabelled("toy", [LabelledExample("a"), LabelledExample("b", label=0)])
     with pytest.raises(ValueError, match=r"Row 1 .* has no text"):
         unlabelled("toy", [LabelledExample("a"), LabelledExample(" ")])
+
+
+def test_rows_without_a_string_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "rows.jsonl", [*ROWS, {"text": None, "other": "o", "n": 5}, {"text": "t", "other": None, "n": 6}])
+    both = load_pairs(path, second_text_column="other", bad_rows=BadRowPolicy("skip"))
+    assert [row.text for row in both.split("train")] == [f"text {n}" for n in range(5)]
+    assert "2 rows of " in caplog.text
+    assert [row.text for row in load_pairs(path, bad_rows=BadRowPolicy("skip", 1)).split("train")] == [
+        *(f"text {n}" for n in range(5)),
+        "t",
+    ]
+    with pytest.raises(ValueError, match="More than max_bad_rows=1 rows"):
+        load_pairs(path, second_text_column="other", bad_rows=BadRowPolicy("skip", 1))

@@ -2,22 +2,29 @@
 
 import json
 import logging
+import os
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import datasets
 import numpy as np
 import pytest
+from filelock import FileLock
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fastkd.tasks.corpus import Corpus
+from fastkd.tasks import corpus as corpus_module
+from fastkd.tasks.bad_rows import BadRowPolicy
+from fastkd.tasks.corpus import Corpus, StreamState, open_corpus
 from fastkd.tasks.tokenized import Layout, TokenRows, tokenize_corpus
 
 CLS, SEP, EOS, UNK = 0, 1, 2, 3
@@ -42,12 +49,17 @@ class Texts:
 
     def __init__(self, texts: list[str] = TEXTS, fingerprint: str = "c0") -> None:
         self.texts = texts
-        self.times_read = 0
+        self.starts: list[int] = []
         self.corpus = Corpus("the toy corpus", fingerprint, self.read)
 
-    def read(self, start: int) -> Iterator[str]:
-        self.times_read += 1
-        yield from self.texts[start:]
+    @property
+    def times_read(self) -> int:
+        return len(self.starts)
+
+    def read(self, start: int, stream: StreamState | None) -> Iterator[tuple[None, list[str]]]:
+        self.starts.append(start)
+        for text in self.texts[start:]:
+            yield None, [text]
 
 
 def as_lists(rows: TokenRows) -> list[list[int]]:
@@ -151,31 +163,126 @@ def test_other_corpus_tokenizer_or_option_is_another_cache(tmp_path: Path) -> No
     assert len(set(seen)) == len(seen)
 
 
-def test_interrupted_write_leaves_no_cache_and_the_next_call_writes_it(tmp_path: Path) -> None:
-    class Interrupted(Texts):
-        def read(self, start: int) -> Iterator[str]:
-            yield from TEXTS[:5]
-            raise KeyboardInterrupt
+class Stopped(BaseException):
+    """A kill or a signal, at a moment that the test picks."""
+
+
+LAYOUTS: list[dict[str, Any]] = [{"layout": "rows"}, {"layout": "rows", "split_long": True}, {"layout": "packed"}]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=["rows", "split", "packed"])
+@pytest.mark.parametrize("killed_at", range(11))
+def test_killed_at_any_text_goes_on_behind_the_last_saved_one(tmp_path: Path, options: dict[str, Any], killed_at: int) -> None:
+    """Batches of 2, saved every 2 of them: what was written beyond the saved place is written again, byte for byte the same."""
+
+    class Killed(Texts):
+        def read(self, start: int, stream: StreamState | None) -> Iterator[tuple[None, list[str]]]:
+            yield from islice(super().read(start, stream), killed_at)
+            raise Stopped
+
+    tokenizer, sizes = make_tokenizer(), {"max_length": 6, "batch_size": 2, "save_every": 2}
+    whole = tokenize_corpus(Texts().corpus, tokenizer, cache_dir=tmp_path / "whole", **sizes, **options)
+    with pytest.raises(Stopped):
+        tokenize_corpus(Killed().corpus, tokenizer, cache_dir=tmp_path / "cut", **sizes, **options)
+    assert not any((path / "manifest.json").exists() for path in (tmp_path / "cut").iterdir())
+    texts = Texts()
+    rows = tokenize_corpus(texts.corpus, tokenizer, max_length=6, batch_size=3, cache_dir=tmp_path / "cut", **options)
+    assert texts.starts == [killed_at // 4 * 4]
+    assert content(rows.folder) == content(whole.folder)
+    assert [path for path in (tmp_path / "cut").iterdir() if path.is_dir()] == [rows.folder]
+
+
+@pytest.mark.parametrize("batch", range(5))
+def test_a_poll_that_raises_stops_it_and_loses_nothing(tmp_path: Path, batch: int) -> None:
+    polls: list[None] = []
+
+    def poll() -> None:
+        polls.append(None)
+        if len(polls) == batch + 1:
+            raise Stopped
 
     tokenizer = make_tokenizer()
-    with pytest.raises(KeyboardInterrupt):
-        tokenize_corpus(Interrupted().corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path, batch_size=2)
-    assert not any((path / "manifest.json").exists() for path in tmp_path.iterdir())
+    options: dict[str, Any] = {"max_length": 6, "layout": "rows", "batch_size": 2}
+    whole = tokenize_corpus(Texts().corpus, tokenizer, cache_dir=tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        tokenize_corpus(Texts().corpus, tokenizer, cache_dir=tmp_path / "cut", poll=poll, **options)
+    texts = Texts()
+    rows = tokenize_corpus(texts.corpus, tokenizer, cache_dir=tmp_path / "cut", poll=poll, **options)
+    assert texts.starts == [2 * batch + 2] and len(polls) == 5
+    assert content(rows.folder) == content(whole.folder)
 
-    rows = tokenize_corpus(Texts().corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
-    assert len(rows) == sum(bool(text) for text in TEXTS)
-    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [rows.folder]
+
+def test_who_waits_for_another_process_can_be_stopped(tmp_path: Path) -> None:
+    def poll() -> None:
+        raise Stopped
+
+    rows = tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=6, layout="rows", cache_dir=tmp_path)
+    (rows.folder / "manifest.json").unlink()
+    with FileLock(f"{rows.folder}.lock"), pytest.raises(Stopped):
+        tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=6, layout="rows", cache_dir=tmp_path, poll=poll)
 
 
-def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> None:
-    texts, tokenizer = Texts(), make_tokenizer()
-    rows = tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
-    rows.folder.rename(f"{rows.folder}.tmp-1")
-    other = tmp_path / "other.tmp-1"
-    other.mkdir()
-    rows = tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
-    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {rows.folder, other}
-    assert texts.times_read == 2
+@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy"])
+@pytest.mark.parametrize("damage", ["shorter", "missing"])
+def test_an_unfinished_cache_that_lacks_what_it_says_is_begun_anew(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def poll() -> None:
+        raise Stopped
+
+    options: dict[str, Any] = {"max_length": 6, "layout": "rows", "cache_dir": tmp_path, "batch_size": 4}
+    with pytest.raises(Stopped):
+        tokenize_corpus(Texts().corpus, make_tokenizer(), poll=poll, **options)
+    [file] = tmp_path.glob(f"*.unfinished/{name}")
+    if damage == "shorter":
+        file.write_bytes(file.read_bytes()[:-4])
+    else:
+        file.unlink()
+    texts = Texts()
+    rows = tokenize_corpus(texts.corpus, make_tokenizer(), **options)
+    assert texts.starts == [0] and "it is written anew" in caplog.text
+    assert as_lists(rows) == [[CLS, *word_ids(text)[:4], SEP] for text in TEXTS if text]
+
+
+def test_a_fault_of_the_data_leaves_nothing_behind(tmp_path: Path) -> None:
+    corpus = Texts(["w1", "w2", cast(str, None)]).corpus
+    with pytest.raises(TypeError, match=r"Row 2 .*the toy corpus is null"):
+        tokenize_corpus(corpus, make_tokenizer(), max_length=6, layout="rows", cache_dir=tmp_path, batch_size=1, save_every=1)
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+
+
+def test_a_stream_goes_on_by_its_own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards in front of the saved place are not opened again; bad rows that were left out there stay counted."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    monkeypatch.setattr(corpus_module, "_READ_ROWS", 4)
+    for shard in range(4):
+        lines = [{"text": None if row == 3 else f"w{shard} w{row}"} for row in range(10)]
+        (tmp_path / f"shard-{shard}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def corpus() -> Corpus:
+        return open_corpus(str(tmp_path / "shard-*.jsonl"), streaming=True, bad_rows=BadRowPolicy("skip", 4))
+
+    polls: list[None] = []
+
+    def poll() -> None:
+        polls.append(None)
+        if len(polls) == 5:  # 25 rows of 36 are given: the place is in the third shard
+            raise Stopped
+
+    options: dict[str, Any] = {"max_length": 6, "layout": "rows", "batch_size": 5}
+    whole = tokenize_corpus(corpus(), make_tokenizer(), cache_dir=tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        tokenize_corpus(corpus(), make_tokenizer(), cache_dir=tmp_path / "cut", poll=poll, **options)
+    again = corpus()
+    os.truncate(tmp_path / "shard-0.jsonl", 0)  # nobody looks at it any more
+    rows = tokenize_corpus(again, make_tokenizer(), cache_dir=tmp_path / "cut", **options)
+    assert len(rows) == 36 and content(rows.folder) == content(whole.folder)
+    with pytest.raises(ValueError, match="More than max_bad_rows=2 rows"):
+        tokenize_corpus(replace(corpus(), bad_rows=BadRowPolicy("skip", 2)), make_tokenizer(), cache_dir=tmp_path / "few", **options)
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "manifest.json"])

@@ -220,3 +220,20 @@ def test_a_save_cut_short_leaves_the_previous_record(tmp_path: Path, monkeypatch
     TokenCounts(torch.tensor([5, 6]), 3, "c", "t").save(tmp_path)
     assert TokenCounts.load(tmp_path).counts.tolist() == [5, 6]
     assert len(list(tmp_path.iterdir())) == 2, "files of replaced or cut-short saves are cleared away"
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_poll_that_raises_stops_the_count_and_loses_nothing(tmp_path: Path, num_proc: int) -> None:
+    rows, tokenizer, polls = make_rows(), make_tokenizer(), []
+
+    def poll() -> None:
+        polls.append(None)
+        if len(polls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        count_tokens(ListCorpus(rows), tokenizer, tmp_path, num_proc=num_proc, batch_size=10, poll=poll)
+    corpus = ListCorpus(rows)
+    counts = count_tokens(corpus, tokenizer, tmp_path, batch_size=10, poll=poll)
+    assert corpus.starts == [30] and counts.rows == len(rows)
+    assert torch.equal(counts.counts, expected_counts(rows, tokenizer))

@@ -1,0 +1,59 @@
+"""Floor 1, rows: what becomes of a row that cannot be used, because its text is null, say."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+logger = logging.getLogger("fastkd")
+
+OnBadRow = Literal["error", "skip"]
+MAX_BAD_ROWS = 1_000
+
+
+@dataclass(frozen=True)
+class BadRowPolicy:
+    """`error`: the first bad row is refused. `skip`: bad rows are left out, and refused once they are more than `max_bad_rows`."""
+
+    on_bad_row: OnBadRow = "error"
+    max_bad_rows: int = MAX_BAD_ROWS
+
+    @property
+    def skips(self) -> bool:
+        return self.on_bad_row == "skip"
+
+
+REFUSE_BAD_ROWS = BadRowPolicy()
+
+
+class BadRows:
+    """Counts what is left out of one data set.
+
+    Args:
+        description: What the data set is, as a part of a sentence.
+        count: How many rows of it were left out before.
+    """
+
+    def __init__(self, description: str, policy: BadRowPolicy, count: int = 0) -> None:
+        self.count = count
+        self._description, self._policy = description, policy
+        self._first: Exception | None = None
+
+    def add(self, fault: ValueError | TypeError) -> None:
+        """Leave out the row that has this fault; raises the fault if rows are not skipped, and ValueError for one row too many."""
+        if not self._policy.skips:
+            raise type(fault)(f"{fault} (on_bad_row: skip leaves such rows out.)") from fault
+        self.count += 1
+        self._first = self._first or fault
+        if self.count > self._policy.max_bad_rows:
+            raise ValueError(
+                f"More than max_bad_rows={self._policy.max_bad_rows} rows of {self._description} cannot be used. The first of them: "
+                f"{self._first} Mend the data, or raise max_bad_rows."
+            ) from fault
+
+    def report(self) -> None:
+        """Say in the log how many rows were left out, if any were."""
+        if self.count:
+            first = f" The first: {self._first}" if self._first else ""
+            logger.warning("%d rows of %s cannot be used and were left out (on_bad_row: skip).%s", self.count, self._description, first)

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from . import bench, export, quickstart, train, vocab
+from . import bench, cache, export, quickstart, train, vocab
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "quickstart": (quickstart.main, "distil a small language model on Python's own library, in minutes, without a network"),
     "train": (train.main, "run all stages of a method from a YAML file; the same command resumes"),
     "vocab": (vocab.main, "count a corpus's tokens; prune a model to the frequent ones"),
     "export": (export.main, "rewrite a student so that plain transformers opens it"),
+    "cache": (cache.main, "write down once what a stage's teacher says of its training rows"),
     "bench": (bench.main, "measure what fastkd claims beside every peer, and draw the tables and plots"),
 }
 USAGE = "usage: fastkd COMMAND [options]     (fastkd COMMAND --help for the options)\n\n" + "\n".join(
@@ -39,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("fastkd").setLevel(logging.INFO)
+    is_main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one tells what all do
+    logging.getLogger("fastkd").setLevel(logging.INFO if is_main else logging.WARNING)
     try:
         return COMMANDS[name][0](rest)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"fastkd {name}: {error}", file=sys.stderr)
         return BAD_INPUT
     except Exception as error:
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "Preempted":
             print(f"fastkd {name}: {error}", file=sys.stderr)
             return PREEMPTED
-        if type(error).__name__ == "NonFiniteError":
+        if type(error).__name__ in ("NonFiniteError", "RankError"):
             print(f"fastkd {name}: {error}", file=sys.stderr)
             return 1
         raise

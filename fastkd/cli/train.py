@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from ..recipes import config_path, recipe_titles
@@ -11,6 +12,7 @@ from ..train.schema import help_text, load_yaml, to_yaml
 from .table import print_table
 
 DESCRIPTION = """usage: fastkd train CONFIG [--stage NAME] [--print_config] [--any_key value]
+       torchrun --nproc-per-node N -m fastkd train CONFIG ...
        fastkd train --list
 
 CONFIG is a YAML file, or a recipe by its name, such as ted/rte; --list shows them. Runs every stage of it that is not finished, or
@@ -39,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     from ..train.run import distill
 
     results = distill(config, only_stage=known.stage)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     print_table(
         ["stage", "steps", "score", "seconds", "made"],
         [

@@ -18,6 +18,7 @@ def main(argv: Sequence[str]) -> int:
     count.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
     count.add_argument("--streaming", action="store_true", help="read the corpus as a stream")
     count.add_argument("--max_rows", type=int, help="count at most this many rows")
+    count.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="refuse a row without text, or leave it out")
     count.add_argument("--num_proc", type=int, default=1, help="processes (default: 1)")
     count.add_argument("--output_dir", required=True, type=Path, help="where the counts go; the same command resumes")
     prune = commands.add_parser("prune", help="keep the frequent rows of a model; the result opens with plain transformers")
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _count(known: argparse.Namespace) -> int:
     from ..models.load import load_tokenizer
+    from ..tasks.bad_rows import BadRowPolicy
     from ..tasks.corpus import open_corpus
     from ..vocab.count import count_tokens
 
@@ -42,6 +44,7 @@ def _count(known: argparse.Namespace) -> int:
         text_column=known.text_column,
         streaming=known.streaming,
         max_rows=known.max_rows,
+        bad_rows=BadRowPolicy(known.on_bad_row),
     )
     counts = count_tokens(corpus, load_tokenizer(known.model), known.output_dir, num_proc=known.num_proc)  # type: ignore[arg-type]
     seen = int((counts.counts > 0).sum())

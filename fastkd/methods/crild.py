@@ -30,12 +30,13 @@ from ..models.language_model import LanguageModel
 from ..models.layer_map import LayerMap, layer_map
 from ..models.load import is_decoder
 from ..models.task_model import TaskModel
+from ..models.teacher_cache import CachedTeacher
 from ..ops.projected_mse import projected_mse
 from ..ops.relation_kl import RelationTarget, relation_kl
-from ..tasks.encoded import TaskBatch
 from .mixup import MixedBatch, partners
 from .objective import Objective, Position
 from .task_losses import label_loss, score_divergence
+from .teaching import Lesson, plain, task_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -334,26 +335,28 @@ class LogitDistillation(Objective):
     student: TaskModel
     teacher: TaskModel
 
-    def __init__(self, student: TaskModel, teacher: TaskModel, options: CRILDOptions) -> None:
+    def __init__(self, student: TaskModel, teacher: TaskModel | CachedTeacher, options: CRILDOptions) -> None:
         super().__init__()
         self.student = student
-        self.hold("teacher", teacher)
         self.options, self.settings = options, options.resolved()
-        own, other = ((model.kind, model.model.config.num_labels) for model in (student, teacher))
+        self.learn_from(teacher, Lesson(scores=task_scores))
+        own = student.kind, student.model.config.num_labels
+        other = (teacher.kind, teacher.model.config.num_labels) if isinstance(teacher, TaskModel) else own
         if own != other:
             raise ValueError(
                 f"The student is for {own[0]} with {own[1]} outputs and the teacher for {other[0]} with {other[1]}; stage kd compares "
                 "them one by one. Take a teacher that is fine-tuned on this task."
             )
 
-    def weight(self, batch: TaskBatch) -> float:
-        return float(batch.num_examples)
+    def weight(self, batch: Any) -> float:
+        return float(plain(batch).num_examples)
 
-    def forward(self, batch: TaskBatch, denominator: float) -> Tensor:
+    def forward(self, batch: Any, denominator: float) -> Tensor:
         options, settings, kind = self.options, self.settings, self.student.kind
-        with torch.no_grad():
-            target = self.teacher(batch)
+        batch, taught = self.taught(batch)
         scores = self.student(batch)
+        assert taught.scores is not None
+        target = taught.scores.view_as(scores)
         if kind == "regression":
             losses = ((scores - target) / (1.0 if options.preset == "consistency" else options.temperature)).square()
         else:

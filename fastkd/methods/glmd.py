@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from ..models.cloze_scores import choice_scores, verbalizer_scores
-from ..models.language_model import LanguageModel, rows_behind
+from ..models.language_model import LanguageModel
 from ..models.task_model import TaskModel
+from ..models.teacher_cache import CachedTeacher
 from ..ops.divergence import Divergence
-from ..ops.linear_kl import linear_kl_div
 from ..tasks.cloze import ClozeBatch
 from ..tasks.cloze_task import ClozeTask
 from .language_modeling import check_mask_probability
 from .objective import Objective
+from .teaching import Lesson, plain
 
 STAGES = ("pretrain", "task_words", "task_scores")
 
@@ -65,12 +66,11 @@ class WordPrediction(Objective):
     student: LanguageModel
     teacher: LanguageModel
 
-    def __init__(self, student: LanguageModel, teacher: LanguageModel, options: GLMDOptions) -> None:
+    def __init__(self, student: LanguageModel, teacher: LanguageModel | CachedTeacher, options: GLMDOptions) -> None:
         super().__init__()
         self.student = student
-        self.hold("teacher", teacher)
         self.options = options
-        self.teacher_weight, self.teacher_bias = rows_behind(student, teacher)
+        self.learn_from(teacher, Lesson(words=student.kept))
 
     def weight(self, batch: Any) -> float:
         if self.options.preset == "paper":
@@ -79,35 +79,47 @@ class WordPrediction(Objective):
 
     def mask(self, batch: Any) -> Tensor:
         """(B, S) bool: the positions that are compared."""
+        batch = plain(batch)
         tokens = batch.attention_mask.bool()
         if isinstance(batch, ClozeBatch) and self.options.preset == "strict":
             return tokens & batch.choice_mask.reshape(-1, 1)
         return tokens
 
     def forward(self, batch: Any, denominator: float) -> Tensor:
-        teacher, student = self.teacher, self.student
-        with torch.no_grad():
-            teacher_hidden = teacher(batch.input_ids, batch.attention_mask, lambda hidden, weight, bias: hidden)
+        (batch, taught), options, student = self.taught(batch), self.options, self.student
+        words = taught.words
+        assert words is not None
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            loss = linear_kl_div(
+            return words.divergence(
                 hidden,
                 weight,
-                teacher_hidden,
-                self.teacher_weight,
                 student_bias=bias,
-                teacher_bias=self.teacher_bias,
-                divergence=self.options.divergence,
-                temperature=self.options.temperature,
+                divergence=options.divergence,
+                temperature=options.temperature,
                 mask=self.mask(batch),
                 denominator=denominator,
                 **student.logit_options("student"),
-                **teacher.logit_options("teacher"),
             )
-            assert isinstance(loss, Tensor)
-            return loss
 
         return student(batch.input_ids, batch.attention_mask, at_head)
+
+
+@dataclass(frozen=True, eq=False)
+class ClozeScores:
+    """(model, batch) -> u, (B, C): label-word logits, candidates' log-likelihoods, or class logits."""
+
+    task: ClozeTask
+    label_word_ids: Tensor | None = None
+    """(C,) ids; of verbalizers."""
+
+    def __call__(self, model: LanguageModel | TaskModel, batch: ClozeBatch) -> Tensor:
+        if isinstance(model, TaskModel):
+            return model(batch)
+        if self.task.kind == "verbalizer":
+            assert self.label_word_ids is not None
+            return verbalizer_scores(model, batch, self.label_word_ids.to(batch.input_ids.device))
+        return choice_scores(model, batch, self.task.length_penalty)
 
 
 class TaskScores(Objective):
@@ -122,23 +134,24 @@ class TaskScores(Objective):
     def __init__(
         self,
         student: LanguageModel | TaskModel,
-        teacher: LanguageModel | TaskModel,
+        teacher: LanguageModel | TaskModel | CachedTeacher,
         options: GLMDOptions,
         task: ClozeTask,
         label_word_ids: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.student = student
-        self.hold("teacher", teacher)
-        self.options, self.task, self.label_word_ids = options, task, label_word_ids
+        self.options, self.scores = options, ClozeScores(task, label_word_ids)
+        self.learn_from(teacher, Lesson(scores=self.scores))
 
-    def weight(self, batch: ClozeBatch) -> float:
-        return float(batch.num_examples)
+    def weight(self, batch: Any) -> float:
+        return float(plain(batch).num_examples)
 
-    def forward(self, batch: ClozeBatch, denominator: float) -> Tensor:
-        with torch.no_grad():
-            target = self.scores(self.teacher, batch).float()
+    def forward(self, batch: Any, denominator: float) -> Tensor:
+        batch, taught = self.taught(batch)
         scores = self.scores(self.student, batch).float()
+        assert taught.scores is not None
+        target = taught.scores.view_as(scores).float()
         if self.options.preset == "strict" and scores.shape == batch.choice_mask.shape:
             target = target.masked_fill(~batch.choice_mask, -torch.inf)
             # Zero instead of -inf for the student: its log-softmax there meets a target of exactly zero.
@@ -147,15 +160,6 @@ class TaskScores(Objective):
         else:
             log_q = scores.log_softmax(-1)
         return -(target.softmax(-1) * log_q).sum() / denominator
-
-    def scores(self, model: LanguageModel | TaskModel, batch: ClozeBatch) -> Tensor:
-        """u, (B, C): label-word logits, candidates' log-likelihoods, or class logits."""
-        if isinstance(model, TaskModel):
-            return model(batch)
-        if self.task.kind == "verbalizer":
-            assert self.label_word_ids is not None
-            return verbalizer_scores(model, batch, self.label_word_ids.to(batch.input_ids.device))
-        return choice_scores(model, batch, self.task.length_penalty)
 
     @torch.no_grad()
     def predict(self, batch: ClozeBatch) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..models.teacher_cache import CachedTeacher
 from ..ops.divergence import Divergence
-from ..ops.linear_kl import linear_kl_div
-from ..tasks.text import IGNORE_INDEX, TextBatch
+from ..tasks.text import IGNORE_INDEX
 from ..vocab.map import VocabMap
 from .language_modeling import check_mask_probability
 from .objective import Objective
+from .teaching import Lesson, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,47 +51,42 @@ class KnowledgeDistillation(Objective):
     student: LanguageModel
     teacher: LanguageModel
 
-    def __init__(self, student: LanguageModel, teacher: LanguageModel, options: KDOptions, tokens: int) -> None:
+    def __init__(self, student: LanguageModel, teacher: LanguageModel | CachedTeacher, options: KDOptions, tokens: int) -> None:
+        """tokens: ids that there are; what the teacher's head has beyond them is padding."""
         super().__init__()
         self.student = student
-        self.hold("teacher", teacher)
         self.options = options
-        self.tokens = min(tokens, teacher.vocabulary)
+        self.tokens = min(tokens, teacher.vocabulary) if isinstance(teacher, LanguageModel) else tokens
+        self.learn_from(teacher, Lesson(words=slice(self.tokens)))
 
-    def weight(self, batch: TextBatch) -> float:
-        return float(batch.attention_mask.sum())
+    def weight(self, batch: Any) -> np.ndarray:
+        """[tokens, labelled tokens]."""
+        return np.array([int(batch.attention_mask.sum()), int((plain(batch).labels != IGNORE_INDEX).sum())], dtype=np.float64)
 
-    def forward(self, batch: TextBatch, denominator: float) -> Tensor:
-        options, teacher, student = self.options, self.teacher, self.student
-        with torch.no_grad():
-            teacher_hidden = teacher(batch.input_ids, batch.attention_mask, lambda hidden, weight, bias: hidden)
-        teacher_bias = None if teacher.head.bias is None else teacher.head.bias[: self.tokens]
-        tokens, labelled = int(batch.attention_mask.sum()), int((batch.labels != IGNORE_INDEX).sum())
+    def forward(self, batch: Any, denominator: np.ndarray) -> Tensor:
+        (batch, taught), options, student = self.taught(batch), self.options, self.student
+        words = taught.words
+        assert words is not None
+        tokens, labelled = map(float, denominator)
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if student.vocab_map is not None:
                 slots = student.id_to_slot[: self.tokens]
                 # index_select, because its backward adds in a fixed order: indexing's does not, and a resumed run must be bit-equal.
                 weight, bias = weight.index_select(0, slots), None if bias is None else bias.index_select(0, slots)
-            loss = linear_kl_div(
+            return words.divergence(
                 hidden,
                 weight,
-                teacher_hidden,
-                teacher.head.weight[: self.tokens],
                 student_bias=bias,
-                teacher_bias=teacher_bias,
                 divergence=options.divergence,
                 temperature=options.temperature,
                 mask=batch.attention_mask.bool(),
                 labels=batch.labels,
-                # The op divides both terms by `denominator`, a count of tokens; cross-entropy is to be averaged over labelled ones.
-                label_weight=options.label_weight * tokens / max(labelled, 1),
-                denominator=denominator,
+                # The op divides both terms by the tokens; cross-entropy is to be averaged over labelled ones.
+                label_weight=options.label_weight * tokens / max(labelled, 1.0),
+                denominator=tokens,
                 **student.logit_options("student"),
-                **teacher.logit_options("teacher"),
             )
-            assert isinstance(loss, Tensor)
-            return loss
 
         return student(batch.input_ids, batch.attention_mask, at_head)
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..models.teacher_cache import CachedTeacher
+from .teaching import Lesson, Model, Taught, TaughtBatch, Teacher
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Batch(Protocol):
@@ -42,6 +48,8 @@ class Objective(nn.Module):
 
     student: Any
     """The model that is trained and saved."""
+    teach: Teacher | None = None
+    """Asks the teacher; None without one, and where every batch comes with what it has said."""
 
     def weight(self, batch: Any) -> float | np.ndarray:
         """What this batch adds to the denominator of its optimizer step (tokens, or examples); an array where a loss has several.
@@ -66,6 +74,19 @@ class Objective(nn.Module):
         """What is trained or kept beside the student, by name."""
         return {name: module for name, module in self.named_children() if name != "student"}
 
+    def learn_from(self, teacher: Model | CachedTeacher, lesson: Lesson) -> None:
+        """Keep a frozen teacher, from which `taught` has its lesson; of a cached one there is nothing to keep."""
+        if not isinstance(teacher, CachedTeacher):
+            self.hold("teacher", teacher)
+            self.teach = Teacher(teacher, lesson)
+
+    def taught(self, batch: Any) -> tuple[Any, Taught]:
+        """The batch as the student reads it, and what the teacher says of it."""
+        if isinstance(batch, TaughtBatch):
+            return batch.batch, batch.taught
+        assert self.teach is not None
+        return batch, self.teach(batch)
+
     def hold(self, name: str, module: nn.Module) -> None:
         """Keep a frozen module (the teacher) without registering it: it is no part of the student's state."""
         if any(p.requires_grad for p in module.parameters()) or module.training:
@@ -73,6 +94,28 @@ class Objective(nn.Module):
         if module is self.student:
             raise ValueError(f"The {name} and the student are one object; load them separately.")
         object.__setattr__(self, name, module)
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of an evaluation: batch i is that of process i modulo `world_size`, and all see all results."""
+
+    rank: int = 0
+    world_size: int = 1
+    poll: Callable[[], None] = lambda: None
+    """Called before every batch: signals are heard there."""
+    gather: Callable[[list[Any]], list[list[Any]]] = lambda own: [own]
+    """What every process has, by rank."""
+
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`work` of every item, in their order, on any number of processes. What it returns must be what JSON can hold."""
+        own = []
+        for first in range(self.rank, len(items) + self.rank, self.world_size):
+            self.poll()
+            # A model in pieces runs on all processes at once: who has no item left runs one whose result nobody asks for.
+            own.append(work(items[min(first, len(items) - 1)]))
+        parts = self.gather(own)
+        return [parts[i % self.world_size][i // self.world_size] for i in range(len(items))]
 
 
 @dataclass(frozen=True)
@@ -85,8 +128,8 @@ class Stage:
     """(N,) length of every training row, for bucketing."""
     make_batch: Callable[[Sequence[int], torch.Generator], Batch]
     """(row indices, generator for masking) -> batch on the CPU."""
-    evaluate: Callable[[Callable[[], None]], dict[str, float]] | None
-    """Scores of the student as it is now on held-out rows, if there are any. Calls its argument once a batch, to poll for signals."""
+    evaluate: Callable[[Share], dict[str, float]] | None
+    """Scores of the student as it is now on held-out rows, if there are any; batches go through its argument."""
     metric: str
     """The score that selects the best weights."""
     higher_is_better: bool
@@ -94,3 +137,7 @@ class Stage:
     """Score the student before the first step, so that the stage can never hand over worse weights than it was given."""
     keep: str = "best"
     """Which weights go on: the "best" by `metric`, or the "last"."""
+    captures: bool = False
+    """Whether the loss reads states inside of layers."""
+    fingerprint: str = ""
+    """Another one for other training rows, or another order of them."""

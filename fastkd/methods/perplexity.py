@@ -7,7 +7,8 @@ probability of the slot's ids; a model over slots with its own probability. So e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,54 +21,60 @@ from ..vocab.map import VocabMap
 _CHUNK_ROWS = 256
 
 
+def perplexity(model: LanguageModel, batches: Iterable[TextBatch], **judging: Any) -> float:
+    """exp of the mean negative log-likelihood of the labels, in evaluation mode; `judging` is that of `summed_loss`."""
+    training = model.training
+    model.eval()
+    sums = [summed_loss(model, batch, **judging) for batch in batches]
+    model.train(training)
+    return perplexity_of(sums)
+
+
+def perplexity_of(sums: Iterable[tuple[float, int]]) -> float:
+    """The perplexity of all batches together, from `summed_loss` of each."""
+    losses, counts = zip(*sums, strict=True)
+    if not sum(counts):
+        raise ValueError("The evaluation rows hold no token to predict; give longer rows.")
+    return math.exp(min(sum(losses) / sum(counts), 700.0))
+
+
 @torch.no_grad()
-def perplexity(
+def summed_loss(
     model: LanguageModel,
-    batches: Iterable[TextBatch],
+    batch: TextBatch,
     *,
     fold: VocabMap | None = None,
     slot_bias: Tensor | None = None,
     kept_only: VocabMap | None = None,
-    poll: Callable[[], None] = lambda: None,
-) -> float:
-    """exp of the mean negative log-likelihood of the labels, in evaluation mode.
+) -> tuple[float, int]:
+    """The summed negative log-likelihood of a batch's labels, and their number.
 
     fold: judge a model over all ids on this map's slots. slot_bias: (V,) added to the model's logits before the softmax.
     kept_only: judge only the labels that this map keeps, by the model's distribution over the kept ids alone; no two ids share a slot
-    there. `poll` is called once a batch.
+    there.
     """
-    training, transform = model.training, model.transform
-    model.eval()
-    total, count = 0.0, 0
-    for batch in batches:
-        poll()
-        batch = batch.to(model.device)
-        labels = batch.labels
-        if kept_only is not None:
-            labels = torch.where(kept_only.is_kept.to(labels.device)[labels.clamp_min(0)], labels, IGNORE_INDEX)
-            if model.vocab_map is None:
-                slots = kept_only.id_to_slot.to(labels.device)[labels.clamp_min(0)]
-                labels = torch.where(labels == IGNORE_INDEX, labels, slots)
-        labels = model.to_slots(labels, ignore_index=IGNORE_INDEX)
+    transform, batch = model.transform, batch.to(model.device)
+    labels = batch.labels
+    if kept_only is not None:
+        labels = torch.where(kept_only.is_kept.to(labels.device)[labels.clamp_min(0)], labels, IGNORE_INDEX)
+        if model.vocab_map is None:
+            slots = kept_only.id_to_slot.to(labels.device)[labels.clamp_min(0)]
+            labels = torch.where(labels == IGNORE_INDEX, labels, slots)
+    labels = model.to_slots(labels, ignore_index=IGNORE_INDEX)
 
-        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor = labels) -> Tensor:
-            if fold is not None:
-                return _folded(model, hidden, weight, bias, labels, fold)
-            if slot_bias is not None:
-                bias = slot_bias.to(weight.dtype) if bias is None else bias + slot_bias.to(bias.dtype)
-            if kept_only is not None and model.vocab_map is None:
-                rows = kept_only.kept_ids.to(weight.device)
-                weight, bias = weight[rows], None if bias is None else bias[rows]
-            return linear_cross_entropy(
-                hidden, weight, labels, bias=bias, softcap=transform.softcap, logit_scale=transform.scale, reduction="sum"
-            )
+    def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if fold is not None:
+            return _folded(model, hidden, weight, bias, labels, fold)
+        if slot_bias is not None:
+            bias = slot_bias.to(weight.dtype) if bias is None else bias + slot_bias.to(bias.dtype)
+        if kept_only is not None and model.vocab_map is None:
+            rows = kept_only.kept_ids.to(weight.device)
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        return linear_cross_entropy(
+            hidden, weight, labels, bias=bias, softcap=transform.softcap, logit_scale=transform.scale, reduction="sum"
+        )
 
-        total += float(model(batch.input_ids, batch.attention_mask, at_head))
-        count += int((labels != IGNORE_INDEX).sum())
-    model.train(training)
-    if not count:
-        raise ValueError("The evaluation rows hold no token to predict; give longer rows.")
-    return math.exp(min(total / count, 700.0))
+    return float(model(batch.input_ids, batch.attention_mask, at_head)), int((labels != IGNORE_INDEX).sum())
 
 
 def _folded(model: LanguageModel, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, fold: VocabMap) -> Tensor:

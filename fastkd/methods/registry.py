@@ -8,22 +8,39 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..models.language_model import LanguageModel
 from ..models.task_model import TaskModel
+from ..models.teacher_cache import CachedTeacher
 from ..tasks.cloze import label_word_ids
 from ..tasks.cloze_task import ClozeTask
 from . import crild, ted
+from .cached import CachedLesson
 from .crild import CRILDOptions, IntermediateLayerDistillation, LogitDistillation
 from .finetune import FineTuneOptions, FineTuning
-from .glmd import GLMDOptions, TaskScores, WordPrediction
+from .glmd import ClozeScores, GLMDOptions, TaskScores, WordPrediction
 from .kd import KDOptions, KnowledgeDistillation
 from .language_modeling import LanguageModeling, LanguageModelingOptions
 from .objective import Objective, Stage
-from .stage_data import ClozeRows, Rows, StageData, TextRows, cloze_data, dataset_data, text_data
+from .stage_data import (
+    ClozeRows,
+    DatasetRows,
+    MakeBatch,
+    RowGenerator,
+    Rows,
+    StageData,
+    TextRows,
+    batch_maker,
+    cloze_data,
+    dataset_data,
+    text_data,
+    train_fingerprint,
+    train_sequences,
+)
+from .teaching import Lesson, Model, TaughtBatch, task_scores
 from .ted import FilterTraining, TaskAwareDistillation, TEDOptions
 
-Model = LanguageModel | TaskModel
 Data = Literal["text", "task", "dataset"]
 
 
@@ -33,14 +50,31 @@ class StageInputs:
 
     student: Model
     """The model that the stage is about: the student, or the teacher while it is made."""
-    teacher: Model | None
+    teacher: Model | CachedTeacher | None
     tokenizer: Any
     options: Any
     rows: Rows
     eval_batch_size: int
     seed: int
+    cached: CachedLesson | None = None
+    """What the teacher has said of every training row, if it is a cached one."""
+    row_generator: RowGenerator | None = None
+    """With a cached teacher: what a row's masks are drawn from."""
     filters: Mapping[str, Path] = field(default_factory=dict)
     """Folders of the filters that finished stages have made, by stage."""
+
+
+@dataclass(frozen=True)
+class LessonInputs:
+    """What decides a stage's lesson, before any model is loaded."""
+
+    options: Any
+    rows: Rows
+    tokenizer: Any
+    kept: slice | Tensor
+    """The teacher's rows behind those of the student's head."""
+    compared: Any
+    """What the stage's `check_models` has returned."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +99,8 @@ class StageSpec:
     """(student, teacher, options) -> anything: refuses transformers models, perhaps without weights, that cannot be compared."""
     evaluate_first: bool = False
     keep: Literal["best", "last"] = "best"
+    lesson: Callable[[LessonInputs], Lesson] | None = None
+    """What is asked of the teacher, where the answers can be cached; refuses options under which they cannot."""
 
     def wants_classifier(self, task: ClozeTask | None) -> bool:
         """Whether student and teacher are sequence classifiers in this stage, whose data are cloze questions."""
@@ -88,17 +124,21 @@ def build_stage(spec: StageSpec, inputs: StageInputs) -> Stage:
     """Put the stage together; what cannot work is refused here, before the first step."""
     _check_kinds(inputs)
     objective = spec.build(inputs)
-    data = _data(spec, inputs, objective)
+    mask_probability = getattr(inputs.options, "mask_probability", 0.0)
+    make_batch = batch_maker(inputs.rows, inputs.student, inputs.tokenizer, mask_probability, inputs.row_generator)
+    data = _data(spec, inputs, objective, make_batch, mask_probability)
     return Stage(
         name=spec.name,
         objective=objective,
         lengths=data.lengths,
-        make_batch=data.make_batch,
+        make_batch=data.make_batch if inputs.cached is None else _taught(data.make_batch, inputs.cached, inputs.rows),
         evaluate=data.evaluate,
         metric=data.metric,
         higher_is_better=data.higher_is_better,
         evaluate_first=spec.evaluate_first,
         keep=spec.keep,
+        captures=spec.captures,
+        fingerprint=train_fingerprint(inputs.rows),
     )
 
 
@@ -108,32 +148,46 @@ def check_stages(method: str, options: Mapping[str, Any], configured: Sequence[s
         ted.check_filters(options["distill"], configured)
 
 
-def _data(spec: StageSpec, inputs: StageInputs, objective: Objective) -> StageData:
+def _data(spec: StageSpec, inputs: StageInputs, objective: Objective, make_batch: MakeBatch, mask_probability: float) -> StageData:
     student, rows, size = inputs.student, inputs.rows, inputs.eval_batch_size
     if isinstance(rows, TextRows):
         slot_bias = objective.slot_bias if isinstance(objective, KnowledgeDistillation) else lambda: None
-        return text_data(rows, student, inputs.tokenizer, getattr(inputs.options, "mask_probability", 0.0), size, slot_bias)
+        return text_data(rows, student, inputs.tokenizer, make_batch, mask_probability, size, slot_bias)
     if isinstance(rows, ClozeRows):
         # Word prediction is judged by the student's own task scores; the teacher's part of the scorer is never asked.
         scorer = objective if isinstance(objective, TaskScores) else _task_scores(inputs)
-        return cloze_data(rows, student, inputs.tokenizer, scorer.predict, size)
-    return dataset_data(rows, student, size, judged=spec.needs_labels and spec.makes == "model")
+        return cloze_data(rows, student, inputs.tokenizer, make_batch, scorer.predict, size)
+    return dataset_data(rows, student, make_batch, size, judged=spec.needs_labels and spec.makes == "model")
+
+
+def _taught(make_batch: MakeBatch, cached: CachedLesson, rows: Rows) -> MakeBatch:
+    """Batches that come with what the teacher has said of them."""
+    sequences = train_sequences(rows)
+
+    def make_taught_batch(indices: Sequence[int], generator: torch.Generator) -> TaughtBatch:
+        batch = make_batch(indices, generator)
+        return TaughtBatch(batch, cached(sequences.behind(indices), batch.input_ids.shape[1]))
+
+    return make_taught_batch
 
 
 def _word_prediction(inputs: StageInputs) -> Objective:
-    assert isinstance(inputs.student, LanguageModel) and isinstance(inputs.teacher, LanguageModel)
+    assert isinstance(inputs.student, LanguageModel) and isinstance(inputs.teacher, LanguageModel | CachedTeacher)
     return WordPrediction(inputs.student, inputs.teacher, inputs.options)
 
 
 def _task_scores(inputs: StageInputs) -> TaskScores:
     assert isinstance(inputs.rows, ClozeRows) and inputs.teacher is not None
     task = inputs.rows.task
-    words = torch.tensor(label_word_ids(task, inputs.tokenizer)) if task.kind == "verbalizer" else None
-    return TaskScores(inputs.student, inputs.teacher, inputs.options, task, words)
+    return TaskScores(inputs.student, inputs.teacher, inputs.options, task, _label_words(task, inputs.tokenizer))
+
+
+def _label_words(task: ClozeTask, tokenizer: Any) -> Tensor | None:
+    return torch.tensor(label_word_ids(task, tokenizer)) if task.kind == "verbalizer" else None
 
 
 def _knowledge_distillation(inputs: StageInputs) -> Objective:
-    assert isinstance(inputs.student, LanguageModel) and isinstance(inputs.teacher, LanguageModel)
+    assert isinstance(inputs.student, LanguageModel) and isinstance(inputs.teacher, LanguageModel | CachedTeacher)
     return KnowledgeDistillation(inputs.student, inputs.teacher, inputs.options, len(inputs.tokenizer))
 
 
@@ -142,12 +196,12 @@ def _hard_labels(inputs: StageInputs) -> Objective:
 
 
 def _intermediate_layers(inputs: StageInputs) -> Objective:
-    assert inputs.teacher is not None
+    assert isinstance(inputs.teacher, LanguageModel | TaskModel)
     return IntermediateLayerDistillation(inputs.student, inputs.teacher, inputs.options, seed=inputs.seed)
 
 
 def _logits(inputs: StageInputs) -> Objective:
-    assert isinstance(inputs.student, TaskModel) and isinstance(inputs.teacher, TaskModel)
+    assert isinstance(inputs.student, TaskModel) and isinstance(inputs.teacher, TaskModel | CachedTeacher)
     return LogitDistillation(inputs.student, inputs.teacher, inputs.options)
 
 
@@ -164,6 +218,41 @@ def _task_aware(inputs: StageInputs) -> Objective:
     return TaskAwareDistillation(inputs.student, inputs.teacher, inputs.options, filters=inputs.filters, seed=inputs.seed)
 
 
+def _word_lesson(inputs: LessonInputs) -> Lesson:
+    return Lesson(words=inputs.kept)
+
+
+def _all_words_lesson(inputs: LessonInputs) -> Lesson:
+    return Lesson(words=slice(len(inputs.tokenizer)))
+
+
+def _cloze_lesson(inputs: LessonInputs) -> Lesson:
+    assert isinstance(inputs.rows, ClozeRows)
+    return Lesson(scores=ClozeScores(inputs.rows.task, _label_words(inputs.rows.task, inputs.tokenizer)))
+
+
+def _scores_lesson(inputs: LessonInputs) -> Lesson:
+    if isinstance(inputs.rows, DatasetRows) and inputs.rows.train.kind == "question_answering":
+        _refuse_pads(inputs.options)
+    return Lesson(scores=task_scores)
+
+
+def _task_aware_lesson(inputs: LessonInputs) -> Lesson:
+    rows, layers = inputs.rows, tuple(other for _, other in inputs.compared)
+    kind = rows.train.kind if isinstance(rows, DatasetRows) else None
+    if layers or kind == "question_answering":
+        _refuse_pads(inputs.options)
+    return ted.lesson(inputs.options, kind, layers, inputs.kept)
+
+
+def _refuse_pads(options: Any) -> None:
+    if options.resolved().padding == "include":
+        raise ValueError(
+            "padding is 'include', by the preset if not by itself: what the teacher makes of pads depends on what else is in the "
+            "micro-batch, and a cache holds tokens alone. Set options.padding to exclude, or the teacher's kind to model."
+        )
+
+
 _TEXT_OR_DATASET: tuple[Data, ...] = ("dataset", "text")
 _FINETUNE_TEACHER = StageSpec("teacher", _TEXT_OR_DATASET, _hard_labels, trains="teacher", needs_teacher=False)
 _STUDENT_FILTERS = StageSpec(
@@ -174,9 +263,9 @@ METHODS: dict[str, Method] = {
     "glmd": Method(
         GLMDOptions,
         (
-            StageSpec("pretrain", ("text",), _word_prediction, keep="last"),
-            StageSpec("task_words", ("task",), _word_prediction),
-            StageSpec("task_scores", ("task",), _task_scores, evaluate_first=True),
+            StageSpec("pretrain", ("text",), _word_prediction, keep="last", lesson=_word_lesson),
+            StageSpec("task_words", ("task",), _word_prediction, lesson=_word_lesson),
+            StageSpec("task_scores", ("task",), _task_scores, evaluate_first=True, lesson=_cloze_lesson),
         ),
     ),
     "crild": Method(
@@ -193,7 +282,7 @@ METHODS: dict[str, Method] = {
                 check_models=crild.compared_layers,
                 keep="last",
             ),
-            StageSpec("kd", ("dataset",), _logits),
+            StageSpec("kd", ("dataset",), _logits, lesson=_scores_lesson),
         ),
     ),
     "ted": Method(
@@ -203,10 +292,17 @@ METHODS: dict[str, Method] = {
             StageSpec("student", _TEXT_OR_DATASET, _hard_labels, needs_teacher=False),
             replace(_STUDENT_FILTERS, name="teacher_filters", build=_teacher_filters, trains="teacher"),
             _STUDENT_FILTERS,
-            StageSpec("distill", _TEXT_OR_DATASET, _task_aware, captures=True, check_models=ted.compared_layers),
+            StageSpec(
+                "distill",
+                _TEXT_OR_DATASET,
+                _task_aware,
+                captures=True,
+                check_models=ted.compared_layers,
+                lesson=_task_aware_lesson,
+            ),
         ),
     ),
-    "kd": Method(KDOptions, (StageSpec("distill", ("text",), _knowledge_distillation, keep="last"),)),
+    "kd": Method(KDOptions, (StageSpec("distill", ("text",), _knowledge_distillation, keep="last", lesson=_all_words_lesson),)),
     "lm": Method(LanguageModelingOptions, (StageSpec("train", ("text",), _hard_labels, needs_teacher=False, keep="last"),)),
     "finetune": Method(FineTuneOptions, (StageSpec("train", ("dataset",), _hard_labels, needs_teacher=False),)),
 }
@@ -214,6 +310,8 @@ METHODS: dict[str, Method] = {
 
 def _check_kinds(inputs: StageInputs) -> None:
     student, teacher = inputs.student, inputs.teacher
-    if isinstance(student, LanguageModel) and isinstance(teacher, LanguageModel) and student.causal != teacher.causal:
+    if not isinstance(student, LanguageModel) or not isinstance(teacher, LanguageModel | CachedTeacher):
+        return
+    if student.causal != teacher.causal:
         kinds = {True: "a decoder", False: "an encoder"}
         raise ValueError(f"The teacher is {kinds[teacher.causal]} and the student {kinds[student.causal]}; both must be of one kind.")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..models.language_model import LanguageModel
 from ..models.task_model import TaskModel
@@ -17,11 +21,11 @@ from ..tasks.cloze_task import ClozeTask
 from ..tasks.encoded import EncodedTask
 from ..tasks.labelled import TaskDataset
 from ..tasks.metrics import accuracy, f1_macro
-from ..tasks.text import Masking, collate_text
+from ..tasks.text import IGNORE_INDEX, Masking, TextBatch, collate_text
 from ..tasks.token_rows import pad_id as pad_id_of
 from ..tasks.tokenized import TokenRows
-from .objective import Batch
-from .perplexity import perplexity
+from .objective import Batch, Share
+from .perplexity import perplexity_of, summed_loss
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,55 @@ class DatasetRows:
 
 
 Rows = TextRows | ClozeRows | DatasetRows
-Evaluate = Callable[[Callable[[], None]], dict[str, float]]
+Evaluate = Callable[[Share], dict[str, float]]
+MakeBatch = Callable[[Sequence[int], torch.Generator], Batch]
+RowGenerator = Callable[[int], torch.Generator]
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The token sequences of the N training rows, candidate by candidate: row i has those from first[i] to first[i + 1]."""
+
+    lengths: np.ndarray
+    """Tokens of each."""
+    first: np.ndarray
+    """(N + 1,)."""
+
+    def behind(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The sequences behind a batch of these rows: one with fewer than another is filled up with its first, as batches are."""
+        rows = np.asarray(rows)
+        counts = self.first[rows + 1] - self.first[rows]
+        choice = np.arange(counts.max())
+        return (self.first[rows, None] + np.where(choice < counts[:, None], choice, 0)).ravel()
+
+
+def train_sequences(rows: Rows) -> Sequences:
+    if isinstance(rows, TextRows):
+        return Sequences(rows.train.lengths, np.arange(len(rows.train) + 1))
+    if isinstance(rows, ClozeRows):
+        lengths = np.array([len(sequence) for example in rows.train for sequence in example.sequences])
+        return Sequences(lengths, np.array([0, *accumulate(len(example.sequences) for example in rows.train)]))
+    ids = rows.train.ids
+    return Sequences(np.array([len(sequence) for sequence in ids]), np.arange(0, len(ids) + 1, rows.train.num_choices))
+
+
+def train_fingerprint(rows: Rows) -> str:
+    """Equal for the same training inputs in the same order; labels are not in it."""
+    if isinstance(rows, TextRows):
+        return rows.train.fingerprint
+    digest = hashlib.sha256()
+    if isinstance(rows, ClozeRows):
+        for example in rows.train:
+            digest.update(f"{example.score_positions} {example.score_targets} {len(example.sequences)}\n".encode())
+            for sequence in example.sequences:
+                digest.update(f"{len(sequence)} ".encode() + sequence.tobytes())
+        return digest.hexdigest()
+    train = rows.train
+    digest.update(f"{train.kind} {train.num_choices}\n".encode())
+    for number, sequence in enumerate(train.ids):
+        types = b"" if train.token_types is None else train.token_types[number].tobytes()
+        digest.update(f"{len(sequence)} ".encode() + sequence.tobytes() + types)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -72,68 +124,109 @@ class StageData:
     """The data half of a `Stage`; its fields are those."""
 
     lengths: np.ndarray
-    make_batch: Callable[[Sequence[int], torch.Generator], Batch]
+    make_batch: MakeBatch
     evaluate: Evaluate | None
     metric: str
     higher_is_better: bool
+
+
+def batch_maker(
+    rows: Rows,
+    model: LanguageModel | TaskModel,
+    tokenizer: Any,
+    mask_probability: float,
+    row_generator: RowGenerator | None = None,
+) -> MakeBatch:
+    """Training batches as `model`, or another of its kind, reads them.
+
+    row_generator: what a row's masks are drawn from, so that they are the same whenever the row is read; None: from the batch's.
+    """
+    if isinstance(rows, DatasetRows):
+        encoded = rows.train
+        return lambda indices, generator: encoded.collate(indices)
+    pad_id = pad_id_of(tokenizer)
+    if isinstance(rows, ClozeRows):
+        examples = rows.train
+        return lambda indices, generator: collate([examples[int(i)] for i in indices], pad_id=pad_id)
+    text, masking = rows.train, Masking.of(tokenizer, mask_probability) if is_masked(model) else None
+
+    def make_batch(indices: Sequence[int], generator: torch.Generator) -> Batch:
+        if masking is None or row_generator is None:
+            return collate_text([text[int(i)] for i in indices], pad_id=pad_id, masking=masking, generator=generator)
+        single = [collate_text([text[int(i)]], pad_id=pad_id, masking=masking, generator=row_generator(int(i))) for i in indices]
+        return _joined(single, pad_id)
+
+    return make_batch
+
+
+def is_masked(model: LanguageModel | TaskModel) -> bool:
+    """Whether the model's text has masked tokens, which it predicts."""
+    return isinstance(model, LanguageModel) and not model.causal
+
+
+def _joined(batches: Sequence[TextBatch], pad_id: int) -> TextBatch:
+    """One batch of all their rows."""
+    width = max(batch.input_ids.shape[1] for batch in batches)
+
+    def filled(name: str, value: int) -> Tensor:
+        tensors = (getattr(batch, name) for batch in batches)
+        return torch.cat([pad(tensor, (0, width - tensor.shape[1]), value=value) for tensor in tensors])
+
+    return TextBatch(filled("input_ids", pad_id), filled("attention_mask", 0), filled("labels", IGNORE_INDEX))
 
 
 def text_data(
     rows: TextRows,
     student: LanguageModel | TaskModel,
     tokenizer: Any,
+    make_batch: MakeBatch,
     mask_probability: float,
     eval_batch_size: int,
     slot_bias: Callable[[], Tensor | None],
 ) -> StageData:
-    """Batches of text, judged by perplexity. slot_bias: what is added to the student's logits when it is judged.
+    """Text, judged by perplexity. slot_bias: what is added to the student's logits when it is judged.
 
     A task model reads text as it is and is not judged by it.
     """
-    pad_id, masks = pad_id_of(tokenizer), isinstance(student, LanguageModel) and not student.causal
-    masking = Masking.of(tokenizer, mask_probability) if masks else None
+    pad_id = pad_id_of(tokenizer)
     # Perplexity needs masked positions even where the training inputs are not masked.
-    eval_masking = Masking.of(tokenizer, mask_probability or 0.15) if masks else None
+    eval_masking = Masking.of(tokenizer, mask_probability or 0.15) if is_masked(student) else None
     judged = rows.eval
 
-    def make_batch(indices: Sequence[int], generator: torch.Generator) -> Batch:
-        return collate_text([rows.train[int(i)] for i in indices], pad_id=pad_id, masking=masking, generator=generator)
-
-    def evaluate(poll: Callable[[], None]) -> dict[str, float]:
+    def evaluate(share: Share) -> dict[str, float]:
         assert judged is not None and isinstance(student, LanguageModel)
-        batches = (
-            collate_text(
-                [judged[i] for i in range(start, min(start + eval_batch_size, len(judged)))],
-                pad_id=pad_id,
-                masking=eval_masking,
-                generator=torch.Generator().manual_seed(start),
-            )
-            for start in range(0, len(judged), eval_batch_size)
-        )
-        return {"perplexity": perplexity(student, batches, slot_bias=slot_bias(), poll=poll)}
+        bias = slot_bias()
+
+        def loss(start: int) -> tuple[float, int]:
+            rows = [judged[i] for i in range(start, min(start + eval_batch_size, len(judged)))]
+            generator = torch.Generator().manual_seed(start)
+            return summed_loss(student, collate_text(rows, pad_id=pad_id, masking=eval_masking, generator=generator), slot_bias=bias)
+
+        with evaluating(student):
+            return {"perplexity": perplexity_of(share.map(loss, range(0, len(judged), eval_batch_size)))}
 
     is_judged = judged is not None and isinstance(student, LanguageModel)
     return StageData(rows.train.lengths, make_batch, evaluate if is_judged else None, "perplexity", False)
 
 
 def cloze_data(
-    rows: ClozeRows, student: LanguageModel | TaskModel, tokenizer: Any, predict: Callable[[ClozeBatch], Tensor], eval_batch_size: int
+    rows: ClozeRows,
+    student: LanguageModel | TaskModel,
+    tokenizer: Any,
+    make_batch: MakeBatch,
+    predict: Callable[[ClozeBatch], Tensor],
+    eval_batch_size: int,
 ) -> StageData:
-    """Batches of cloze questions, judged by what `predict` answers."""
+    """Cloze questions, judged by what `predict` answers."""
     pad_id = pad_id_of(tokenizer)
 
-    def make_batch(indices: Sequence[int], generator: torch.Generator) -> Batch:
-        return collate([rows.train[int(i)] for i in indices], pad_id=pad_id)
-
-    def evaluate(poll: Callable[[], None]) -> dict[str, float]:
-        training = student.training
-        student.eval()
-        predictions: list[int] = []
-        for start in range(0, len(rows.eval), eval_batch_size):
-            poll()
+    def evaluate(share: Share) -> dict[str, float]:
+        def predicted(start: int) -> list[int]:
             batch = collate(rows.eval[start : start + eval_batch_size], pad_id=pad_id)
-            predictions += predict(batch.to(student.device)).tolist()
-        student.train(training)
+            return predict(batch.to(student.device)).tolist()
+
+        with evaluating(student):
+            predictions = [label for batch in share.map(predicted, range(0, len(rows.eval), eval_batch_size)) for label in batch]
         labels = [example.label for example in rows.eval]
         scores = {"accuracy": accuracy(predictions, labels)}
         if rows.task.num_labels:
@@ -144,30 +237,40 @@ def cloze_data(
     return StageData(lengths, make_batch, evaluate, "accuracy", True)
 
 
-def dataset_data(rows: DatasetRows, student: LanguageModel | TaskModel, eval_batch_size: int, *, judged: bool) -> StageData:
-    """Batches of a labelled task, judged by its metrics, if at all."""
+def dataset_data(
+    rows: DatasetRows, student: LanguageModel | TaskModel, make_batch: MakeBatch, eval_batch_size: int, *, judged: bool
+) -> StageData:
+    """A labelled task, judged by its metrics, if at all."""
 
-    def make_batch(indices: Sequence[int], generator: torch.Generator) -> Batch:
-        return rows.train.collate(indices)
-
-    def evaluate(poll: Callable[[], None]) -> dict[str, float]:
+    def evaluate(share: Share) -> dict[str, float]:
         assert isinstance(student, TaskModel)
-        return dataset_scores(student, rows, eval_batch_size, poll)
+        return dataset_scores(student, rows, eval_batch_size, share)
 
     metric = rows.dataset.metrics[0] if rows.eval is not None else "none"
     return StageData(rows.train.lengths, make_batch, evaluate if judged and rows.eval is not None else None, metric, True)
 
 
 @torch.no_grad()
-def dataset_scores(student: TaskModel, rows: DatasetRows, batch_size: int, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
+def dataset_scores(student: TaskModel, rows: DatasetRows, batch_size: int, share: Share | None = None) -> dict[str, float]:
     """Every metric of the task on the evaluation rows, in evaluation mode."""
-    assert rows.eval is not None and rows.eval_split is not None
-    training = student.training
-    student.eval()
-    scores: list[Tensor] = []
-    for start in range(0, len(rows.eval), batch_size):
-        poll()
-        batch = rows.eval.collate(range(start, min(start + batch_size, len(rows.eval))))
-        scores += student(batch.to(student.device)).float().cpu().unbind()
-    student.train(training)
-    return rows.dataset.score(rows.eval_split, rows.eval.predictions(scores))
+    encoded, split = rows.eval, rows.eval_split
+    assert encoded is not None and split is not None
+
+    def scores(start: int) -> list[Any]:
+        batch = encoded.collate(range(start, min(start + batch_size, len(encoded))))
+        return [row.tolist() for row in student(batch.to(student.device)).float().cpu()]
+
+    with evaluating(student):
+        batches = (share or Share()).map(scores, range(0, len(encoded), batch_size))
+    return rows.dataset.score(split, encoded.predictions([torch.tensor(row) for batch in batches for row in batch]))
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, and the mode of before behind it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -25,18 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.capture import Captured, capture, check_capture, num_layers
+from ..models.capture import capture, check_capture, num_layers
 from ..models.filters import FilterBank, FilterHeads, hidden_width, reads_last_token
-from ..models.language_model import LanguageModel, rows_behind
+from ..models.language_model import LanguageModel
 from ..models.layer_map import LayerMap, intervals, layer_map
 from ..models.task_model import TaskModel
+from ..models.teacher_cache import CachedTeacher
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from ..ops.linear_kl import linear_kl_div
 from ..ops.projected_mse import projected_mse
+from ..tasks.labelled import Kind
 from ..tasks.text import IGNORE_INDEX
 from .language_modeling import LanguageModeling, check_mask_probability
 from .objective import Objective
 from .task_losses import label_loss, score_divergence
+from .teaching import Lesson, Taught, plain, task_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,11 +171,14 @@ class FilterTraining(Objective):
         model, filtered = self.student, self.filters.filtered(k, read)
         if isinstance(model, TaskModel):
             return label_loss(model.kind, self.heads.scores(k, filtered, batch.num_choices), batch.labels).sum()
-        hidden, labels = self.heads.scores(k, filtered), model.to_slots(batch.labels.flatten()[positions])
-        head, transform = model.head, model.transform
-        return linear_cross_entropy(
-            hidden, head.weight, labels, bias=head.bias, softcap=transform.softcap, logit_scale=transform.scale, reduction="sum"
-        )
+        labels, transform = model.to_slots(batch.labels.flatten()[positions]), model.transform
+
+        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return linear_cross_entropy(
+                hidden, weight, labels, bias=bias, softcap=transform.softcap, logit_scale=transform.scale, reduction="sum"
+            )
+
+        return model.through_head(self.heads.scores(k, filtered), at_head)
 
 
 class TaskAwareDistillation(Objective):
@@ -191,27 +196,29 @@ class TaskAwareDistillation(Objective):
     teacher: Model
     teacher_filters: FilterBank
 
-    def __init__(self, student: Model, teacher: Model, options: TEDOptions, *, seed: int, filters: Folders | None = None) -> None:
+    def __init__(
+        self, student: Model, teacher: Model | CachedTeacher, options: TEDOptions, *, seed: int, filters: Folders | None = None
+    ) -> None:
         """seed: of lwd's filters. filters: folders of those that stages have made, by stage; what the options name comes first."""
         super().__init__()
         self.options = options = options.resolved()
-        if (theirs := _predicts(teacher)) != (own := _predicts(student)):
+        own = _predicts(student)
+        theirs = own if isinstance(teacher, CachedTeacher) else _predicts(teacher)
+        if theirs != own:
             raise ValueError(f"The teacher is {theirs}, the student {own}; load both for one task, as encoders or as decoders.")
         self.student = student
-        self.hold("teacher", teacher)
-        is_regression = isinstance(student, TaskModel) and student.kind == "regression"
-        self.kl_alpha = 0.0 if is_regression and options.regression_kd == "none" else options.kl_alpha
-        if isinstance(student, LanguageModel) and isinstance(teacher, LanguageModel) and self.kl_alpha > 0:
-            self.teacher_weight, self.teacher_bias = rows_behind(student, teacher)
         self.pairs = compared_layers(student.model, teacher.model, options)
+        kind, kept = (None, student.kept) if isinstance(student, LanguageModel) else (student.kind, None)
+        self.learn_from(teacher, lesson(options, kind, tuple(other for _, other in self.pairs), kept))
         if not self.pairs:
             return
         layers, teacher_layers = zip(*self.pairs, strict=True)
         width = hidden_width(teacher)
         if options.needs_filters:
-            teacher_filters = _load(options, filters, "teacher", teacher, teacher_layers)
+            teacher_filters = _load(options, filters, "teacher", teacher, teacher_layers).to(student.device)
             self.hold("teacher_filters", teacher_filters.eval().requires_grad_(False))
-            self.filters, width = _load(options, filters, "student", student, layers), teacher_filters.shape.filter_width
+            self.filters = _load(options, filters, "student", student, layers).to(student.device)
+            width = teacher_filters.shape.filter_width
         else:
             generator = torch.Generator().manual_seed(seed)
             self.filters = FilterBank.of(student, layers, generator, filter_width=width, nonlinear=options.filter_nonlinear)
@@ -227,34 +234,23 @@ class TaskAwareDistillation(Objective):
 
     def forward(self, batch: Any, denominator: np.ndarray) -> Tensor:
         labelled, tokens, positions = map(float, denominator)
-        output, states = self._teacher_pass(batch)
+        batch, taught = self.taught(batch)
         distances: list[Tensor] = []
         number = {own: (k, other) for k, (own, other) in enumerate(self.pairs)}
 
         def compare(layer: int, state: Tensor) -> None:
             k, other = number[layer]
-            distances.append(self._distance(k, state, states.pop(other), batch))
+            distances.append(self._distance(k, state, taught.states.pop(other), batch))
 
         with capture(self.student.model, hidden=number, at_hidden=compare) if number else nullcontext():
             if isinstance(self.student, LanguageModel):
-                loss = self._text_loss(batch, output, labelled, tokens)
+                loss = self._text_loss(batch, taught, labelled, tokens)
             else:
-                loss = self._task_loss(batch, output) / labelled
+                loss = self._task_loss(batch, taught) / labelled
         if not distances:
             return loss
         compared = tokens if self.options.padding == "exclude" else positions
         return loss + self.options.mse_alpha * torch.stack(distances).sum() / (len(distances) * compared)
-
-    def _teacher_pass(self, batch: Any) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """The teacher's scores (text: what enters its head) if the divergence needs them, and its states by layer."""
-        layers, has_divergence = [other for _, other in self.pairs], self.kl_alpha > 0
-        if not layers and not has_divergence:
-            return None, {}
-        output = None
-        reads: Any = capture(self.teacher.model, hidden=layers, stop=not has_divergence) if layers else nullcontext(Captured())
-        with torch.no_grad(), reads as seen:
-            output = _run(self.teacher, batch)
-        return output, seen.hidden
 
     def _distance(self, k: int, state: Tensor, target: Tensor, batch: Any) -> Tensor:
         """Summed over positions, mean over width."""
@@ -268,14 +264,15 @@ class TaskAwareDistillation(Objective):
             features, last.weight, target, weight, student_bias=last.bias, teacher_bias=bias, mask=mask, reduction="sum"
         )
 
-    def _task_loss(self, batch: Any, teacher_scores: Tensor | None) -> Tensor:
+    def _task_loss(self, batch: Any, taught: Taught) -> Tensor:
         """Summed over examples."""
         student, options = self.student, self.options
         assert isinstance(student, TaskModel)
         scores, kind = student(batch), student.kind
         loss = label_loss(kind, scores, batch.labels).sum()
-        if teacher_scores is None:
+        if taught.scores is None:
             return loss
+        teacher_scores = taught.scores.view_as(scores)
         if kind != "regression":
             mask = batch.attention_mask.bool() if kind == "question_answering" and options.padding == "exclude" else None
             divergence = score_divergence(kind, scores, teacher_scores, options.temperature, mask=mask)
@@ -284,36 +281,39 @@ class TaskAwareDistillation(Objective):
         else:
             # The examples of this batch are the classes; divided by those of the step, a micro-batch counts by its share of them.
             divergence = score_divergence("classification", scores[None], teacher_scores[None], options.temperature)
-        return loss + self.kl_alpha * divergence.sum()
+        return loss + options.kl_alpha * divergence.sum()
 
-    def _text_loss(self, batch: Any, teacher_hidden: Tensor | None, labelled: float, tokens: float) -> Tensor:
+    def _text_loss(self, batch: Any, taught: Taught, labelled: float, tokens: float) -> Tensor:
         """Divided by the denominators of its two terms, which are made in one pass over the logits."""
-        student, teacher = self.student, self.teacher
-        assert isinstance(student, LanguageModel) and isinstance(teacher, LanguageModel)
-        if teacher_hidden is None:
+        student, words, kl_alpha = self.student, taught.words, self.options.kl_alpha
+        assert isinstance(student, LanguageModel)
+        if words is None:
             return LanguageModeling(student)(batch, labelled)
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            loss = linear_kl_div(
+            loss = words.divergence(
                 hidden,
                 weight,
-                teacher_hidden,
-                self.teacher_weight,
                 student_bias=bias,
-                teacher_bias=self.teacher_bias,
                 temperature=self.options.temperature,
                 mask=batch.attention_mask.bool(),
                 labels=student.to_slots(batch.labels, ignore_index=IGNORE_INDEX),
                 # The op divides both terms by the tokens, and both are then multiplied by kl_alpha.
-                label_weight=tokens / (max(labelled, 1.0) * self.kl_alpha),
+                label_weight=tokens / (max(labelled, 1.0) * kl_alpha),
                 denominator=tokens,
                 **student.logit_options("student"),
-                **teacher.logit_options("teacher"),
             )
-            assert isinstance(loss, Tensor)
-            return self.kl_alpha * loss
+            return kl_alpha * loss
 
         return student(batch.input_ids, batch.attention_mask, at_head)
+
+
+def lesson(options: TEDOptions, kind: Kind | None, layers: tuple[int, ...], kept: slice | Tensor | None) -> Lesson:
+    """What stage `distill` asks of the teacher. kind: of the labelled task, None for text, where the student has the `kept` rows."""
+    undistilled = kind == "regression" and options.resolved().regression_kd == "none"
+    if options.kl_alpha == 0 or undistilled:
+        return Lesson(layers=layers)
+    return Lesson(words=kept, layers=layers) if kind is None else Lesson(scores=task_scores, layers=layers)
 
 
 def compared_layers(student: PreTrainedModel, teacher: PreTrainedModel, options: TEDOptions) -> LayerMap:
@@ -337,11 +337,11 @@ def check_filters(options: TEDOptions, stages: Sequence[str]) -> None:
             raise ValueError(_no_filters(role))
 
 
-def _load(options: TEDOptions, filters: Folders | None, role: Role, model: Model, layers: Sequence[int]) -> FilterBank:
+def _load(options: TEDOptions, filters: Folders | None, role: Role, model: Model | CachedTeacher, layers: Sequence[int]) -> FilterBank:
     folder = _folder(options, filters, role)
     if folder is None:
         raise ValueError(_no_filters(role))
-    return FilterBank.load(folder, layers=layers, width=hidden_width(model)).to(model.device, model.model.dtype)
+    return FilterBank.load(folder, layers=layers, width=hidden_width(model)).to(model.model.dtype)
 
 
 def _folder(options: TEDOptions, filters: Folders | None, role: Role) -> str | Path | None:
@@ -388,6 +388,7 @@ def _predicts(model: Model) -> str:
 
 def _labelled(model: Model, batch: Any) -> int:
     """What the task's loss is a mean over: examples, or the labelled tokens of text."""
+    batch = plain(batch)
     return int((batch.labels != IGNORE_INDEX).sum()) if isinstance(model, LanguageModel) else batch.num_examples
 
 

@@ -143,7 +143,7 @@ def capture(
             after the LayerNorm and dropout of the embeddings where the model has them.
         attention: layers whose Q, K, V become `seen.attention[l]`.
         stop: leave the forward, and with it the with-block, as soon as all that is asked for is there: at the last layer's attention,
-            before its softmax, if that is what is last.
+            before its softmax, if that is what is last. A model in pieces (FSDP) is run to its end all the same.
         embeddings: replaces what enters the first layer, which is also what `hidden` 0 shows.
         at_hidden: called with (layer, state) in place of storing the state, in the order of the layers.
 
@@ -156,6 +156,8 @@ def capture(
     if stop and not hidden and not attention:
         raise ValueError("stop=True leaves the forward once what was asked for is there: name layers in hidden or attention.")
     architecture, layers = _architecture(model), transformer_layers(model)
+    if hasattr(layers[0], "unshard"):
+        stop = False  # FSDP has to see the end of every forward that it saw the beginning of
     after_first = attrgetter(architecture.after_first)(model.base_model) if architecture.after_first else None
     seen = Captured()
     missing = {("hidden", layer) for layer in hidden} | {("attention", layer) for layer in attention}

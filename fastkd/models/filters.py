@@ -19,6 +19,7 @@ from ..vocab.storage import load_record, save_record
 from .language_model import LanguageModel
 from .load import is_decoder
 from .task_model import TaskModel
+from .teacher_cache import CachedTeacher
 
 T = TypeVar("T", bound=nn.Module)
 _KIND = "filters"
@@ -179,11 +180,11 @@ def reads_last_token(model: TaskModel | LanguageModel) -> bool:
     return model.causal if isinstance(model, LanguageModel) else is_decoder(model.model.config)
 
 
-def hidden_width(model: TaskModel | LanguageModel) -> int:
+def hidden_width(model: TaskModel | LanguageModel | CachedTeacher) -> int:
     return _config(model).hidden_size
 
 
-def _config(model: TaskModel | LanguageModel) -> Any:
+def _config(model: TaskModel | LanguageModel | CachedTeacher) -> Any:
     return model.model.config.get_text_config()
 
 

@@ -72,6 +72,11 @@ class LanguageModel(nn.Module):
         """Rows of the head: slots with a map, ids without."""
         return self.head.out_features
 
+    @property
+    def kept(self) -> slice | Tensor:
+        """The teacher's rows behind the rows of this head."""
+        return slice(self.vocabulary) if self.vocab_map is None else self.vocab_map.kept_ids
+
     def logit_options(self, role: str) -> dict[str, Any]:
         """What `linear_kl_div` must know of this model's logits, in its `role` of "student" or "teacher"."""
         return {f"{role}_softcap": self.transform.softcap, f"{role}_logit_scale": self.transform.scale}
@@ -97,6 +102,16 @@ class LanguageModel(nn.Module):
             self.head.at_head = None
         if at_head is None:
             return output.logits
+        result, self.head.result = self.head.result, None
+        return result
+
+    def through_head(self, hidden: Tensor, at_head: AtHead) -> Any:
+        """What `at_head` makes of (hidden, weight, bias), inside the forward of the head alone; also while the whole model runs."""
+        before, self.head.at_head = self.head.at_head, at_head
+        try:
+            self.head(hidden)
+        finally:
+            self.head.at_head = before
         result, self.head.result = self.head.result, None
         return result
 
@@ -129,13 +144,14 @@ class LanguageModel(nn.Module):
             )
 
 
-def rows_behind(student: LanguageModel, teacher: LanguageModel) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the teacher's head behind the rows of the student's, gathered once."""
+def head_rows(teacher: LanguageModel, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of these rows of the teacher's head, gathered once."""
     weight, bias = teacher.head.weight, teacher.head.bias
-    if len(weight) < student.vocabulary:
-        raise ValueError(f"The teacher has {len(weight)} vocabulary rows, the student {student.vocabulary}; give the student a map.")
-    rows: Any = slice(student.vocabulary) if student.vocab_map is None else student.vocab_map.kept_ids.to(weight.device)
-    return weight[rows], None if bias is None else bias[rows]
+    count = rows.stop if isinstance(rows, slice) else len(rows)
+    if len(weight) < count:
+        raise ValueError(f"The teacher has {len(weight)} vocabulary rows, the student {count}; give the student a map.")
+    index: Any = rows.to(weight.device) if isinstance(rows, Tensor) else rows
+    return weight[index], None if bias is None else bias[index]
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:

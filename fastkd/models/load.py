@@ -29,7 +29,10 @@ def load_config(name_or_path: str, dropout: Mapping[str, float] | None = None) -
     from transformers import AutoConfig
 
     _check_folder(name_or_path, "config.json", "a transformers model")
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except OSError as error:
+        raise OSError(f"The model {name_or_path} cannot be loaded: {error}") from error
     for name, probability in (dropout or {}).items():
         if not hasattr(config, name) and name not in _HEAD_DROPOUTS:
             known = ", ".join(key for key in config.to_dict() if "drop" in key)

@@ -183,9 +183,12 @@ def check_row_values(options: LossOptions, vocabulary: int, mask: Tensor | None,
 
 def check_index_values(vocab_index: Tensor | None, teacher_vocabulary: int) -> None:
     if vocab_index is not None and not vocab_index.is_cuda and vocab_index.numel():
-        if not 0 <= int(vocab_index.min()) <= int(vocab_index.max()) < teacher_vocabulary:
+        outside = ((vocab_index < 0) | (vocab_index >= teacher_vocabulary)).nonzero()
+        if outside.numel():
+            place = int(outside[0, 0])
             raise ValueError(
-                f"vocab_index reaches outside the teacher's {teacher_vocabulary} rows; give ids in [0, {teacher_vocabulary})."
+                f"vocab_index names row {int(vocab_index[place])} at place {place}, outside the teacher's {teacher_vocabulary} rows; "
+                f"give ids in [0, {teacher_vocabulary})."
             )
         uses = torch.bincount(vocab_index, minlength=teacher_vocabulary)
         if int(uses.max()) > 1:
@@ -199,9 +202,12 @@ def check_index_values(vocab_index: Tensor | None, teacher_vocabulary: int) -> N
 def check_topk_values(ids: Tensor, vocabulary: int) -> None:
     if ids.is_cuda or not ids.numel():
         return
-    if not -1 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+    outside = ((ids < -1) | (ids >= vocabulary)).nonzero()
+    if outside.numel():
+        row, entry = outside[0].tolist()
         raise ValueError(
-            f"topk_ids reaches outside the student's {vocabulary} rows; give ids in [0, {vocabulary}), or -1 for no entry."
+            f"topk_ids holds {int(ids[row, entry])} at row {row}, outside the student's {vocabulary} rows; give ids in "
+            f"[0, {vocabulary}), or -1 for no entry."
         )
     ordered = ids.sort(dim=-1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1).nonzero()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -20,6 +22,10 @@ def row_kernel(backend: str, device: torch.device) -> RowKernel:
     """
     if backend == "auto":
         backend = "cpp" if device.type == "cpu" and cpp.is_built() else "torch"
+        if device.type == "cpu" and backend == "torch":
+            _tell_once(
+                "Torch's row kernel serves: the C++ one, of the same numbers and faster, is compiled by `python -m fastkd.ops.cpp`."
+            )
     if backend == "torch":
         return rows.softmax_divergence_
     if backend == "cpp":
@@ -46,6 +52,11 @@ def topk_kernel(backend: str, device: torch.device) -> RowKernel:
         _check_triton(device)
         return triton.topk_divergence_
     raise ValueError(f"backend={backend!r} has no kernel for a top-k teacher; use 'auto', 'torch' or 'triton'.")
+
+
+@cache
+def _tell_once(message: str) -> None:
+    logging.getLogger("fastkd").info(message)
 
 
 def _check_triton(device: torch.device) -> None:

@@ -42,4 +42,12 @@ def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        cpp.mm_16bit_(out, a, b, accumulate)
+        cpp.mm_16bit_(out, _read_by_blas(a), _read_by_blas(b), accumulate)
+
+
+def _read_by_blas(matrix: Tensor) -> Tensor:
+    """The matrix, copied if it lies in memory neither row by row nor column by column, as an expanded one or every other column."""
+    (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
+    by_rows = (columns == 1 or column_stride == 1) and (rows == 1 or row_stride >= columns)
+    by_columns = (rows == 1 or row_stride == 1) and (columns == 1 or column_stride >= rows)
+    return matrix if by_rows or by_columns else matrix.contiguous()

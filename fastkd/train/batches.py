@@ -89,6 +89,11 @@ def counter_torch_generator(*keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(_hash(keys, size=7))  # 7 bytes always fit a seed
 
 
+def seed_global_generators(*keys: int) -> None:
+    """Let torch's own generators, of which dropout draws, begin a stream that depends on `keys` alone."""
+    torch.manual_seed(_hash(keys, size=7))
+
+
 def _hash(keys: tuple[int, ...], *, size: int) -> int:
     text = ",".join(str(int(key)) for key in keys)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())

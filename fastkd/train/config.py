@@ -41,9 +41,13 @@ class TextData:
     """Tokens in a training row."""
     layout: Literal["packed", "rows", "auto"] = "auto"
     """packed: documents are joined and cut into full rows; rows: one row per text. auto: packed for decoders, rows for encoders."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that is null or no string is refused, or left out and counted. Files that cannot be read are always refused."""
+    max_bad_rows: int = 1000
+    """With on_bad_row: skip, more bad rows than these are refused after all."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "max_rows", "max_eval_rows")
+        _at_least(1, self, "max_rows", "max_eval_rows", "max_bad_rows")
         _at_least(2, self, "max_length")
 
 
@@ -65,11 +69,15 @@ class TaskData:
     """At most this many training rows."""
     max_eval_rows: int | None = None
     """At most this many evaluation rows."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row without text in a column of the template is refused, or left out and counted."""
+    max_bad_rows: int = 1000
+    """With on_bad_row: skip, more bad rows than these in one split are refused after all."""
     cloze: ClozeTask
     """How a row becomes inputs and scores."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "max_rows", "max_eval_rows")
+        _at_least(1, self, "max_rows", "max_eval_rows", "max_bad_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +107,13 @@ class DatasetArguments:
     """Of few_sample and label_noise: the same examples whatever the run's seed."""
     max_eval_rows: int | None = None
     """At most this many evaluation examples."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row without text, or with a label or an answer that cannot be, is refused, or left out of its split and counted."""
+    max_bad_rows: int = 1000
+    """With on_bad_row: skip, more bad rows than these in one split are refused after all."""
 
     def __post_init__(self) -> None:
+        _at_least(1, self, "max_bad_rows")
         _at_least(2, self, "few_sample", "max_eval_rows")
         _at_least(8, self, "max_length")
         if not 1 <= len(self.text_columns) <= 2:
@@ -131,6 +144,24 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherArguments:
+    """Whether the teacher is asked at every step, or once beforehand by `fastkd cache`."""
+
+    kind: Literal["model", "cache"] = "model"
+    """model: the teacher runs beside the student. cache: what it has said of every training row is read from path, and it is not
+    loaded; an encoder's masks are then drawn once a row and are the same in every epoch."""
+    path: str | None = None
+    """cache: the folder that `fastkd cache` has written for this stage."""
+    tail: Literal["bucket", "renormalize", "zero"] = "bucket"
+    """What becomes of the teacher's mass outside of a top-k cache. bucket: one event more; renormalize: it is spread over the k;
+    zero: it is left out."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "cache" and self.path is None:
+            raise ValueError("path is not set, and kind is cache; give the folder that `fastkd cache` has written for this stage.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageArguments:
     """What one stage needs; keys at the top of a file hold for every stage that does not set its own."""
 
@@ -142,6 +173,8 @@ class StageArguments:
     """Examples of a known task (finetune, crild, ted)."""
     teacher_model_name_or_path: str | None = None
     """Folder or hub name of the teacher; task stages want the one fine-tuned on the task."""
+    teacher: TeacherArguments = TeacherArguments()
+    """Whether the teacher is run or read from a cache."""
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own options, such as temperature; docs/configuration.md lists them per method."""
     dropout: dict[str, float] = field(default_factory=dict)
@@ -193,6 +226,14 @@ class StageArguments:
     """Steps between checkpoints; null: at every evaluation."""
     save_total_limit: int = 2
     """Checkpoints kept."""
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy of the tensors in host memory (not with fsdp)."""
+    save_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (a full disk): stop, or go on with a warning until the next; the stage's last one must be."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite, the weights stay as they are; then stop, or skip the step's rows and go on."""
+    max_skipped_steps: int = 10
+    """Stop after more than so many skipped steps in a row; those in which fp16's loss scale is being found do not count."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -205,6 +246,7 @@ class StageArguments:
             "eval_steps",
             "save_steps",
             "save_total_limit",
+            "max_skipped_steps",
         )
         for name, probability in self.dropout.items():
             if not 0 <= probability < 1 or "drop" not in name:
@@ -256,6 +298,12 @@ class RunConfig(StageArguments):
     """Of new weights, of the order of the data, and of masking."""
     use_cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
+    fsdp: bool = False
+    """Under torchrun: split the student, its gradients and its optimizer over the ranks (FSDP2); false: whole on each (DDP)."""
+    fsdp_teacher: bool = False
+    """Split the teacher too, but for its head."""
+    ddp_timeout: int = 1800
+    """Seconds after which a rank that does not come is given up, and named."""
     cache_dir: str | None = None
     """Where tokenised corpora and counts are kept between runs; null: output_dir/cache."""
     overwrite_output_dir: bool = False
@@ -268,6 +316,9 @@ class RunConfig(StageArguments):
                 "neither model_name_or_path nor student is set, so there is no student to train. Name a model to start from, or give "
                 "the settings of a new one, such as student: {num_hidden_layers: 2}."
             )
+        _at_least(1, self, "ddp_timeout")
+        if self.fsdp and any(stage.async_save or stage.fp16 or stage.torch_compile for stage in (self, *self.stages.values())):
+            raise ValueError("fsdp goes neither with async_save, nor with fp16 (take bf16), nor with torch_compile; turn them off.")
         if self.student_layers is not None and self.model_name_or_path is None:
             raise ValueError("student_layers picks layers of model_name_or_path, which is not set; name the model to take them from.")
 

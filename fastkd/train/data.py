@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..methods.stage_data import ClozeRows, DatasetRows, TextRows
+from ..tasks.bad_rows import BadRowPolicy
 from ..tasks.cloze import encode_examples
 from ..tasks.corpus import Corpus, open_corpus
 from ..tasks.encoded import encode_task
@@ -26,6 +28,7 @@ def train_corpus(text: TextData) -> Corpus:
         text_column=text.text_column,
         streaming=text.streaming,
         max_rows=text.max_rows,
+        bad_rows=_bad_rows(text),
     )
 
 
@@ -39,11 +42,12 @@ def eval_corpus(text: TextData) -> Corpus | None:
         text_column=text.text_column,
         streaming=text.streaming,
         max_rows=text.max_eval_rows,
+        bad_rows=_bad_rows(text),
     )
 
 
-def text_rows(text: TextData, tokenizer: Any, cache_dir: Path, *, causal: bool) -> TextRows:
-    """Tokenise (or open from the cache) the training and evaluation rows."""
+def text_rows(text: TextData, tokenizer: Any, cache_dir: Path, *, causal: bool, poll: Callable[[], None] = lambda: None) -> TextRows:
+    """Tokenise (or open from the cache) the training and evaluation rows; what `poll` raises ends it, and the next call goes on."""
     layout = text.layout if text.layout != "auto" else ("packed" if causal else "rows")
 
     def tokenized(corpus: Corpus) -> TokenRows:
@@ -54,6 +58,7 @@ def text_rows(text: TextData, tokenizer: Any, cache_dir: Path, *, causal: bool) 
             layout=layout,
             cache_dir=cache_dir / "tokens",
             split_long=layout == "rows",
+            poll=poll,
         )
 
     judged = eval_corpus(text)
@@ -68,8 +73,13 @@ def cloze_rows(data: TaskData, tokenizer: Any, *, causal: bool) -> ClozeRows:
             "task.eval_path."
         )
     split = data.eval_split if data.eval_path is None else "train"
-    train = load_examples(data.path, name=data.name, split=data.train_split, max_rows=data.max_rows)
-    judged = load_examples(data.eval_path or data.path, name=data.name, split=split, max_rows=data.max_eval_rows)
+
+    def loaded(path: str, split: str, max_rows: int | None) -> list[dict[str, Any]]:
+        text_columns, bad_rows = data.cloze.columns, _bad_rows(data)
+        return load_examples(path, name=data.name, split=split, max_rows=max_rows, text_columns=text_columns, bad_rows=bad_rows)
+
+    train = loaded(data.path, data.train_split, data.max_rows)
+    judged = loaded(data.eval_path or data.path, split, data.max_eval_rows)
     eval_rows = encode_examples(data.cloze, judged, tokenizer, causal=causal)
     if any(example.label < 0 for example in eval_rows):
         raise ValueError(f"Some evaluation rows have no {data.cloze.label_column}; labels are needed there to select the best weights.")
@@ -89,10 +99,13 @@ def load_dataset(arguments: DatasetArguments) -> TaskDataset:
         if arguments.path is None:
             raise ValueError("dataset.path is not set, and task pairs are the rows found there; name a file, folder or hub data set.")
         dataset = load_pairs(
-            arguments.path, text_column=arguments.text_columns[0], second_text_column=next(iter(arguments.text_columns[1:]), None)
+            arguments.path,
+            text_column=arguments.text_columns[0],
+            second_text_column=next(iter(arguments.text_columns[1:]), None),
+            bad_rows=_bad_rows(arguments),
         )
     else:
-        dataset = load_task(arguments.task, arguments.path)
+        dataset = load_task(arguments.task, arguments.path, bad_rows=_bad_rows(arguments))
     if arguments.few_sample is not None:
         dataset = dataset.few_sample(arguments.few_sample, arguments.sample_seed)
     if arguments.label_noise:
@@ -118,3 +131,7 @@ def dataset_rows(arguments: DatasetArguments, dataset: TaskDataset, tokenizer: A
         )
 
     return DatasetRows(dataset, encoded("train"), eval_split, None if eval_split is None else encoded(eval_split))
+
+
+def _bad_rows(data: TextData | TaskData | DatasetArguments) -> BadRowPolicy:
+    return BadRowPolicy(data.on_bad_row, data.max_bad_rows)

@@ -19,7 +19,7 @@ class RunLog:
     """Appends one JSON object a line to `output_dir/log.jsonl`, each handed to the system as soon as it is written.
 
     Args:
-        output_dir: an existing folder.
+        output_dir: an existing folder; None writes nowhere, as ranks other than the first do.
         stage: put into every line as `stage`; steps are counted within it.
         resume_step: the step of `stage` that the run resumes from. What the log holds beyond that point is cut off: it
             is about to happen again. None starts a new stage and keeps every line.
@@ -27,10 +27,10 @@ class RunLog:
     A half line at the end, left by a killed process, is dropped in either case.
     """
 
-    def __init__(self, output_dir: str | Path, *, stage: str | None = None, resume_step: int | None = None) -> None:
-        path = Path(output_dir) / LOG_FILE
+    def __init__(self, output_dir: str | Path | None, *, stage: str | None = None, resume_step: int | None = None) -> None:
+        path = Path(os.devnull) if output_dir is None else Path(output_dir) / LOG_FILE
         self.stage = stage
-        if path.exists():
+        if path.is_file():
             os.truncate(path, _kept_bytes(path, stage, resume_step))
         self._file = path.open("a", encoding="utf-8", buffering=1)  # line-buffered: one write per line
 
@@ -93,10 +93,10 @@ def _strict(value: Any) -> Any:
 
 
 class Progress(tqdm):
-    """tqdm's bar when stderr is a terminal, and not one character otherwise."""
+    """tqdm's bar when stderr is a terminal and it is to be `shown`, and not one character otherwise."""
 
-    def __init__(self, total: int, *, initial: int = 0, description: str | None = None) -> None:
-        super().__init__(total=total, initial=initial, desc=description, disable=None, dynamic_ncols=True)
+    def __init__(self, total: int, *, initial: int = 0, description: str | None = None, shown: bool = True) -> None:
+        super().__init__(total=total, initial=initial, desc=description, disable=None if shown else True, dynamic_ncols=True)
 
 
 def peak_memory_mb() -> float:

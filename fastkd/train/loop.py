@@ -6,25 +6,29 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..methods.objective import Position, Stage
-from .batches import BatchOrder, counter_torch_generator
-from .checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
+from ..methods.objective import Position, Share, Stage
+from .batches import BatchOrder, counter_torch_generator, seed_global_generators
+from .checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
 from .config import StageArguments
 from .log import Progress, RunLog, peak_memory_mb
+from .parallel import Engine, gradient_norm
+from .ranks import Ranks
 from .schedule import learning_rate_factor, resolve_warmup
 from .signals import Preempted, SignalFlag
-from .state import load_optimizer_tensors, optimizer_tensors, restore_rng, rng_tensors
+from .state import State, load_optimizer_tensors, module_tensors, on_cpu, optimizer_tensors, own_tensors, set_module_tensors
 
 log = logging.getLogger("fastkd")
-State = dict[str, Tensor]
+_DROPOUT = 1  # sets its random stream apart from that of a micro-batch's masks
 
 
 class NonFiniteError(RuntimeError):
@@ -33,9 +37,14 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Progressed:
-    """Where the stage stands, beside tensors: all of it is in every checkpoint."""
+    """Where the stage stands, beside tensors: all of it is in every checkpoint.
+
+    The position in the data is `step + skipped` optimizer steps' worth of micro-batches.
+    """
 
     step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     evaluated_step: int = -1
     best_step: int = -1
     best: dict[str, float] = field(default_factory=dict)
@@ -61,11 +70,24 @@ class StageResult:
 class StageTrainer:
     """Trains `stage` in `folder`; `run()` starts, or goes on from the newest checkpoint that verifies."""
 
-    def __init__(self, stage: Stage, arguments: StageArguments, folder: Path, *, seed: int, device: torch.device) -> None:
-        self.stage, self.arguments, self.folder, self.device = stage, arguments, folder, device
-        self.seed = seed
+    def __init__(
+        self,
+        stage: Stage,
+        arguments: StageArguments,
+        folder: Path,
+        *,
+        seed: int,
+        ranks: Ranks | None = None,
+        flag: SignalFlag | None = None,
+        fsdp: bool = False,
+    ) -> None:
+        """flag: of whoever holds the signals already. fsdp: split the student over the ranks."""
+        self.stage, self.arguments, self.folder, self.seed = stage, arguments, folder, seed
+        self.ranks, self.flag = ranks or Ranks(), flag
         self.order = BatchOrder(stage.lengths, arguments.per_device_train_batch_size, seed, bucket=arguments.group_by_length)
-        steps_per_epoch = max(1, self.order.batches_per_epoch // arguments.gradient_accumulation_steps)
+        self.micro_batches = arguments.gradient_accumulation_steps * self.ranks.world_size
+        """Of an optimizer step, over all ranks, which take them in turn."""
+        steps_per_epoch = max(1, self.order.batches_per_epoch // self.micro_batches)
         self.total_steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
         at_once = arguments.max_steps > 0
         self.eval_steps = arguments.eval_steps or (self.total_steps if at_once else min(steps_per_epoch, self.total_steps))
@@ -73,47 +95,46 @@ class StageTrainer:
         decay = arguments.lr_decay_steps
         self.decay_steps = round(decay * self.total_steps) if decay <= 1 else int(decay)
         self.warmup_steps = resolve_warmup(arguments.warmup_steps, self.decay_steps)
+        self.engine = Engine(stage.objective, self.ranks, sharded=fsdp, keep_layers_whole=stage.captures)
         self.names = {p: name for name, p in stage.objective.named_parameters() if p.requires_grad}
         if not self.names:
             raise ValueError(f"Stage {stage.name} has no parameter to train.")
         self.optimizer = _adamw(self.names, arguments)
-        half = torch.bfloat16 if arguments.bf16 else torch.float16
+        half, kind = torch.bfloat16 if arguments.bf16 else torch.float16, self.ranks.device.type
         self.autocast: Callable[[], Any] = (
-            (lambda: torch.autocast(device.type, dtype=half)) if arguments.bf16 or arguments.fp16 else contextlib.nullcontext
+            (lambda: torch.autocast(kind, dtype=half)) if arguments.bf16 or arguments.fp16 else contextlib.nullcontext
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=arguments.fp16)
+        self.scaler = torch.amp.GradScaler(kind, enabled=arguments.fp16)
+        self.writer = CheckpointWriter(self.ranks, in_background=arguments.async_save)
         self.at = Progressed()
         self.best_state: State = {}
         self.saved_step = -1
 
     def run(self) -> StageResult:
         """Train to the end; the student then holds the weights that go on."""
-        stage = self.stage
+        stage, ranks = self.stage, self.ranks
         stage.objective.train()
-        resumed = newest_checkpoint(self.folder)
-        if resumed is not None:
-            self._load(resumed)
-            log.info("Stage %s goes on from %s.", stage.name, resumed)
+        resumed = self._resume()
         with (
-            SignalFlag() as flag,
-            RunLog(self.folder, stage=stage.name, resume_step=self.at.step if resumed is not None else -1) as lines,
-            Progress(self.total_steps, initial=self.at.step, description=stage.name) as bar,
+            contextlib.nullcontext(self.flag) if self.flag is not None else SignalFlag(ranks) as flag,
+            RunLog(self.folder if ranks.is_main else None, stage=stage.name, resume_step=self.at.step if resumed else -1) as lines,
+            Progress(self.total_steps, initial=self.at.step, description=stage.name, shown=ranks.is_main) as bar,
+            contextlib.closing(self.writer),
         ):
-            self.rng = rng_tensors()
             try:
                 if stage.evaluate_first and self.at.evaluated_step < 0:
                     self._evaluate(lines, flag)
                 while self.at.step < self.total_steps:
                     self._catch_up(lines, flag)
-                    self._step(lines, flag)
-                    bar.update()
+                    bar.update(self._step(lines, flag))
                 self._catch_up(lines, flag)
             except Preempted:
-                self._save()
+                self._save(is_last=True)
                 raise
-        if stage.keep == "best" and self.best_state:
-            _load_state(stage.objective.student, self.best_state)
+            flag.poll()  # a signal after the last one stops the run before its next stage
         kept_best = stage.keep == "best" and bool(self.best_state)
+        if kept_best:
+            set_module_tensors(stage.objective.student, self.best_state)
         return StageResult(
             stage=stage.name,
             steps=self.at.step,
@@ -124,51 +145,44 @@ class StageTrainer:
             peak_memory_mb=peak_memory_mb(),
         )
 
-    def _step(self, lines: RunLog, flag: SignalFlag) -> None:
-        """One optimizer step; nothing of it counts until it is complete, so that a signal may stop it anywhere."""
-        arguments, objective = self.arguments, self.stage.objective
+    def _step(self, lines: RunLog, flag: SignalFlag) -> bool:
+        """One optimizer step, or none where it would not be finite; it counts once it is complete, so a signal may stop it anywhere."""
+        arguments, objective, ranks, at = self.arguments, self.stage.objective, self.ranks, self.at
         started = time.perf_counter()
-        self.rng = rng_tensors()
-        first = self.at.step * arguments.gradient_accumulation_steps
-        indices = range(first, first + arguments.gradient_accumulation_steps)
+        first = (at.step + at.skipped) * self.micro_batches + ranks.rank
+        indices = range(first, first + self.micro_batches, ranks.world_size)
         batches = [self._micro_batch(i) for i in indices]
-        denominator = sum(objective.weight(batch) for batch in batches)
+        denominator, tokens = self._counts(batches, flag)
         objective.begin_step(self._position())
-        tokens = int(sum(batch.attention_mask.sum() for batch in batches))
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            flag.poll()
-            with self.autocast():
-                loss = objective(batch.to(self.device), denominator)
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+        losses = []
+        for index, batch in zip(indices, batches, strict=True):
+            if ranks.world_size == 1:
+                flag.poll()
+            last = index == indices[-1]
+            seed_global_generators(self.seed, index, _DROPOUT)
+            with self.engine.micro_batch(last=last):
+                with self.autocast():
+                    loss = self.engine(objective, batch.to(ranks.device), denominator)
+                self.engine.backward(self.scaler.scale(loss), last=last)
+            losses.append(loss.detach())
         self.scaler.unscale_(self.optimizer)
-        limit = arguments.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(list(self.names), limit))
-        factor = learning_rate_factor(
-            arguments.lr_scheduler_type,
-            self.at.step,
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.decay_steps,
-            final_ratio=arguments.lr_final_ratio,
-        )
+        norm = gradient_norm(list(self.names), arguments.max_grad_norm)
+        total = torch.stack(losses).sum()
+        if ranks.world_size > 1:
+            dist.all_reduce(total)
+        step_loss, step_norm = torch.stack([total, norm.to(total.dtype)]).tolist()  # the one time that the host waits for the device
+        if not (math.isfinite(step_loss) and math.isfinite(step_norm)):
+            self._skip(lines, step_loss, step_norm, indices, losses)
+            return False
+        rate = arguments.learning_rate * self._rate_factor()
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * arguments.learning_rate
-        step_loss = float(total)
-        if not (math.isfinite(step_loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
-            self.optimizer.zero_grad()
-            rows = [self.order.batch(i).tolist() for i in indices]
-            raise NonFiniteError(
-                f"Step {self.at.step + 1} of stage {self.stage.name} has loss {step_loss} and gradient norm {norm}; the weights were "
-                f"not updated. Its training rows are {rows}. Look at them, or lower learning_rate (now {arguments.learning_rate})."
-            )
+            group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         objective.end_step()
-        at = self.at
         at.step += 1
+        at.skipped_in_a_row = 0
         at.tokens += tokens
         at.seconds += time.perf_counter() - started
         at.window_loss += step_loss
@@ -177,24 +191,71 @@ class StageTrainer:
             lines.write(
                 {
                     "step": at.step,
-                    "epoch": round(at.step * arguments.gradient_accumulation_steps / self.order.batches_per_epoch, 4),
+                    "epoch": round((at.step + at.skipped) * self.micro_batches / self.order.batches_per_epoch, 4),
                     "loss": at.window_loss / window,
-                    "grad_norm": norm,
-                    "learning_rate": factor * arguments.learning_rate,
-                    "tokens_per_second": round(at.tokens / at.seconds, 1),
+                    "grad_norm": step_norm,
+                    "learning_rate": rate,
+                    "tokens_per_second": round(at.tokens / max(at.seconds, 1e-9), 1),
                     "peak_memory_mb": round(peak_memory_mb(), 1),
                     "seconds": round(at.seconds, 3),
                 }
             )
             at.window_loss = 0.0
+        return True
+
+    def _skip(self, lines: RunLog, loss: float, norm: float, indices: Sequence[int], losses: Sequence[Tensor]) -> None:
+        """Leave the weights as they are: go on with the next rows, or stop. All ranks come here together, as they see the same sums."""
+        arguments, at = self.arguments, self.at
+        broken = [index for index, value in zip(indices, losses, strict=True) if not math.isfinite(float(value))]
+        found = self.ranks.gather([broken, list(indices)])
+        # A gradient may be infinite where every loss is finite: then it is one of all.
+        suspects = [index for own, _ in found for index in own] or [index for _, own in found for index in own]
+        rows = [row for index in sorted(suspects) for row in self.order.batch(index).tolist()]
+        overflowed = self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() > 1.0
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # which it leaves out, and remembers
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        what = f"Step {at.step + 1} of stage {self.stage.name} has loss {loss} and gradient norm {norm}"
+        if not overflowed:
+            at.skipped_in_a_row += 1
+            if arguments.non_finite == "stop" or at.skipped_in_a_row > arguments.max_skipped_steps:
+                raise NonFiniteError(
+                    f"{what}; the weights were not updated"
+                    + (f", {at.skipped_in_a_row} times in a row" if at.skipped_in_a_row > 1 else "")
+                    + f". Its training rows are {rows}. Look at them, or lower learning_rate (now {arguments.learning_rate})."
+                )
+            log.warning("%s; its rows %s are skipped.", what, rows)
+        at.skipped += 1
+        lines.write({"step": at.step + 1, "skipped": at.skipped, "loss": loss, "grad_norm": norm, "rows": rows})
+
+    def _counts(self, batches: Sequence[Any], flag: SignalFlag) -> tuple[Any, int]:
+        """The step's denominator and tokens over all ranks, who also hear here of each other's signals."""
+        weight = sum(self.stage.objective.weight(batch) for batch in batches)
+        tokens = int(sum(batch.attention_mask.sum() for batch in batches))
+        mark, tokens_sum, *weights = self.ranks.sum(np.array([flag.mark, tokens, *np.atleast_1d(weight)]))
+        flag.heed(mark)
+        # Where nothing counts all sums are zero, whatever they are divided by.
+        sums = [float(value) or 1.0 for value in weights]
+        return np.array(sums) if isinstance(weight, np.ndarray) else sums[0], int(tokens_sum)
 
     def _micro_batch(self, index: int) -> Any:
         """Rows and whatever is drawn for them follow from the seed and the micro-batch's number alone."""
         generator = counter_torch_generator(self.seed, index)
         return self.stage.objective.prepare(self.stage.make_batch(self.order.batch(index), generator), generator)  # type: ignore[arg-type]
 
+    def _rate_factor(self) -> float:
+        return learning_rate_factor(
+            self.arguments.lr_scheduler_type,
+            self.at.step,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            final_ratio=self.arguments.lr_final_ratio,
+        )
+
     def _position(self) -> Position:
-        steps_per_epoch = self.order.batches_per_epoch / self.arguments.gradient_accumulation_steps
+        steps_per_epoch = self.order.batches_per_epoch / self.micro_batches
         return Position(self.at.step, self.total_steps, int(self.at.step / steps_per_epoch), self.total_steps / steps_per_epoch)
 
     def _catch_up(self, lines: RunLog, flag: SignalFlag) -> None:
@@ -202,39 +263,57 @@ class StageTrainer:
         step, end = self.at.step, self.at.step == self.total_steps
         if step == 0:
             return
-        self.rng = rng_tensors()  # the finished step's: a signal during the evaluation saves this one
         if (step % self.eval_steps == 0 or end) and self.at.evaluated_step < step:
             self._evaluate(lines, flag)
         if step % self.save_steps == 0 or end:
-            self._save()
+            self._save(is_last=end)
 
     def _evaluate(self, lines: RunLog, flag: SignalFlag) -> None:
         stage, at = self.stage, self.at
         if stage.evaluate is not None:
             with self.autocast():
-                scores = stage.evaluate(flag.poll)
+                share = Share(self.ranks.rank, self.ranks.world_size, flag.poll, self.ranks.gather)
+                # One rank's scores, so that all agree on which are the best.
+                scores = self.ranks.gather(self.engine.evaluate(stage.evaluate, share))[0]
             lines.write({"step": at.step, **{f"eval_{name}": value for name, value in scores.items()}})
             sign = 1.0 if stage.higher_is_better else -1.0
             at.latest = scores
             if not at.best or sign * scores[stage.metric] > sign * at.best[stage.metric]:
                 at.best, at.best_step = scores, at.step
                 if stage.keep == "best":
-                    self.best_state = {name: value.to("cpu", copy=True) for name, value in _state(stage.objective.student).items()}
+                    self.best_state = on_cpu(module_tensors(stage.objective.student))
         at.evaluated_step = at.step
 
-    def _save(self) -> None:
+    def _save(self, *, is_last: bool) -> None:
+        """is_last: the process ends after it, or the stage: it has to succeed, and to be whole when this returns."""
+        if not self._succeeds(self.writer.wait, is_last=False):
+            self.saved_step = -1
         if self.saved_step == self.at.step:
             return
         tensors = {
-            **{name: _state(module) for name, module in self._changing().items()},
+            **{name: module_tensors(module) for name, module in self._changing().items()},
             "optimizer": optimizer_tensors(self.optimizer, self.names),
-            "rng": self.rng,
         }
         if self.best_state:
             tensors["best"] = self.best_state
-        save_checkpoint(self.folder, self.at.step, tensors, {**asdict(self.at), "scaler": self.scaler.state_dict()})
-        prune_checkpoints(self.folder, self.arguments.save_total_limit)
-        self.saved_step = self.at.step
+        progress = asdict(self.at)
+        state = {**progress, "scaler": self.scaler.state_dict(), "made_by": self._made_by(), "rows": self.stage.fingerprint}
+        keep = self.arguments.save_total_limit
+        if self._succeeds(lambda: self.writer.save(keep, self.folder, self.at.step, tensors, state), is_last=is_last):
+            self.saved_step = self.at.step
+        if is_last:
+            self.writer.wait()
+
+    def _succeeds(self, work: Callable[[], None], *, is_last: bool) -> bool:
+        """Whether a part of saving does; where it must, what it raises goes on."""
+        try:
+            work()
+        except Exception as error:
+            if is_last or self.arguments.save_failure == "stop":
+                raise
+            log.warning("At step %d no checkpoint could be written: %s. Training goes on, and those before stay.", self.at.step, error)
+            return False
+        return True
 
     def _changing(self) -> dict[str, nn.Module]:
         """What a checkpoint holds: the student, unless it is frozen throughout, and what is kept beside it."""
@@ -242,16 +321,38 @@ class StageTrainer:
         student = {"model": objective.student} if any(p.requires_grad for p in objective.student.parameters()) else {}
         return {**student, **objective.auxiliary()}
 
-    def _load(self, path: Path) -> None:
-        tensors, state = load_checkpoint(path, self.device)
+    def _made_by(self) -> dict[str, Any]:
+        """What bit-for-bit resuming depends on beside the configuration."""
+        return {"torch": torch.__version__, "device": _device_name(self.ranks.device), "world_size": self.ranks.world_size}
+
+    def _resume(self) -> Path | None:
+        """Load the newest checkpoint that the first rank can verify, if there is one."""
+        newest = newest_checkpoint(self.folder) if self.ranks.is_main else None
+        name = self.ranks.gather(None if newest is None else newest.name)[0]
+        if name is None:
+            return None
+        path = self.folder / name
+        tensors, state = load_checkpoint(path)
+        if (rows := state.pop("rows")) != self.stage.fingerprint:
+            raise ValueError(
+                f"{path} was trained on other rows ({rows[:12]} there, {self.stage.fingerprint[:12]} here): the data of stage "
+                f"{self.stage.name} have changed. Put back what they were, or choose another output_dir."
+            )
+        made_by, here = state.pop("made_by"), self._made_by()
+        differing = [f"{key} {made_by[key]} there, {here[key]} here" for key in here if here[key] != made_by[key]]
+        if differing and self.ranks.is_main:
+            log.warning("%s was written elsewhere (%s): training goes on, but not bit for bit.", path, "; ".join(differing))
         self.scaler.load_state_dict(state.pop("scaler"))
-        for name, module in self._changing().items():
-            _load_state(module, tensors[name])
+        for key, module in self._changing().items():
+            set_module_tensors(module, own_tensors(module, tensors[key]))
         load_optimizer_tensors(self.optimizer, self.names, tensors["optimizer"])
-        self.best_state = {name: value.cpu() for name, value in tensors.get("best", {}).items()}
+        if "best" in tensors:
+            self.best_state = on_cpu(own_tensors(self.stage.objective.student, tensors["best"]))
         self.at = Progressed(**state)
         self.saved_step = self.at.step
-        restore_rng(tensors["rng"])
+        if self.ranks.is_main:
+            log.info("Stage %s goes on from %s.", self.stage.name, path)
+        return path
 
 
 def _adamw(names: dict[nn.Parameter, str], arguments: StageArguments) -> torch.optim.AdamW:
@@ -268,17 +369,5 @@ def _adamw(names: dict[nn.Parameter, str], arguments: StageArguments) -> torch.o
     )
 
 
-def _state(module: nn.Module) -> State:
-    """Every parameter once (tied ones under their first name), and the persistent buffers."""
-    persistent = module.state_dict().keys()
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-    return {name: value.detach() for name, value in {**dict(module.named_parameters()), **buffers}.items()}
-
-
-def _load_state(module: nn.Module, state: State) -> None:
-    own = _state(module)
-    if own.keys() != state.keys():
-        raise ValueError(f"The checkpoint holds other weights than the student: {sorted(own.keys() ^ state.keys())[:5]}.")
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -5,36 +5,53 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from ..files import new_folder, remove_folder, write_json_atomic
-from ..methods.objective import Objective
-from ..methods.registry import METHODS, Data, Model, StageInputs, StageSpec, build_stage, check_stages
-from ..methods.stage_data import DatasetRows, Rows
+from ..methods.cached import CachedLesson
+from ..methods.objective import Share, Stage
+from ..methods.registry import METHODS, Data, LessonInputs, Model, StageInputs, StageSpec, build_stage, check_stages
+from ..methods.stage_data import DatasetRows, Rows, train_sequences
+from ..models.language_model import LanguageModel
 from ..models.load import check_row_length, check_same_tokenizer, is_decoder, load_tokenizer, save_model
 from ..models.task_model import TaskHead
+from ..models.teacher_cache import CachedTeacher, TeacherCache
 from ..recipes import config_path
+from .batches import counter_torch_generator
+from .cached_teacher import cached_lesson, check_cacheable, lesson_contents, lesson_of, models_contents, open_cache
 from .config import DatasetArguments, RunConfig, StageArguments, read_config
 from .curves import plot_curves
 from .data import cloze_rows, dataset_rows, eval_corpus, load_dataset, text_rows, train_corpus
 from .log import LOG_FILE, read_log
 from .loop import StageResult, StageTrainer
 from .output import prepare_output_dir
+from .parallel import WholeCopy, shard_frozen
+from .preflight import DOINGS, MemoryEstimate, check_disk, check_memory, explaining_shortage, memory_estimate
+from .ranks import Ranks
 from .run_models import RESULT_FILE, RunModels
 from .schema import ConfigError, from_mapping, load_yaml
+from .signals import SignalFlag
 
 log = logging.getLogger("fastkd")
 FILTERS_FOLDER = "filters"
 # These change what is kept or shown of a run, not what it computes.
-_COSMETIC = frozenset({"output_dir", "overwrite_output_dir", "cache_dir", "logging_steps", "save_steps", "save_total_limit"})
+_COSMETIC = frozenset(
+    {
+        *("output_dir", "overwrite_output_dir", "cache_dir", "logging_steps"),
+        *("save_steps", "save_total_limit", "async_save", "save_failure"),
+        *("fsdp", "fsdp_teacher", "ddp_timeout"),
+    }
+)
 
 
 @dataclass(frozen=True)
-class _PlannedStage:
+class PlannedStage:
     spec: StageSpec
     arguments: StageArguments
     options: Any
@@ -45,26 +62,29 @@ def distill(config: RunConfig | Mapping[str, Any] | str | Path, *, only_stage: s
     """Run every stage of `config` that is not finished yet, and return the stages' results. It is a RunConfig, a mapping, or the name
     of a YAML file or of a recipe.
 
-    What `fastkd train` calls. The last stage's student is in output_dir/<stage>/student. Everything that can be refused is refused
-    before the first download or step.
+    What `fastkd train` calls; started by torchrun, or by anything that sets its environment, every rank calls it and gets the same
+    results. The last stage's student is in output_dir/<stage>/student. Everything that can be refused is refused before the first
+    download or step.
     """
     if isinstance(config, (str, Path)):
         config = load_yaml(config_path(str(config)))
     if isinstance(config, Mapping):
         config = read_config(config)
-    stages = _plan(config, only_stage)
+    stages = plan_stages(config, only_stage)
     output_dir = Path(config.output_dir)
-    with prepare_output_dir(output_dir, _identity(config), overwrite=config.overwrite_output_dir):
-        run = _Run(config, output_dir, stages)
-        for planned in stages:
-            run.check(planned)
-        results = {}
-        for planned in stages:
-            results[planned.spec.name] = run.stage(planned)
-        return results
+    with (
+        Ranks.join(use_cpu=config.use_cpu, timeout_seconds=config.ddp_timeout) as ranks,
+        ranks.naming_absentees("the run"),
+        SignalFlag(ranks) as flag,
+        ranks.on_main(lambda: prepare_output_dir(output_dir, _identity(config, ranks), overwrite=config.overwrite_output_dir))
+        or nullcontext(),
+    ):
+        run = Run(config, output_dir, stages, ranks, flag)
+        ranks.main_first(run.check)
+        return {planned.spec.name: run.stage(planned) for planned in stages}
 
 
-def _plan(config: RunConfig, only_stage: str | None) -> list[_PlannedStage]:
+def plan_stages(config: RunConfig, only_stage: str | None) -> list[PlannedStage]:
     """The stages to run, in the method's order, each with what it needs; what is missing is named by its key."""
     method = METHODS[config.method]
     known = [spec.name for spec in method.stages]
@@ -95,27 +115,29 @@ def _plan(config: RunConfig, only_stage: str | None) -> list[_PlannedStage]:
                 f"{prefix}torch_compile is on, and stage {spec.name} reads states inside the models; set it to false there."
             )
         options: Any = from_mapping(method.options, arguments.options, where=f"{prefix}options")
-        planned.append(_PlannedStage(spec, arguments, options, data[0]))
+        planned.append(PlannedStage(spec, arguments, options, data[0]))
     check_stages(config.method, {stage.spec.name: stage.options for stage in planned}, list(config.stages))
     return planned
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """The part of the configuration that decides the result."""
-    identity = {key: value for key, value in asdict(config).items() if key not in _COSMETIC}
-    identity["stages"] = {
-        name: {key: value for key, value in stage.items() if key not in _COSMETIC} for name, stage in identity["stages"].items()
-    }
-    return identity
+def _identity(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """The part of the configuration that decides the result: of accumulation and ranks, how many micro-batches a step has."""
+
+    def decisive(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in arguments.items() if key not in _COSMETIC}
+        return {**kept, "gradient_accumulation_steps": kept["gradient_accumulation_steps"] * ranks.world_size}
+
+    identity = decisive(asdict(config))
+    return {**identity, "stages": {name: decisive(stage) for name, stage in identity["stages"].items()}}
 
 
-class _Run:
+class Run:
     """What the stages of one run share."""
 
-    def __init__(self, config: RunConfig, output_dir: Path, stages: Sequence[_PlannedStage]) -> None:
+    def __init__(self, config: RunConfig, output_dir: Path, stages: Sequence[PlannedStage], ranks: Ranks, flag: SignalFlag) -> None:
         self.config, self.output_dir, self.stages = config, output_dir, stages
+        self.ranks, self.flag = ranks, flag
         self.cache_dir = Path(config.cache_dir) if config.cache_dir else output_dir / "cache"
-        self.device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
         arguments = list(config.stages.values()) or [config]
         teachers = [s.teacher_model_name_or_path for s in arguments if s.teacher_model_name_or_path]
         source = config.tokenizer_name_or_path or next(iter(teachers), None) or config.model_name_or_path
@@ -127,17 +149,26 @@ class _Run:
                 check_same_tokenizer(load_tokenizer(teacher), self.tokenizer)
         if config.model_name_or_path is not None and config.model_name_or_path != source:
             check_same_tokenizer(self.tokenizer, load_tokenizer(config.model_name_or_path))
-        self.models = RunModels(config, output_dir, self.cache_dir, self.tokenizer)
+        self.models = RunModels(config, output_dir, self.cache_dir, self.tokenizer, flag.poll_alone)
         self.datasets: dict[DatasetArguments, DatasetRows] = {}
         self.cloze_rows: dict[str, Rows] = {}
+        self.teacher_caches: dict[str, TeacherCache] = {}
 
-    def check(self, planned: _PlannedStage) -> None:
+    def check(self) -> None:
         """Refuse what needs no weights to be refused: every stage's models and data are looked at before the first stage starts."""
+        for planned in self.stages:
+            self._check(planned)
+
+    def _check(self, planned: PlannedStage) -> None:
         arguments, name = planned.arguments, planned.spec.name
         if self.models.finished(name):
             return
         if planned.spec.check_models is not None:
             planned.spec.check_models(*self.models.skeletons(arguments), planned.options)
+        if planned.spec.needs_teacher and arguments.teacher.kind == "cache":
+            check_cacheable(planned.spec)
+            models = models_contents(self.models.teacher_source(planned.spec, arguments), self.tokenizer)
+            self.teacher_caches[name] = open_cache(arguments.teacher, models, check_hashes=self.ranks.is_main)
         if planned.data == "text":
             assert arguments.text is not None
             train_corpus(arguments.text)
@@ -145,50 +176,110 @@ class _Run:
             return
         if planned.data == "task":
             teacher = arguments.teacher_model_name_or_path
-            causal = self._head(planned) is None and teacher is not None and is_decoder(teacher)
-            self.cloze_rows[name] = self._rows(planned, causal=causal)
+            causal = self.head(planned) is None and teacher is not None and is_decoder(teacher)
+            self.rows(planned, causal=causal)
             return
         dataset = self._dataset(planned).dataset
         if planned.spec.needs_labels and not dataset.is_labelled("train"):
             raise ConfigError(f"stage {name} learns from labels, and {dataset.name} has none; give a labelled task.")
 
-    def stage(self, planned: _PlannedStage) -> dict[str, Any]:
+    def stage(self, planned: PlannedStage) -> dict[str, Any]:
         """Train one stage, or return the result it already has."""
-        spec, arguments = planned.spec, planned.arguments
+        spec, config, ranks = planned.spec, self.config, self.ranks
         folder = self.output_dir / spec.name
-        if self.models.finished(spec.name):
+        if ranks.gather(self.models.finished(spec.name))[0]:
             log.info("Stage %s is finished already.", spec.name)
             return _read_result(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        head = self._head(planned)
+        ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+        stage, estimate = ranks.main_first(lambda: self._build(planned))
+        objective = stage.objective.to(ranks.device)
+        made = objective.auxiliary()["filters"] if spec.makes == "filters" else objective.student
+        if ranks.world_size > 1 and config.fsdp:
+            made = WholeCopy(made, ranks)
+        if ranks.world_size > 1 and config.fsdp_teacher and spec.needs_teacher and planned.arguments.teacher.kind == "model":
+            shard_frozen(objective.teacher, ranks)  # type: ignore[arg-type]
+        trainer = StageTrainer(stage, planned.arguments, folder, seed=config.seed, ranks=ranks, flag=self.flag, fsdp=config.fsdp)
+        with explaining_shortage(estimate, spec.name):
+            result = trainer.run()
+        whole = made.gathered() if isinstance(made, WholeCopy) else made
+        ranks.on_main(lambda: self._finish(planned, whole, result))
+        return _read_result(folder)
+
+    def _build(self, planned: PlannedStage) -> tuple[Stage, MemoryEstimate]:
+        """A stage with its models and rows, and what its training needs; refused where there is no room for it."""
+        spec, arguments = planned.spec, planned.arguments
+        head = self.head(planned)
         teacher = self.models.teacher(spec, arguments, head) if spec.needs_teacher else None
         student = self.models.trained(spec, arguments, teacher, head)
-        rows = self.cloze_rows.get(spec.name) or self._rows(planned, causal=is_decoder(student.model.config))
+        rows = self.rows(planned, causal=is_decoder(student.model.config))
+        cached = None
+        if isinstance(teacher, CachedTeacher):
+            cached = self._cached_lesson(planned, student, teacher, rows)
         for model, role in ((student, spec.trains), (teacher, "teacher")):
-            if model is not None:
+            if model is not None and not isinstance(model, CachedTeacher):
                 check_row_length(model, -(-rows.longest // 8) * 8, role)
                 if arguments.torch_compile:
                     model.model.base_model.compile(dynamic=True)
-        student.to(self.device)
         stage = build_stage(
             spec,
             StageInputs(
-                student=student,
-                teacher=None if teacher is None else teacher.to(self.device),
+                student=student.to(self.ranks.device),
+                teacher=teacher if teacher is None or isinstance(teacher, CachedTeacher) else teacher.to(self.ranks.device),
                 tokenizer=self.tokenizer,
                 options=planned.options,
                 rows=rows,
                 eval_batch_size=arguments.per_device_eval_batch_size,
                 seed=self.config.seed,
+                cached=cached,
+                row_generator=None if cached is None else partial(counter_torch_generator, self.config.seed),
                 filters={made.parent.name: made for made in self.output_dir.glob(f"*/{FILTERS_FOLDER}")},
             ),
         )
-        stage.objective.to(self.device)
-        torch.manual_seed(self.config.seed)
-        result = StageTrainer(stage, arguments, folder, seed=self.config.seed, device=self.device).run()
-        return self._finish(planned, student, stage.objective, result)
 
-    def _head(self, planned: _PlannedStage) -> TaskHead | None:
+        return self._with_room(planned, stage, None if isinstance(teacher, CachedTeacher) else teacher, rows)
+
+    def _with_room(self, planned: PlannedStage, stage: Stage, teacher: Model | None, rows: Rows) -> tuple[Stage, MemoryEstimate]:
+        """Refuse what does not fit into memory or on the disk, and let what runs out of memory all the same say what it needed."""
+        ranks, arguments = self.ranks, planned.arguments
+        training, evaluation = (
+            memory_estimate(
+                doing,
+                stage.objective,
+                teacher,
+                arguments,
+                rows.longest,
+                ranks.device,
+                sequences=int(np.diff(train_sequences(rows).first).max()),
+                shards=ranks.world_size if self.config.fsdp else 1,
+                teacher_shards=ranks.world_size if self.config.fsdp_teacher else 1,
+            )
+            for doing in DOINGS
+        )
+        for estimate in (training, evaluation):
+            check_memory(estimate, stage.name, ranks.device)
+        if ranks.is_main:
+            folder, limit = self.output_dir / stage.name, arguments.save_total_limit
+            check_disk(folder, stage.objective, save_total_limit=limit, keeps_best=stage.keep == "best")
+        evaluate = stage.evaluate
+        if evaluate is None:
+            return stage, training
+
+        def explained(share: Share) -> dict[str, float]:
+            with explaining_shortage(evaluation, stage.name):
+                return evaluate(share)
+
+        return replace(stage, evaluate=explained), training
+
+    def _cached_lesson(self, planned: PlannedStage, student: Model, teacher: CachedTeacher, rows: Rows) -> CachedLesson:
+        """What the stage reads of its teacher's cache."""
+        spec, options = planned.spec, planned.options
+        kept = student.kept if isinstance(student, LanguageModel) else slice(0)
+        compared = () if spec.check_models is None else spec.check_models(student.model, teacher.model, options)
+        lesson = lesson_of(spec, LessonInputs(options, rows, self.tokenizer, kept, compared))
+        contents = lesson_contents(lesson, rows, student, options, self.config.seed)
+        return cached_lesson(self.teacher_caches[spec.name], planned.arguments.teacher, lesson, options, contents)
+
+    def head(self, planned: PlannedStage) -> TaskHead | None:
         """The head of the models in this stage: its own task's, else that of the next stage that has labels; None: the LM's own."""
         task = planned.arguments.task
         if planned.data == "task":
@@ -201,7 +292,7 @@ class _Run:
                     return TaskHead(dataset.kind, dataset.num_outputs, dataset.label_names)
         return None
 
-    def _dataset(self, planned: _PlannedStage) -> DatasetRows:
+    def _dataset(self, planned: PlannedStage) -> DatasetRows:
         """Read and encoded once for all stages that have the same."""
         arguments = planned.arguments.dataset
         assert arguments is not None
@@ -209,32 +300,32 @@ class _Run:
             self.datasets[arguments] = dataset_rows(arguments, load_dataset(arguments), self.tokenizer)
         return self.datasets[arguments]
 
-    def _rows(self, planned: _PlannedStage, *, causal: bool) -> Rows:
+    def rows(self, planned: PlannedStage, *, causal: bool) -> Rows:
         arguments = planned.arguments
         if planned.data == "dataset":
             return self._dataset(planned)
         if planned.data == "text":
             assert arguments.text is not None
-            return text_rows(arguments.text, self.tokenizer, self.cache_dir, causal=causal)
+            return text_rows(arguments.text, self.tokenizer, self.cache_dir, causal=causal, poll=self.flag.poll_alone)
         assert arguments.task is not None
-        return cloze_rows(arguments.task, self.tokenizer, causal=causal)
+        if planned.spec.name not in self.cloze_rows:
+            self.cloze_rows[planned.spec.name] = cloze_rows(arguments.task, self.tokenizer, causal=causal)
+        return self.cloze_rows[planned.spec.name]
 
-    def _finish(self, planned: _PlannedStage, student: Model, objective: Objective, result: StageResult) -> dict[str, Any]:
+    def _finish(self, planned: PlannedStage, made: Any, result: StageResult) -> None:
         """Save what the stage made under its final name, then the result: a stage is finished when its result is there."""
         spec = planned.spec
         folder = self.output_dir / spec.name
-        made = FILTERS_FOLDER if spec.makes == "filters" else spec.trains
-        if (folder / made).exists():
-            remove_folder(folder / made)
-        with new_folder(folder / made) as unfinished:
+        name = FILTERS_FOLDER if spec.makes == "filters" else spec.trains
+        if (folder / name).exists():
+            remove_folder(folder / name)
+        with new_folder(folder / name) as unfinished:
             if spec.makes == "filters":
-                objective.auxiliary()["filters"].save(unfinished)  # type: ignore[operator]
+                made.save(unfinished)
             else:
-                save_model(student, self.tokenizer, unfinished)
+                save_model(made, self.tokenizer, unfinished)
         _draw(folder)
-        summary = {**asdict(result), f"{made}_dir": str(folder / made)}
-        write_json_atomic(folder / RESULT_FILE, summary)
-        return summary
+        write_json_atomic(folder / RESULT_FILE, {**asdict(result), f"{name}_dir": str(folder / name)})
 
 
 def _read_result(folder: Path) -> dict[str, Any]:

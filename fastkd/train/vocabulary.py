@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def build_vocab_map(
     corpus: Corpus | None,
     tasks: Sequence[ClozeTask],
     cache_dir: Path,
+    poll: Callable[[], None] = lambda: None,
 ) -> VocabMap:
     """Count `corpus` (or load the counts named), keep protected and frequent ids, and give every other id its stand-in.
 
@@ -43,7 +44,7 @@ def build_vocab_map(
             )
     elif corpus is not None:
         name = f"{corpus.fingerprint[:16]}-{tokenizer_fingerprint(tokenizer)[:16]}"
-        counts = count_tokens(corpus, tokenizer, cache_dir / "counts" / name)
+        counts = count_tokens(corpus, tokenizer, cache_dir / "counts" / name, poll=poll)
     else:
         raise ValueError("vocabulary needs counts of tokens, and no stage has text: set vocabulary.counts (see `fastkd vocab count`).")
     protected = {*protected_ids(tokenizer, vocabulary.protected)}

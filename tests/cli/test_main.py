@@ -119,7 +119,7 @@ def test_a_non_finite_loss_is_code_1(tmp_path, capsys):
     path = write_config(tmp_path, runs.glmd(tmp_path, runs.bert_teacher(tmp_path)))
     assert main(["train", path, "--learning_rate", "1e36", "--warmup_steps", "0", "--save_steps", "1"]) == 1
     error = capsys.readouterr().err
-    assert "fastkd train: Step 2 of stage pretrain has loss" in error and "Its training rows are [[" in error
+    assert "fastkd train: Step 2 of stage pretrain has loss" in error and "Its training rows are [" in error
     assert [path.name for path in (tmp_path / "run").rglob("checkpoint-*")] == ["checkpoint-1"]
 
 

@@ -76,7 +76,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     refused("for regression with 1", other=models("regression")[1])
     refused("The teacher is a decoder for classification", other=models("decoder")[1])
     refused("The teacher is an encoder for text", other=models("masked")[1])
-    short = LanguageModel(tiny.llama(IDS - 1)).eval().requires_grad_(False)
+    short = LanguageModel(tiny.llama(IDS - 1, num_hidden_layers=4)).eval().requires_grad_(False)
     refused("59 vocabulary rows, the student 60", own=LanguageModel(tiny.llama(IDS)), other=short)
     for match, options in (("not known", {}), ("2 filters 48 wide", {"filter_output_dim": 24}), ("every 3th", {"filter_interval": 3})):
         with pytest.raises(ValueError, match=match):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods.objective import Objective, Stage
-from fastkd.train import loop
+from fastkd.methods.objective import Objective, Share, Stage
+from fastkd.train import checkpoint
 from fastkd.train.batches import counter_torch_generator
 from fastkd.train.checkpoint import list_checkpoints, load_checkpoint
 from fastkd.train.config import StageArguments
@@ -87,9 +88,9 @@ class Toy:
             mask = (torch.arange(WIDTH) < torch.tensor(lengths[indices])[:, None]).long()
             return ToyBatch(rows[indices], mask, noise * torch.randn(len(indices), WIDTH, generator=rng))
 
-        def evaluate(poll: Callable[[], None]) -> dict[str, float]:
+        def evaluate(share: Share) -> dict[str, float]:
             self.on_evaluation(self.evaluations)
-            poll()
+            share.poll()
             self.objective.student.eval()
             with torch.no_grad():
                 error = float((self.objective.student(rows.float()).squeeze(-1) - rows.sum(-1)).square().mean())
@@ -102,10 +103,9 @@ class Toy:
         settings = {"learning_rate": 0.05, "max_steps": 7, "per_device_train_batch_size": 3, "logging_steps": 1, **arguments}
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        self.trainer = StageTrainer(stage, StageArguments(**settings), folder, seed=0, device=torch.device("cpu"))
+        self.trainer = StageTrainer(stage, StageArguments(**settings), folder, seed=0)
 
     def run(self) -> StageResult:
-        torch.manual_seed(0)  # as the driver does before a stage; a resumed one takes its state from the checkpoint
         return self.trainer.run()
 
     def weights(self) -> dict[str, Tensor]:
@@ -259,9 +259,9 @@ def test_a_non_finite_loss_updates_nothing(tmp_path):
     with pytest.raises(NonFiniteError) as refusal:
         toy.run()
     assert same_bits(toy.weights(), before)
-    rows = [toy.trainer.order.batch(i).tolist() for i in (4, 5)]
+    rows = toy.trainer.order.batch(5).tolist()  # of the broken micro-batch alone
     assert "Step 3 of stage toy has loss nan" in str(refusal.value)
-    assert str(rows) in str(refusal.value) and "lower learning_rate (now 0.05)" in str(refusal.value)
+    assert f"rows are {rows}." in str(refusal.value) and "lower learning_rate (now 0.05)" in str(refusal.value)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
     whole = Toy(tmp_path / "whole", gradient_accumulation_steps=2, save_steps=2)
     mended = Toy(tmp_path, gradient_accumulation_steps=2, save_steps=2)
@@ -335,7 +335,7 @@ def test_stopped_in_any_evaluation_ends_alike(tmp_path, evaluation, act, error):
 def test_killed_around_a_checkpoint_ends_alike(tmp_path, monkeypatch, save, moment):
     whole, first, second = (Toy(tmp_path / name, **INTERRUPTED) for name in ("whole", "stopped", "stopped"))
     expected = whole.run()
-    saves, save_checkpoint = [], loop.save_checkpoint
+    saves, save_checkpoint = [], checkpoint.save_checkpoint
 
     def killing(*arguments: Any) -> None:
         saves.append(arguments)
@@ -346,23 +346,63 @@ def test_killed_around_a_checkpoint_ends_alike(tmp_path, monkeypatch, save, mome
             kill()
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", killing)
+        patch.setattr(checkpoint, "save_checkpoint", killing)
         with pytest.raises(Killed):
             first.run()
     assert same_end(whole, second, (expected, second.run()))
 
 
+def test_writing_in_the_background_changes_nothing(tmp_path):
+    whole, background = Toy(tmp_path / "whole", **INTERRUPTED), Toy(tmp_path / "background", async_save=True, **INTERRUPTED)
+    assert same_end(whole, background, (whole.run(), background.run()))
+
+
+def test_what_is_written_in_the_background_is_of_the_step_it_was_asked_at(tmp_path, monkeypatch):
+    """Training is two steps further when the files of step 3 are written, and they hold the weights of step 3."""
+    steps = {"max_steps": 6, "eval_steps": 6, "save_steps": 3, "save_total_limit": 9}
+    Toy(tmp_path / "whole", **steps).run()
+    toy, further, save_checkpoint = Toy(tmp_path / "late", async_save=True, **steps), threading.Event(), checkpoint.save_checkpoint
+
+    def late(output_dir: Path, step: int, *arguments: Any) -> Path:
+        assert further.wait(60)
+        return save_checkpoint(output_dir, step, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", late)
+    toy.on_batch = lambda number: further.set() if number == 5 else None
+    toy.run()
+    for name in ("checkpoint-3", "checkpoint-6"):
+        found, expected = (load_checkpoint(tmp_path / run / name)[0] for run in ("late", "whole"))
+        assert same_bits(found["model"], expected["model"]) and same_bits(found["optimizer"], expected["optimizer"])
+
+
+def test_a_save_in_the_background_that_fails_is_not_lost(tmp_path, monkeypatch):
+    save_checkpoint = checkpoint.save_checkpoint
+    expected = Toy(tmp_path / "whole", max_steps=6, eval_steps=6, save_steps=2).run()
+
+    def full(output_dir: Path, step: int, *arguments: Any) -> Path:
+        if step == 2:
+            raise OSError(28, "No space left on device")
+        return save_checkpoint(output_dir, step, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        Toy(tmp_path / "stop", async_save=True, max_steps=6, eval_steps=6, save_steps=2).run()
+    going_on = Toy(tmp_path / "on", async_save=True, max_steps=6, eval_steps=6, save_steps=2, save_failure="continue")
+    assert timeless(vars(going_on.run())) == timeless(vars(expected))
+    assert [path.name for path in list_checkpoints(tmp_path / "on")] == ["checkpoint-6", "checkpoint-4"]
+
+
 def test_a_signal_after_the_last_micro_batch_is_not_swallowed(tmp_path, monkeypatch):
     """The stage is finished and saved; the run stops before its next stage all the same."""
     toy = Toy(tmp_path, max_steps=2)
-    save_checkpoint = loop.save_checkpoint
+    save_checkpoint = checkpoint.save_checkpoint
 
     def signalled(*arguments: Any) -> None:
         save_checkpoint(*arguments)
         terminate()
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", signalled)
+        patch.setattr(checkpoint, "save_checkpoint", signalled)
         with pytest.raises(Preempted, match="SIGTERM; run the same command again"):
             toy.run()
     again = Toy(tmp_path, max_steps=2)

@@ -315,7 +315,7 @@ def test_a_non_finite_loss_keeps_the_last_weights(tmp_path):
         warmup_steps=0,
         save_steps=1,
     )
-    with pytest.raises(NonFiniteError, match=r"Step 2 of stage pretrain has loss .*rows are \[\[\d+, \d+, \d+, \d+\]\].*learning_rate"):
+    with pytest.raises(NonFiniteError, match=r"Step 2 of stage pretrain has loss .*rows are \[\d+, \d+, \d+, \d+\]\..*learning_rate"):
         fastkd.distill(config)
     assert trained(tmp_path / "run") == ["checkpoint-1"]
 
@@ -382,7 +382,7 @@ BAD = {
     "task-path": (change("task", "path", to="/no/where.jsonl"), "path='/no/where.jsonl' is no file"),
     "one-task-file": (change("task", "eval_path", to=None), "one file.*task.eval_path"),
     "long-word": (change("task", "cloze", "label_words", to=["if", "xylophone"]), "label_words holds 'xylophone', .*one known token"),
-    "column": (change("task", "cloze", "template", to="{txt} {mask}"), "row 0: column 'txt' holds None"),
+    "column": (change("task", "cloze", "template", to="{txt} {mask}"), r"no column 'txt' in .*task\.jsonl.*it has 'text', 'label'"),
     "label": (spoil_label, "row 16: column 'label' holds 7"),
     "unlabelled": (unlabel, "no label; labels are needed there"),
     "long-rows": (long_rows, "takes 200 positions and the student has 128; lower the max_length"),

@@ -1,0 +1,158 @@
+"""Floor 5, train: what a teacher cache is of, and whether that is what a stage needs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.cached import CachedLesson, CacheForm
+from ..methods.registry import LessonInputs, StageSpec
+from ..methods.stage_data import Rows, TextRows, is_masked, train_fingerprint
+from ..methods.teaching import Lesson, Model
+from ..models.teacher_cache import TeacherCache, model_hashes
+from ..ops.divergence import Divergence
+from ..vocab.count import tokenizer_fingerprint
+from .config import TeacherArguments
+from .schema import ConfigError
+
+log = logging.getLogger("fastkd")
+
+# What must be the same when a cache is written and when it is read, and its name in a sentence.
+_AGREE = {
+    "teacher_sha256": "a teacher with the sha256",
+    "tokenizer_sha256": "a tokenizer with the sha256",
+    "dataset_fingerprint": "training rows with the fingerprint",
+    "kept_vocabulary_sha256": "a kept vocabulary with the sha256",
+    "mask_probability": "the mask_probability",
+    "mask_seed": "masks drawn with the seed",
+}
+
+
+def lesson_of(spec: StageSpec, inputs: LessonInputs) -> Lesson:
+    """What the stage asks of its teacher; a stage or options whose answers cannot be cached are refused."""
+    check_cacheable(spec)
+    assert spec.lesson is not None
+    return spec.lesson(inputs)
+
+
+def check_cacheable(spec: StageSpec) -> None:
+    if spec.lesson is None:
+        why = "no teacher stands beside what it trains"
+        if spec.needs_teacher:
+            why = "what it compares is mixed with other rows of the micro-batch (MixUp), or is Q, K and V, too much to keep"
+        raise ConfigError(f"stage {spec.name} takes no cached teacher: {why}. Leave out its cache, and set teacher.kind to model.")
+
+
+def check_form(form: CacheForm, lesson: Lesson, options: Any) -> None:
+    """Refuse a top-k cache that the stage cannot use."""
+    if lesson.words is None or form.kind == "dense":
+        return
+    vocabulary = len(row_ids(lesson.words))
+    if not 1 <= form.k <= vocabulary:
+        raise ValueError(f"k is {form.k}; a top-k cache holds from 1 to all {vocabulary} of the compared tokens.")
+    divergence = getattr(options, "divergence", "forward_kl")
+    if Divergence.parse(divergence) != Divergence.parse("forward_kl"):
+        raise ValueError(f"options.divergence is {divergence}, and of a top-k cache only forward_kl is known; take --kind dense.")
+    if form.temperature != options.temperature:
+        raise ValueError(
+            f"The teacher cache holds the largest log-probabilities at temperature {form.temperature}, and options.temperature is "
+            f"{options.temperature}. Write it again at that temperature, or take --kind dense, which is good for any."
+        )
+
+
+def models_contents(teacher: str, tokenizer: Any) -> dict[str, Any]:
+    """The part of a cache's header that says by which models it was made."""
+    revision, sha256 = model_hashes(teacher)
+    return {
+        "teacher": teacher,
+        "teacher_revision": revision,
+        "teacher_sha256": sha256,
+        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+    }
+
+
+def lesson_contents(lesson: Lesson, rows: Rows, model: Model, options: Any, seed: int) -> dict[str, Any]:
+    """The part that says what of which rows it holds. model: of the teacher's kind."""
+    masks = getattr(options, "mask_probability", 0.0) if isinstance(rows, TextRows) and is_masked(model) else 0.0
+    kept = None if lesson.words is None else row_ids(lesson.words)
+    return {
+        "dataset_fingerprint": train_fingerprint(rows),
+        "mask_probability": masks,
+        "mask_seed": seed if masks else None,
+        "predictions": lesson.predictions,
+        "layers": list(lesson.layers),
+        "kept_vocabulary": None if kept is None else len(kept),
+        "kept_vocabulary_sha256": None if kept is None else hashlib.sha256(kept.numpy().tobytes()).hexdigest(),
+    }
+
+
+def form_contents(form: CacheForm) -> dict[str, Any]:
+    """The part that says how predictions and states are stored."""
+    convention = {
+        "dense": "words: logits after soft-cap and scale, less each token's largest, before any temperature",
+        "topk": "words: log-probabilities over the kept vocabulary at `temperature`",
+    }[form.kind]
+    return {
+        "kind": form.kind,
+        "k": form.k if form.kind == "topk" else None,
+        "temperature": form.temperature,
+        "convention": f"{convention}; scores of tasks: logits before any temperature",
+        "dtype": str(form.dtype).removeprefix("torch."),
+    }
+
+
+def read_form(contents: Mapping[str, Any]) -> CacheForm:
+    return CacheForm(contents["kind"], getattr(torch, contents["dtype"]), contents["k"] or 0, contents["temperature"])
+
+
+def row_ids(rows: slice | Tensor) -> Tensor:
+    return torch.arange(rows.stop) if isinstance(rows, slice) else rows.cpu()
+
+
+def open_cache(arguments: TeacherArguments, expected: Mapping[str, Any], *, check_hashes: bool) -> TeacherCache:
+    """The cache of a stage; one that is not whole, or by other models than `expected` (`models_contents`) says, is refused."""
+    assert arguments.path is not None
+    cache = TeacherCache(arguments.path, check_hashes=check_hashes)
+    by_revision = expected["teacher_revision"] is not None and expected["teacher_revision"] == cache.contents["teacher_revision"]
+    check_same(cache.folder, cache.contents, {k: v for k, v in expected.items() if k != "teacher_sha256" or not by_revision})
+    return cache
+
+
+def cached_lesson(
+    cache: TeacherCache, arguments: TeacherArguments, lesson: Lesson, options: Any, expected: Mapping[str, Any]
+) -> CachedLesson:
+    """What the stage reads of the cache; one that holds something else than `expected` (`lesson_contents`) says is refused."""
+    found = cache.contents
+    if lesson.predictions == "none":
+        expected = {**expected, "kept_vocabulary_sha256": found["kept_vocabulary_sha256"]}
+    elif lesson.predictions != found["predictions"]:
+        raise ValueError(
+            f"The teacher cache {cache.folder} holds predictions of {found['predictions']}, and this stage learns from "
+            f"{lesson.predictions}. Write one for this stage."
+        )
+    check_same(cache.folder, found, expected)
+    if missing := [layer for layer in lesson.layers if layer not in found["layers"]]:
+        raise ValueError(
+            f"The teacher cache {cache.folder} holds the states of layers {found['layers']}, and this stage compares {missing} too. "
+            "Write it again with the layers that the stage has now."
+        )
+    check_form(read_form(found), lesson, options)
+    if expected["mask_probability"]:
+        log.info("The teacher is cached, so masks are drawn once a row: they are the same in every epoch.")
+    return CachedLesson(cache, lesson, arguments.tail)
+
+
+def check_same(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse the first thing of `expected` on which the cache and the stage do not agree."""
+    for key, what in _AGREE.items():
+        if key in expected and found[key] != expected[key]:
+            raise ValueError(
+                f"The teacher cache {folder} was made for {what} {found[key]}, and this run has {expected[key]}. Write a cache for "
+                "this run with `fastkd cache`, or give it what the cache was made for."
+            )

@@ -1,0 +1,209 @@
+"""The kill harness: a run that is killed again and again, at random instants and inside its saves, must end as one that never was.
+
+    python -m tests.faults.kills --method glmd --kills 100 --seed 0 --output report.json
+
+A run is a process forked from this one, which has imported everything and trains nothing itself. Two kills in three come from here,
+after a random part of the time that a whole run takes. By every third, the run ends itself, at a random one of its calls that write a
+file durably; if that call writes tensors, it leaves half of them. After every kill, no checkpoint may be damaged, and the same run must
+go on without an error. A run that reaches its end is compared with the undisturbed one, bit for bit, and starts over while kills are
+still to be delivered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets  # noqa: F401  (what a run imports is imported once, here)
+import pytest
+import safetensors.torch
+import torch
+import transformers  # noqa: F401
+
+import fastkd
+from fastkd.train.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
+from fastkd.train.log import LOG_FILE
+from fastkd.train.run import RESULT_FILE
+from tests.faults.disturbed import config, differences, leave_out_drawing
+
+FORK = multiprocessing.get_context("fork")
+DURABLE_CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (safetensors.torch, "save_file"))
+
+
+@dataclass
+class Report:
+    """What was done to a method's run, and what came of it: exact resume holds where `failures` stays empty."""
+
+    method: str
+    seed: int
+    stages: list[str]
+    kills: int = 0
+    kills_inside_a_save: int = 0
+    """Those at a durable call, and those whose process left something under its temporary name."""
+    kills_at: Counter[str] = field(default_factory=Counter)
+    """By what struck: a random instant, or a durable call."""
+    kills_in: Counter[str] = field(default_factory=Counter)
+    """By the stage that was not finished; "before <stage>" if its log had no line yet."""
+    runs: int = 0
+    """Runs that reached their end and were compared."""
+    resumes: int = 0
+    """Processes that went on with what a killed one had left."""
+    durable_calls: int = 0
+    """Of the undisturbed run."""
+    whole_run_seconds: float = 0.0
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+class Durable:
+    """Counts the calls of a process that write a file durably, and ends it at one of them, if that is asked for."""
+
+    def __init__(self) -> None:
+        self.made = FORK.RawValue(ctypes.c_long, 0)  # memory that the process shares with this one
+        self.deadly = -1
+
+    def patch(self) -> None:
+        """In the process itself."""
+        self.made.value = 0
+        for module, name in DURABLE_CALLS:
+            setattr(module, name, self._counting(getattr(module, name), name))
+
+    def _counting(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.made.value += 1
+            if self.made.value == self.deadly:
+                if name == "save_file":
+                    original(*arguments, **options)
+                    os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+                print(name, file=sys.stderr)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        return call
+
+
+class Run:
+    """One configuration, run by processes whose errors are kept."""
+
+    def __init__(self, configuration: Mapping[str, Any], folder: Path) -> None:
+        self.configuration, self.errors_file = configuration, folder / "errors.txt"
+        self.output_dir = Path(configuration["output_dir"])
+
+    def start(self, durable: Durable | None = None) -> Any:
+        def body() -> None:
+            with self.errors_file.open("w") as file:
+                os.dup2(file.fileno(), sys.stderr.fileno())
+            leave_out_drawing(pytest.MonkeyPatch())
+            if durable is not None:
+                durable.patch()
+            fastkd.distill(self.configuration)
+
+        process = FORK.Process(target=body)
+        process.start()
+        return process
+
+    @property
+    def errors(self) -> str:
+        return self.errors_file.read_text().strip()
+
+
+def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more: Any) -> Report:
+    """Deliver so many kills to runs of `method` in `folder`, and compare every run's end with that of an undisturbed one.
+
+    `more` is set in the runs' configuration. The process that calls must have no threads.
+    """
+    torch.set_num_threads(1)
+    started, chance, durable = time.monotonic(), random.Random(seed), Durable()
+    configuration = config(method, folder, **more)
+    whole, killed = (Run({**configuration, "output_dir": str(folder / name)}, folder) for name in ("whole", "killed"))
+    report = Report(method, seed, stages=list(configuration["stages"]))
+
+    whole_started = time.monotonic()
+    process = whole.start(durable)
+    process.join()
+    report.whole_run_seconds, report.durable_calls = round(time.monotonic() - whole_started, 2), durable.made.value
+    if process.exitcode:
+        report.failures.append(f"the undisturbed run ended with {process.exitcode}: {whole.errors}")
+
+    while not report.failures and (report.kills < kills or not report.runs or killed.output_dir.exists()):
+        report.resumes += killed.output_dir.exists()
+        cause = chance.choice(["instant", "instant", "call"]) if report.kills < kills else None
+        if cause == "call":
+            durable.deadly = chance.randint(1, report.durable_calls // 4)  # not all of it, so that every part of a run is reached
+        process = killed.start(durable if cause == "call" else None)
+        if cause == "instant":
+            process.join(chance.uniform(0, report.whole_run_seconds))
+            process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            report.kills += 1
+            struck = killed.errors.splitlines()[-1] if cause == "call" else "a random instant"
+            report.kills_at[struck] += 1
+            report.kills_inside_a_save += cause == "call" or any(killed.output_dir.rglob(f"*.tmp-{process.pid}"))
+            report.kills_in[_standing(killed.output_dir, report.stages)] += 1
+            report.failures += [f"kill {report.kills} ({struck}): {damage}" for damage in _damaged(killed.output_dir)]
+        elif process.exitcode == 0:
+            report.runs += 1
+            ends = whole.output_dir, killed.output_dir
+            report.failures += [f"run {report.runs}: {difference}" for difference in differences(*ends, report.stages)]
+            if not report.failures:
+                shutil.rmtree(killed.output_dir)
+        else:
+            report.failures.append(f"after kill {report.kills}, the run ended with {process.exitcode}: {killed.errors}")
+    report.seconds = round(time.monotonic() - started, 1)
+    return report
+
+
+def _standing(output_dir: Path, stages: list[str]) -> str:
+    for stage in stages:
+        if not (output_dir / stage / RESULT_FILE).exists():
+            log = output_dir / stage / LOG_FILE
+            return stage if log.exists() and log.stat().st_size else f"before {stage}"
+    return "the end"
+
+
+def _damaged(output_dir: Path) -> list[str]:
+    """Why folders that are named as checkpoints are none."""
+    damages = []
+    for stage in output_dir.glob("*/"):
+        for checkpoint in list_checkpoints(stage):
+            try:
+                verify_checkpoint(checkpoint)
+            except CheckpointError as damage:
+                damages.append(str(damage))
+    return damages
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.kills", description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=["glmd", "ted", "crild"], required=True)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the random instants (default: 0)")
+    parser.add_argument("--async_save", action="store_true", help="write checkpoints while training goes on")
+    parser.add_argument("--output", type=Path, help="file for the report as JSON")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = kill_repeatedly(arguments.method, arguments.kills, Path(folder), arguments.seed, async_save=arguments.async_save)
+    text = json.dumps(vars(report), indent=2)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text + "\n")
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ METHOD ?= glmd
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup quickstart test lint format docs kernels bench-cpu bench-gpu clean
+.PHONY: setup quickstart test test-faults lint format docs kernels bench-cpu bench-gpu clean
 
 setup: .venv/installed
 
@@ -24,6 +24,13 @@ quickstart: setup
 
 test: setup lint kernels
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every fault's test, then processes killed at random instants: 100 of a GLMD run, 20 each of TED and CR-ILD.
+test-faults: setup
+	$(BIN)/python -m pytest tests/faults $(ARGS)
+	$(BIN)/python -m tests.faults.kills --method glmd --kills 100
+	$(BIN)/python -m tests.faults.kills --method ted --kills 20
+	$(BIN)/python -m tests.faults.kills --method crild --kills 20
 
 lint: setup
 	$(BIN)/ruff check .

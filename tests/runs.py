@@ -13,7 +13,7 @@ from fastkd.train.log import LOG_FILE, read_log
 from tests import tiny
 
 WORDS = ("if", "for")
-TIMES = {"seconds", "tokens_per_second", "peak_memory_mb"}
+TIMES = {"seconds", "tokens_per_second", "peak_memory_mb", "log_bytes"}
 """What of a log or a result is not the same in two runs of one thing."""
 
 

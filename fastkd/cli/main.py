@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     is_main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one tells what all do
-    logging.getLogger("fastkd").setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("fastkd").setLevel(logging.INFO if is_main else logging.ERROR)
     try:
         return COMMANDS[name][0](rest)
     except (ValueError, TypeError, OSError, MemoryError) as error:

@@ -23,9 +23,7 @@ def row_kernel(backend: str, device: torch.device) -> RowKernel:
     if backend == "auto":
         backend = "cpp" if device.type == "cpu" and cpp.is_built() else "torch"
         if device.type == "cpu" and backend == "torch":
-            _tell_once(
-                "Torch's row kernel serves: the C++ one, of the same numbers and faster, is compiled by `python -m fastkd.ops.cpp`."
-            )
+            _tell_once("Torch's row kernel serves: the C++ one, which is faster, is compiled by `python -m fastkd.ops.cpp`.")
     if backend == "torch":
         return rows.softmax_divergence_
     if backend == "cpp":

@@ -20,19 +20,24 @@ class RunLog:
 
     Args:
         output_dir: an existing folder; None writes nowhere, as ranks other than the first do.
-        stage: put into every line as `stage`; steps are counted within it.
-        resume_step: the step of `stage` that the run resumes from. What the log holds beyond that point is cut off: it
-            is about to happen again. None starts a new stage and keeps every line.
+        stage: put into every line as `stage`.
+        keep: `size` as it was at the point that the run resumes from. What the log holds beyond it is cut off: it is about to happen
+            again. None keeps every line.
 
     A half line at the end, left by a killed process, is dropped in either case.
     """
 
-    def __init__(self, output_dir: str | Path | None, *, stage: str | None = None, resume_step: int | None = None) -> None:
+    def __init__(self, output_dir: str | Path | None, *, stage: str | None = None, keep: int | None = None) -> None:
         path = Path(os.devnull) if output_dir is None else Path(output_dir) / LOG_FILE
         self.stage = stage
         if path.is_file():
-            os.truncate(path, _kept_bytes(path, stage, resume_step))
+            os.truncate(path, sum(map(len, _whole_lines(path.read_bytes()[:keep]))))
         self._file = path.open("a", encoding="utf-8", buffering=1)  # line-buffered: one write per line
+
+    @property
+    def size(self) -> int:
+        """Bytes that are written."""
+        return os.fstat(self._file.fileno()).st_size
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append a line such as `{"step": 10, "loss": 2.1}`. NaN and infinities are written as "nan", "inf", "-inf"."""
@@ -55,7 +60,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     Raises `ValueError` naming the line if any other is not JSON.
     """
     entries = []
-    for number, line in enumerate(_whole_lines(Path(path)), start=1):
+    for number, line in enumerate(_whole_lines(Path(path).read_bytes()), start=1):
         try:
             entries.append(json.loads(line))
         except ValueError as error:
@@ -63,22 +68,9 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def _whole_lines(content: bytes) -> list[bytes]:
     """The lines that were written to their end; JSON escapes line breaks, so a half line never holds one."""
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def _kept_bytes(path: Path, stage: str | None, resume_step: int | None) -> int:
-    """The length of the log's part that precedes the resume point: an earlier stage, or `stage` up to `resume_step`."""
-    kept, stage_seen = 0, False
-    for line, entry in zip(_whole_lines(path), read_log(path), strict=True):
-        if resume_step is not None:
-            same_stage = entry.get("stage") == stage
-            if (same_stage and entry.get("step", 0) > resume_step) or (stage_seen and not same_stage):
-                break
-            stage_seen |= same_stage
-        kept += len(line)
-    return kept
+    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _strict(value: Any) -> Any:

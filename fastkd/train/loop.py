@@ -50,6 +50,7 @@ class Progressed:
     best: dict[str, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
     window_loss: float = 0.0
+    log_bytes: int = 0
     seconds: float = 0.0
     tokens: int = 0
 
@@ -114,10 +115,10 @@ class StageTrainer:
         """Train to the end; the student then holds the weights that go on."""
         stage, ranks = self.stage, self.ranks
         stage.objective.train()
-        resumed = self._resume()
+        self._resume()
         with (
             contextlib.nullcontext(self.flag) if self.flag is not None else SignalFlag(ranks) as flag,
-            RunLog(self.folder if ranks.is_main else None, stage=stage.name, resume_step=self.at.step if resumed else -1) as lines,
+            RunLog(self.folder if ranks.is_main else None, stage=stage.name, keep=self.at.log_bytes) as lines,
             Progress(self.total_steps, initial=self.at.step, description=stage.name, shown=ranks.is_main) as bar,
             contextlib.closing(self.writer),
         ):
@@ -129,7 +130,7 @@ class StageTrainer:
                     bar.update(self._step(lines, flag))
                 self._catch_up(lines, flag)
             except Preempted:
-                self._save(is_last=True)
+                self._save(lines, is_last=True)
                 raise
             flag.poll()  # a signal after the last one stops the run before its next stage
         kept_best = stage.keep == "best" and bool(self.best_state)
@@ -266,7 +267,7 @@ class StageTrainer:
         if (step % self.eval_steps == 0 or end) and self.at.evaluated_step < step:
             self._evaluate(lines, flag)
         if step % self.save_steps == 0 or end:
-            self._save(is_last=end)
+            self._save(lines, is_last=end)
 
     def _evaluate(self, lines: RunLog, flag: SignalFlag) -> None:
         stage, at = self.stage, self.at
@@ -284,7 +285,7 @@ class StageTrainer:
                     self.best_state = on_cpu(module_tensors(stage.objective.student))
         at.evaluated_step = at.step
 
-    def _save(self, *, is_last: bool) -> None:
+    def _save(self, lines: RunLog, *, is_last: bool) -> None:
         """is_last: the process ends after it, or the stage: it has to succeed, and to be whole when this returns."""
         if not self._succeeds(self.writer.wait, is_last=False):
             self.saved_step = -1
@@ -296,6 +297,7 @@ class StageTrainer:
         }
         if self.best_state:
             tensors["best"] = self.best_state
+        self.at.log_bytes = lines.size
         progress = asdict(self.at)
         state = {**progress, "scaler": self.scaler.state_dict(), "made_by": self._made_by(), "rows": self.stage.fingerprint}
         keep = self.arguments.save_total_limit
@@ -325,12 +327,12 @@ class StageTrainer:
         """What bit-for-bit resuming depends on beside the configuration."""
         return {"torch": torch.__version__, "device": _device_name(self.ranks.device), "world_size": self.ranks.world_size}
 
-    def _resume(self) -> Path | None:
+    def _resume(self) -> None:
         """Load the newest checkpoint that the first rank can verify, if there is one."""
         newest = newest_checkpoint(self.folder) if self.ranks.is_main else None
         name = self.ranks.gather(None if newest is None else newest.name)[0]
         if name is None:
-            return None
+            return
         path = self.folder / name
         tensors, state = load_checkpoint(path)
         if (rows := state.pop("rows")) != self.stage.fingerprint:
@@ -352,7 +354,6 @@ class StageTrainer:
         self.saved_step = self.at.step
         if self.ranks.is_main:
             log.info("Stage %s goes on from %s.", self.stage.name, path)
-        return path
 
 
 def _adamw(names: dict[nn.Parameter, str], arguments: StageArguments) -> torch.optim.AdamW:

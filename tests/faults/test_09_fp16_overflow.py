@@ -47,7 +47,9 @@ def overflow(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
 def configuration(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("fp16")
     teacher, text = runs.bert_teacher(folder), runs.write_text(folder)
-    more = {"max_steps": STEPS, "save_steps": 1, "save_total_limit": STEPS, "warmup_steps": 1, "non_finite": "stop"}
+    # A loss so small that no gradient overflows but those that are made to.
+    options = {"temperature": 1.0, "label_weight": 0.01}
+    more = {"options": options, "max_steps": STEPS, "save_steps": 1, "save_total_limit": STEPS, "warmup_steps": 1, "non_finite": "stop"}
     return runs.settings(folder, method="kd", teacher_model_name_or_path=teacher, text=text, fp16=True, **more)
 
 

@@ -20,10 +20,14 @@ def steps(path):
     return [(entry.get("stage"), entry["step"]) for entry in read_log(path)]
 
 
-def write(output_dir, stage, numbers, resume_step=None):
-    with RunLog(output_dir, stage=stage, resume_step=resume_step) as log:
+def write(output_dir, numbers, keep=None):
+    """The log's size behind every line."""
+    with RunLog(output_dir, stage="first", keep=keep) as log:
+        sizes = [log.size]
         for step in numbers:
             log.write({"step": step, "loss": 1 / step})
+            sizes.append(log.size)
+    return sizes
 
 
 def test_lines_are_strict_json_and_visible_at_once(tmp_path):
@@ -40,34 +44,34 @@ def test_lines_are_strict_json_and_visible_at_once(tmp_path):
 
 def test_resume_cuts_what_will_happen_again(tmp_path):
     path = tmp_path / "log.jsonl"
-    write(tmp_path, "first", [10, 20, 30])
-    write(tmp_path, "second", [10, 20, 30, 40])
+    sizes = write(tmp_path, [10, 20, 30, 40])
     before = path.read_bytes()
-    write(tmp_path, "second", [], resume_step=40)
-    assert path.read_bytes() == before
-    write(tmp_path, "second", [30, 40], resume_step=25)
+    assert sizes[-1] == len(before) and write(tmp_path, [], keep=sizes[-1]) == [len(before)]
+    assert write(tmp_path, [30, 40], keep=sizes[2])[0] == sizes[2]
     assert path.read_bytes() == before  # the same lines again: the file of an uninterrupted run
-    write(tmp_path, "second", [], resume_step=0)
-    assert steps(path) == [("first", 10), ("first", 20), ("first", 30)]
+    write(tmp_path, [50])  # none is cut
+    assert steps(path) == [("first", step) for step in (10, 20, 30, 40, 50)]
+    write(tmp_path, [], keep=0)
+    assert steps(path) == []
 
 
-def test_resume_in_an_earlier_stage_cuts_the_later_one(tmp_path):
-    write(tmp_path, "first", [10, 20])
-    write(tmp_path, "second", [10, 20])
-    write(tmp_path, "first", [], resume_step=20)
-    assert steps(tmp_path / "log.jsonl") == [("first", 10), ("first", 20)]
+def test_a_log_that_lost_lines_is_not_made_longer(tmp_path):
+    """A power cut may take lines that the checkpoint has seen."""
+    sizes = write(tmp_path, [10, 20])
+    (tmp_path / "log.jsonl").write_bytes((tmp_path / "log.jsonl").read_bytes()[: sizes[1] + 3])
+    write(tmp_path, [30], keep=sizes[-1])
+    assert steps(tmp_path / "log.jsonl") == [("first", 10), ("first", 30)]
 
 
-def test_resume_without_stages(tmp_path):
-    write(tmp_path, None, [1, 2, 3])
-    write(tmp_path, None, [3], resume_step=2)
-    assert steps(tmp_path / "log.jsonl") == [(None, 1), (None, 2), (None, 3)]
+def test_other_ranks_write_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert write(None, [1, 2]) == [0, 0, 0] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("half", [b'{"step": 3, "lo', b'{"step": 3}', b"\xc3"])
 def test_half_line_is_dropped(tmp_path, half):
     path = tmp_path / "log.jsonl"
-    write(tmp_path, "first", [1, 2])
+    write(tmp_path, [1, 2])
     whole = path.read_bytes()
     path.write_bytes(whole + half)
     assert [entry["step"] for entry in read_log(path)] == [1, 2]

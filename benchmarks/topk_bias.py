@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.files import write_bytes_atomic, write_json_atomic
+from fastkd.files import write_json_atomic
 from fastkd.ops.rows import RowLosses, RowOptions
 from fastkd.ops.topk_rows import TAILS, TopK, topk_divergence_
 
 from .environment import stamp
 from .grad_filter import _held_out, _hidden
+from .page import write_block
 from .report import environment, markdown
 
 LISTED = (16, 64, 256)
@@ -38,7 +39,6 @@ EXPONENTS = (2.0, 1.3, 1.0, 0.7)
 DIVERGENCES = (1.0, 0.1)
 """Nats between a synthetic teacher and its student."""
 BLOCK = 64
-BEGIN, END = "<!-- written by `python -m fastkd.benchmarks.topk_bias --write-docs docs/topk.md` -->", "<!-- end -->"
 
 
 class Pair(NamedTuple):
@@ -235,15 +235,6 @@ def signed(value: float) -> str:
     return f"{100 * value:+.2g} %" if abs(value) < 0.995 else f"{100 * value:+.0f} %"
 
 
-def write_docs(record: Mapping[str, Any], path: Path) -> None:
-    """Put the table between the page's two comments."""
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} lacks the two lines {BEGIN} and {END}, between which the table goes; add them.")
-    write_bytes_atomic(path, f"{before}{begin}\n\n{table(record)}\n{end}{after}".encode())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastkd.benchmarks.topk_bias", description="The bias of top-k teachers.")
     parser.add_argument("--pair", type=Path, default=Path("runs/topk_bias"), help="the trained models (default: runs/topk_bias)")
@@ -254,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known.write_docs is None:
             write_json_atomic(known.output, measure(known.pair))
         else:
-            write_docs(json.loads(known.output.read_text(encoding="utf-8")), known.write_docs)
+            record = json.loads(known.output.read_text(encoding="utf-8"))
+            write_block(known.write_docs, "topk_bias", table(record))
     except (ValueError, OSError) as error:
         print(f"topk_bias: {error}", file=sys.stderr)
         return 2

@@ -51,6 +51,11 @@ class Objective(nn.Module):
     teach: Teacher | None = None
     """Asks the teacher; None without one, and where every batch comes with what it has said."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[str, nn.Module] = {}
+        """Frozen modules beside the student that are no part of its state, by name."""
+
     def weight(self, batch: Any) -> float | np.ndarray:
         """What this batch adds to the denominator of its optimizer step (tokens, or examples); an array where a loss has several.
         `batch` is still on the CPU."""
@@ -94,6 +99,12 @@ class Objective(nn.Module):
         if module is self.student:
             raise ValueError(f"The {name} and the student are one object; load them separately.")
         object.__setattr__(self, name, module)
+        self.held[name] = module
+
+    def moved(self) -> None:
+        """Called once everything is on its device: what was gathered of the teacher is gathered there."""
+        if self.teach is not None:
+            self.teach.gather()
 
 
 @dataclass(frozen=True)

@@ -101,17 +101,10 @@ class StageSpec:
     keep: Literal["best", "last"] = "best"
     lesson: Callable[[LessonInputs], Lesson] | None = None
     """What is asked of the teacher, where the answers can be cached; refuses options under which they cannot."""
-
-    def wants_classifier(self, task: ClozeTask | None) -> bool:
-        """Whether student and teacher are sequence classifiers in this stage, whose data are cloze questions."""
-        return self.name == "task_scores" and task is not None and task.kind == "classification"
-
-    def check_task(self, task: ClozeTask) -> None:
-        if self.name == "task_words" and task.kind == "classification":
-            raise ValueError(
-                "Stage task_words compares words and is judged by cloze scores, which kind 'classification' has not. Use kind "
-                "'verbalizer' or 'choices', or leave task_words out and go from pretrain to task_scores."
-            )
+    check_task: Callable[[ClozeTask], None] = lambda task: None
+    """Refuses cloze questions from which the stage cannot learn. Kind classification makes sequence classifiers of the models."""
+    check_stages: Callable[[Any, Sequence[str]], None] = lambda options, stages: None
+    """(options, all stages of the run) -> None: refuses a run without the stages that this one needs."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +133,6 @@ def build_stage(spec: StageSpec, inputs: StageInputs) -> Stage:
         captures=spec.captures,
         fingerprint=train_fingerprint(inputs.rows),
     )
-
-
-def check_stages(method: str, options: Mapping[str, Any], configured: Sequence[str]) -> None:
-    """Refuse stages that cannot follow each other. options: of the stages that are to run, by name; configured: all of the run's."""
-    if method == "ted" and "distill" in options:
-        ted.check_filters(options["distill"], configured)
 
 
 def _data(spec: StageSpec, inputs: StageInputs, objective: Objective, make_batch: MakeBatch, mask_probability: float) -> StageData:
@@ -253,6 +240,14 @@ def _refuse_pads(options: Any) -> None:
         )
 
 
+def _refuse_classification(task: ClozeTask) -> None:
+    if task.kind == "classification":
+        raise ValueError(
+            "Stage task_words compares words and is judged by cloze scores, which kind 'classification' has not. Use kind "
+            "'verbalizer' or 'choices', or leave task_words out and go from pretrain to task_scores."
+        )
+
+
 _TEXT_OR_DATASET: tuple[Data, ...] = ("dataset", "text")
 _FINETUNE_TEACHER = StageSpec("teacher", _TEXT_OR_DATASET, _hard_labels, trains="teacher", needs_teacher=False)
 _STUDENT_FILTERS = StageSpec(
@@ -264,7 +259,7 @@ METHODS: dict[str, Method] = {
         GLMDOptions,
         (
             StageSpec("pretrain", ("text",), _word_prediction, keep="last", lesson=_word_lesson),
-            StageSpec("task_words", ("task",), _word_prediction, lesson=_word_lesson),
+            StageSpec("task_words", ("task",), _word_prediction, lesson=_word_lesson, check_task=_refuse_classification),
             StageSpec("task_scores", ("task",), _task_scores, evaluate_first=True, lesson=_cloze_lesson),
         ),
     ),
@@ -299,6 +294,7 @@ METHODS: dict[str, Method] = {
                 captures=True,
                 check_models=ted.compared_layers,
                 lesson=_task_aware_lesson,
+                check_stages=ted.check_filters,
             ),
         ),
     ),

@@ -142,9 +142,13 @@ class Teacher:
         self.model, self.lesson = model, lesson
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        if lesson.words is not None:
-            assert isinstance(model, LanguageModel)
-            self.weight, self.bias = head_rows(model, lesson.words)
+        self.gather()
+
+    def gather(self) -> None:
+        """Take the rows of the head where it is now."""
+        if self.lesson.words is not None:
+            assert isinstance(self.model, LanguageModel)
+            self.weight, self.bias = head_rows(self.model, self.lesson.words)
 
     @torch.no_grad()
     def __call__(self, batch: Any) -> Taught:

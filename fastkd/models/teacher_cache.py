@@ -60,15 +60,14 @@ class CachedTeacher:
 
 def model_hashes(name_or_path: str) -> tuple[str | None, str]:
     """(the hub's revision, None for a folder; sha256 of the configuration and the weights that are on this machine)."""
-    from transformers.utils import cached_file
+    from transformers.utils import cached_file, extract_commit_hash
 
-    config = load_config(name_or_path)
     found = cached_file(name_or_path, "config.json")
     assert found is not None
     folder, digest = Path(found).parent, hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(f"{path.name} {file_sha256(path)}\n".encode())
-    return getattr(config, "_commit_hash", None), digest.hexdigest()
+    return extract_commit_hash(found, None), digest.hexdigest()
 
 
 def read_header(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..methods.objective import Objective
 from ..models.capture import transformer_layers
 from ..models.language_model import LanguageModel
 from ..models.task_model import TaskModel
@@ -73,14 +74,36 @@ class Engine:
 
     def evaluate(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function` runs the student without gradients, on every rank as often: in pieces, each of its forwards is a collective."""
-        return self.side(function, *arguments) if self.is_sharded else function(*arguments)
+        if not self.is_sharded:
+            return function(*arguments)
+        result = self.side(function, *arguments)
+        for module in self.side.modules():  # no backward comes, after which whole weights would be in pieces again
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return result
 
 
-def shard_frozen(model: LanguageModel | TaskModel, ranks: Ranks) -> None:
-    """FSDP2 over a frozen teacher; what was read of its head before stays whole."""
+def place(objective: Objective, ranks: Ranks, *, fsdp: bool, fsdp_teacher: bool) -> None:
+    """Put an objective that was made on the CPU, and what it holds, on the rank's device. What will be in pieces comes there in pieces:
+    the student when its `Engine` is made, the teacher here."""
+    if not fsdp or ranks.world_size == 1:
+        objective.to(ranks.device)
+    for name, module in objective.held.items():
+        if name == "teacher" and fsdp_teacher and ranks.world_size > 1:
+            assert isinstance(module, LanguageModel | TaskModel)
+            _shard_frozen(module, ranks)
+        else:
+            module.to(ranks.device)
+    objective.moved()
+
+
+def _shard_frozen(model: LanguageModel | TaskModel, ranks: Ranks) -> None:
+    """FSDP2 over a teacher, all but its LM head: losses read that whole."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    _shard_parts(model, mesh, reshard_after_forward=True)
-    fully_shard(model.model, mesh=mesh)
+    head = model.head.to(ranks.device) if isinstance(model, LanguageModel) else None
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.model, mesh=mesh, ignored_params=set() if head is None else set(head.parameters()))
 
 
 class WholeCopy:
@@ -109,14 +132,17 @@ def gradient_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
 
 def _shard_parts(model: LanguageModel | TaskModel, mesh: Any, *, reshard_after_forward: bool) -> None:
     """Each layer is a unit, and the head if it has a weight of its own; what is left belongs to whoever calls this."""
-    try:
-        units = list(transformer_layers(model.model))
-    except TypeError:  # an architecture whose layers are not known here is one unit
-        units = []
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
     if isinstance(model, LanguageModel) and model.head.weight is not model.model.get_input_embeddings().weight:
-        units.append(model.head)
-    for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        fully_shard(model.head, mesh=mesh, reshard_after_forward=False)  # backward begins with it
+
+
+def _layers(model: LanguageModel | TaskModel) -> Iterable[nn.Module]:
+    try:
+        return transformer_layers(model.model)
+    except TypeError:  # an architecture whose layers are not known here is one unit
+        return ()
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

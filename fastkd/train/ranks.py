@@ -59,12 +59,15 @@ class Ranks:
         timeout, is_ours = timedelta(seconds=timeout_seconds), not dist.is_initialized()
         if is_ours:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, _PATIENCE)]
         try:
-            host, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, _PATIENCE))
-            yield cls(dist.get_rank(), dist.get_world_size(), device, host, patient)
+            ranks = cls(dist.get_rank(), dist.get_world_size(), device, *groups)
+            yield ranks
+            with ranks.naming_absentees("the end"):
+                ranks.barrier()  # none closes its connections while another one still uses them
         finally:
-            if is_ours:
-                dist.destroy_process_group()
+            for group in groups if not is_ours else [None]:
+                dist.destroy_process_group(group)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The elementwise sum over ranks, in float64."""

@@ -16,7 +16,7 @@ import numpy as np
 from ..files import new_folder, remove_folder, write_json_atomic
 from ..methods.cached import CachedLesson
 from ..methods.objective import Share, Stage
-from ..methods.registry import METHODS, Data, LessonInputs, Model, StageInputs, StageSpec, build_stage, check_stages
+from ..methods.registry import METHODS, Data, LessonInputs, Model, StageInputs, StageSpec, build_stage
 from ..methods.stage_data import DatasetRows, Rows, train_sequences
 from ..models.language_model import LanguageModel
 from ..models.load import check_row_length, check_same_tokenizer, is_decoder, load_tokenizer, save_model
@@ -31,7 +31,7 @@ from .data import cloze_rows, dataset_rows, eval_corpus, load_dataset, text_rows
 from .log import LOG_FILE, read_log
 from .loop import StageResult, StageTrainer
 from .output import prepare_output_dir
-from .parallel import WholeCopy, shard_frozen
+from .parallel import WholeCopy, place
 from .preflight import DOINGS, MemoryEstimate, check_disk, check_memory, explaining_shortage, memory_estimate
 from .ranks import Ranks
 from .run_models import RESULT_FILE, RunModels
@@ -115,8 +115,8 @@ def plan_stages(config: RunConfig, only_stage: str | None) -> list[PlannedStage]
                 f"{prefix}torch_compile is on, and stage {spec.name} reads states inside the models; set it to false there."
             )
         options: Any = from_mapping(method.options, arguments.options, where=f"{prefix}options")
+        spec.check_stages(options, list(config.stages))
         planned.append(PlannedStage(spec, arguments, options, data[0]))
-    check_stages(config.method, {stage.spec.name: stage.options for stage in planned}, list(config.stages))
     return planned
 
 
@@ -192,12 +192,11 @@ class Run:
             return _read_result(folder)
         ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
         stage, estimate = ranks.main_first(lambda: self._build(planned))
-        objective = stage.objective.to(ranks.device)
+        objective = stage.objective
+        place(objective, ranks, fsdp=config.fsdp, fsdp_teacher=config.fsdp_teacher)
         made = objective.auxiliary()["filters"] if spec.makes == "filters" else objective.student
         if ranks.world_size > 1 and config.fsdp:
             made = WholeCopy(made, ranks)
-        if ranks.world_size > 1 and config.fsdp_teacher and spec.needs_teacher and planned.arguments.teacher.kind == "model":
-            shard_frozen(objective.teacher, ranks)  # type: ignore[arg-type]
         trainer = StageTrainer(stage, planned.arguments, folder, seed=config.seed, ranks=ranks, flag=self.flag, fsdp=config.fsdp)
         with explaining_shortage(estimate, spec.name):
             result = trainer.run()
@@ -223,8 +222,8 @@ class Run:
         stage = build_stage(
             spec,
             StageInputs(
-                student=student.to(self.ranks.device),
-                teacher=teacher if teacher is None or isinstance(teacher, CachedTeacher) else teacher.to(self.ranks.device),
+                student=student,
+                teacher=teacher,
                 tokenizer=self.tokenizer,
                 options=planned.options,
                 rows=rows,
@@ -284,7 +283,7 @@ class Run:
         task = planned.arguments.task
         if planned.data == "task":
             assert task is not None
-            return TaskHead("classification", task.cloze.num_labels) if planned.spec.wants_classifier(task.cloze) else None
+            return TaskHead("classification", task.cloze.num_labels) if task.cloze.kind == "classification" else None
         for stage in self.stages[self.stages.index(planned) :]:
             if stage.data == "dataset":
                 dataset = self._dataset(stage).dataset

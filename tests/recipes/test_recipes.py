@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastkd.methods.registry import METHODS, check_stages
+from fastkd.methods.registry import METHODS
 from fastkd.recipes import FOLDER, config_path, recipe_titles
 from fastkd.tasks.glue import TASKS
 from fastkd.tasks.stdlib_tasks import STDLIB_TASKS
@@ -48,16 +48,15 @@ def test_every_task_has_its_recipe():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_a_run_of_its_method(name):
     config = recipe(name)
-    method, options = METHODS[config.method], {}
+    method = METHODS[config.method]
     assert config.method == name.split("/")[0]
     stages = config.stages or {method.stages[0].name: config}
     specs = {spec.name: spec for spec in method.stages}
     assert list(stages) == [stage for stage in specs if stage in stages], "the stages are the method's, in its order"
     for stage, arguments in stages.items():
-        options[stage] = from_mapping(method.options, arguments.options)
+        specs[stage].check_stages(from_mapping(method.options, arguments.options), list(stages))
         assert [kind for kind in specs[stage].data if getattr(arguments, kind) is not None], f"{stage} has no data"
         assert arguments.dataset is None or arguments.dataset.task in {**TASKS, **STDLIB_TASKS, "stdlib/pairs": None}
-    check_stages(config.method, options, list(config.stages))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

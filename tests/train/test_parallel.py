@@ -57,6 +57,7 @@ def configurations(folder: Path) -> dict[str, dict[str, Any]]:
             runs.llama_teacher(folder, 2, tie_word_embeddings=False),
             text=text,
             stages={name: {} for name in ("teacher_filters", "student_filters", "distill")},
+            options={"teacher_filter_interval": 2},
             **stage,
         ),
         # Few tokens have a label: whole micro-batches are without one.

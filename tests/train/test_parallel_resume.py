@@ -108,6 +108,8 @@ def test_the_pieces_of_two_ranks_are_the_whole(folder):
     assert state["made_by"]["world_size"] == 2
     for group in ("model", "optimizer"):
         assert distance(dict(pieces[group]), dict(whole[group])) < 1e-4
+    sizes = [file.stat().st_size for group in ("model", "optimizer") for file in sorted(newest.glob(f"{group}-*"))]
+    assert len(sizes) == 4 and all(0.8 < first / second < 1.25 for first, second in zip(sizes[::2], sizes[1::2], strict=True))
     weight = next(name for name in whole["model"] if whole["model"][name].shape[0] > 9)
     assert pieces["model"].rows(weight, 3, 9).equal(pieces["model"][weight][3:9])
 

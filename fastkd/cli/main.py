@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from . import bench, cache, export, quickstart, train, vocab
+from . import bench, cache, doctor, export, plot, quickstart, train, vocab
+from . import eval as evaluation
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "quickstart": (quickstart.main, "distil a small language model on Python's own library, in minutes, without a network"),
@@ -16,6 +17,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "vocab": (vocab.main, "count a corpus's tokens; prune a model to the frequent ones"),
     "export": (export.main, "rewrite a student so that plain transformers opens it"),
     "cache": (cache.main, "write down once what a stage's teacher says of its training rows"),
+    "eval": (evaluation.main, "judge a model on a task or on text, beside its teacher and baselines"),
+    "plot": (plot.main, "draw the logs of several runs into one plot"),
+    "doctor": (doctor.main, "which backends are live, whether every op is right here, and what a pair would need"),
     "bench": (bench.main, "measure what fastkd claims beside every peer, and draw the tables and plots"),
 }
 USAGE = "usage: fastkd COMMAND [options]     (fastkd COMMAND --help for the options)\n\n" + "\n".join(

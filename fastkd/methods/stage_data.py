@@ -250,19 +250,24 @@ def dataset_data(
     return StageData(rows.train.lengths, make_batch, evaluate if judged and rows.eval is not None else None, metric, True)
 
 
-@torch.no_grad()
 def dataset_scores(student: TaskModel, rows: DatasetRows, batch_size: int, share: Share | None = None) -> dict[str, float]:
     """Every metric of the task on the evaluation rows, in evaluation mode."""
     encoded, split = rows.eval, rows.eval_split
     assert encoded is not None and split is not None
+    return rows.dataset.score(split, encoded.predictions(task_outputs(student, encoded, batch_size, share)))
+
+
+@torch.no_grad()
+def task_outputs(model: TaskModel, rows: EncodedTask, batch_size: int, share: Share | None = None) -> list[Tensor]:
+    """The model's scores of every row, in evaluation mode, as `EncodedTask.predictions` takes them."""
 
     def scores(start: int) -> list[Any]:
-        batch = encoded.collate(range(start, min(start + batch_size, len(encoded))))
-        return [row.tolist() for row in student(batch.to(student.device)).float().cpu()]
+        batch = rows.collate(range(start, min(start + batch_size, len(rows))))
+        return [row.tolist() for row in model(batch.to(model.device)).float().cpu()]
 
-    with evaluating(student):
-        batches = (share or Share()).map(scores, range(0, len(encoded), batch_size))
-    return rows.dataset.score(split, encoded.predictions([torch.tensor(row) for batch in batches for row in batch]))
+    with evaluating(model):
+        batches = (share or Share()).map(scores, range(0, len(rows), batch_size))
+    return [torch.tensor(row) for batch in batches for row in batch]
 
 
 @contextmanager

@@ -101,11 +101,12 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def _initialised(config: PretrainedConfig, kind: Any, seed: int) -> Any:
-    """A model with random weights from `seed`, leaving the global generator as it was."""
+    """A model with random float32 weights from `seed`, leaving the global generator as it was. The dtype in a configuration is that of
+    the weights it was saved with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         make = getattr(kind, "from_config", None) or kind._from_config
-        return make(config)
+        return make(config, dtype=torch.float32)
 
 
 def _named(base: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:

@@ -92,8 +92,8 @@ def load_task_model(
     missing = ", ".join(sorted(loading["missing_keys"]))
     if needs_head and missing:
         raise ValueError(
-            f"The teacher {name_or_path} has no trained head for {head.kind} (missing are {missing}), "
-            "and its scores are to be learned from. Fine-tune it first: by a stage that trains the teacher, or by method finetune."
+            f"The model {name_or_path} has no trained head for {head.kind} (missing are {missing}), "
+            "and its scores are asked for. Fine-tune it first: by a stage that trains the teacher, or by method finetune."
         )
     folder = Path(name_or_path) / VOCAB_MAP_FOLDER
     return TaskModel(model, head.kind, VocabMap.load(folder) if folder.is_dir() else None)
@@ -103,7 +103,7 @@ def build_task_model(config: PreTrainedConfig, head: TaskHead, *, seed: int, pad
     """A task model with random weights, drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TaskModel(_auto_class(head).from_config(_with_head(config, head, pad_id)), head.kind)
+        return TaskModel(_auto_class(head).from_config(_with_head(config, head, pad_id), dtype=torch.float32), head.kind)
 
 
 def _auto_class(head: TaskHead) -> Any:
@@ -124,15 +124,15 @@ def _with_head(config: Any, head: TaskHead, pad_id: int | None) -> Any:
 
 
 def _check_labels(name: str, config: Any, head: TaskHead) -> None:
-    """Refuse a teacher whose classes are not the task's, in their number, names or order."""
+    """Refuse a model whose classes are not the task's, in their number, names or order."""
     if head.kind == "question_answering":
         return
     given = [config.id2label[index] for index in sorted(config.id2label)]
     if len(given) != head.num_outputs:
-        raise ValueError(f"The teacher {name} has {len(given)} outputs and the task {head.num_outputs}; fine-tune it on this task.")
+        raise ValueError(f"The model {name} has {len(given)} outputs and the task {head.num_outputs}; fine-tune it on this task.")
     unnamed = all(str(label).startswith("LABEL_") for label in given)
     if head.label_names and not unnamed and given != list(head.label_names):
         raise ValueError(
-            f"The teacher {name} has the classes {', '.join(given)} and the task {', '.join(head.label_names)}, in this order; their "
-            "scores cannot be compared. Fine-tune the teacher on this task."
+            f"The model {name} has the classes {', '.join(given)} and the task {', '.join(head.label_names)}, in this order; their "
+            "scores cannot be compared. Fine-tune it on this task."
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+CALIBRATION_BINS = 15
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -80,6 +81,29 @@ def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
     return _correlation(_ranks(predicted), _ranks(true))
 
 
+def calibration_error(confidences: ArrayLike, is_right: ArrayLike, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error, in [0, 1]: how far a model's confidence is from its accuracy (Guo et al. 2017, arXiv:1706.04599).
+
+    `ECE = sum_m |B_m| / N |accuracy(B_m) - confidence(B_m)|`: row n is in bin `B_m`, of `bins` equally wide ones, if its confidence is
+    in `((m - 1) / bins, m / bins]`; 0 is in the first. Guo et al. use 15 bins.
+
+    Args:
+        confidences: Probability of what is predicted, one a row, in [0, 1].
+        is_right: Whether that is the label, one a row.
+    """
+    confidence, right = _same_length(confidences, is_right, names=("confidences", "is_right"))
+    if right.dtype != np.bool_:
+        raise TypeError(f"is_right must hold booleans, but holds {right.dtype}; compare predictions with labels first.")
+    if not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError(f"confidences go from {confidence.min()} to {confidence.max()}; they must be probabilities, from 0 to 1.")
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; there must be at least one.")
+    # An upper edge belongs to the bin below it; k / bins is the same number here as for whoever compares with it.
+    bin_of = np.searchsorted(np.arange(1, bins) / bins, confidence, side="left")
+    surplus = np.bincount(bin_of, weights=right - confidence.astype(np.float64), minlength=bins)
+    return float(np.abs(surplus).sum() / confidence.size)
+
+
 def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
     """Share of questions whose predicted text is one of the right ones, in [0, 1], as SQuAD counts it.
 
@@ -123,11 +147,13 @@ def _values(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.n
     return predicted.astype(np.float64), true.astype(np.float64)
 
 
-def _same_length(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    predicted, true = np.asarray(predictions), np.asarray(labels)
-    if predicted.ndim != 1 or predicted.shape != true.shape or predicted.size == 0:
-        raise ValueError(f"predictions {predicted.shape} and labels {true.shape} must be two 1-D sequences of one length above 0.")
-    return predicted, true
+def _same_length(
+    predictions: ArrayLike, labels: ArrayLike, names: tuple[str, str] = ("predictions", "labels")
+) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(predictions), np.asarray(labels)
+    if first.ndim != 1 or first.shape != second.shape or first.size == 0:
+        raise ValueError(f"{names[0]} {first.shape} and {names[1]} {second.shape} must be two 1-D sequences of one length above 0.")
+    return first, second
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:

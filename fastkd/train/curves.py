@@ -1,11 +1,13 @@
-"""Floor 5, train: curves of a run as a PNG; needs matplotlib, which is an extra."""
+"""Floor 5, train: curves of runs, and scores side by side, as a PNG; needs matplotlib, which is an extra."""
 
 import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastkd.files import write_bytes_atomic
+from fastkd.train.log import LOG_FILE, read_log
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +29,11 @@ def plot_curves(
     Points that are not finite leave a gap. One curve is described by the title alone, several get a legend. Without
     matplotlib, one line is logged and None returned.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
-    except ImportError:
-        logger.warning("%s is not drawn: matplotlib is not installed (pip install 'fastkd[plots]').", path)
+    figure = _figure(path, 6.4, 4.0)
+    if figure is None:
         return None
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    from matplotlib.ticker import FuncFormatter
+
     axes = figure.subplots()
     for index, (label, points) in enumerate(series.items()):
         style = "-" if index < len(COLOURS) else "--"
@@ -53,6 +53,88 @@ def plot_curves(
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9)
+    return _write(figure, path)
+
+
+def plot_logs(runs: Sequence[str], key: str, path: str | Path) -> Path | None:
+    """`plot_curves` of what the logs of several runs say of `key`, over steps.
+
+    A run is its output_dir, the folder of one stage, or a log; curves bear its name, and the stage's where several of them have `key`.
+    Raises `ValueError` for a run without a log, and for a key that no log has, naming those that there are.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    keys: set[str] = set()
+    for run in runs:
+        found = {}
+        for log in _logs(run):
+            lines = read_log(log)
+            keys.update(name for line in lines for name in line if _number(line, name) is not None)
+            points = [(line["step"], value) for line in lines if "step" in line and (value := _number(line, key)) is not None]
+            if points:
+                found[log.parent.name] = points
+        series |= {run if len(found) == 1 else f"{run}: {stage}": points for stage, points in found.items()}
+    if not series:
+        raise ValueError(f"None of the logs has the key {key!r}; they have {', '.join(sorted(keys - {'step'}))}.")
+    ylabel = key.removeprefix("eval_").replace("_", " ")
+    return plot_curves(series, path, title=ylabel, xlabel="step", ylabel=ylabel, log_y="perplexity" in key)
+
+
+def plot_bars(panels: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str) -> Path | None:
+    """Draw one panel a score into the PNG `path`, with a bar and its value for each name; a name has the same colour in all.
+
+    Returns the path; without matplotlib, one line is logged and None returned.
+    """
+    names = list(dict.fromkeys(name for bars in panels.values() for name in bars))
+    figure = _figure(path, 1.0 + 2.4 * len(panels), 1.4 + 0.35 * len(names))
+    if figure is None:
+        return None
+    for index, (axes, (score, bars)) in enumerate(zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True)):
+        rows = [names.index(name) for name in bars]
+        drawn = axes.barh(rows, list(bars.values()), color=[COLOURS[row % len(COLOURS)] for row in rows], height=0.7)
+        axes.bar_label(drawn, [f"{value:.4g}" for value in bars.values()], padding=3, fontsize=9)
+        axes.set_title(score, loc="left", fontsize=10)
+        axes.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
+        axes.set_ylim(len(names) - 0.5, -0.5)  # the first name on top
+        axes.margins(x=0.25)
+        axes.tick_params(left=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return _write(figure, path)
+
+
+def _logs(run: str) -> list[Path]:
+    """The logs of a run's stages by name, or the one that is meant."""
+    place = Path(run)
+    logs = [place] if place.is_file() else [place / LOG_FILE] if (place / LOG_FILE).is_file() else sorted(place.glob(f"*/{LOG_FILE}"))
+    if not logs:
+        raise ValueError(
+            f"{run} holds no {LOG_FILE}, nor does a folder in it; give the output_dir of a run, a stage's folder, or a log."
+        )
+    return logs
+
+
+def _number(line: Mapping[str, Any], key: str) -> float | None:
+    """What a line of a log says of `key`, if that is a number; those that JSON has none for stand there as text."""
+    value = line.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _figure(path: str | Path, width: float, height: float) -> Any:
+    """An empty figure of that many inches; None, and one line in the log, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("%s is not drawn: matplotlib is not installed (pip install 'fastkd[plots]').", path)
+        return None
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _write(figure: Any, path: str | Path) -> Path:
     png = io.BytesIO()
     figure.savefig(png, format="png")  # a bare Figure draws with Agg: no display, no global state
     write_bytes_atomic(path, png.getvalue())

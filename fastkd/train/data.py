@@ -48,21 +48,25 @@ def eval_corpus(text: TextData) -> Corpus | None:
 
 def text_rows(text: TextData, tokenizer: Any, cache_dir: Path, *, causal: bool, poll: Callable[[], None] = lambda: None) -> TextRows:
     """Tokenise (or open from the cache) the training and evaluation rows; what `poll` raises ends it, and the next call goes on."""
-    layout = text.layout if text.layout != "auto" else ("packed" if causal else "rows")
-
-    def tokenized(corpus: Corpus) -> TokenRows:
-        return tokenize_corpus(
-            corpus,
-            tokenizer,
-            max_length=text.max_length,
-            layout=layout,
-            cache_dir=cache_dir / "tokens",
-            split_long=layout == "rows",
-            poll=poll,
-        )
-
+    train = tokenized(train_corpus(text), text, tokenizer, cache_dir, causal=causal, poll=poll)
     judged = eval_corpus(text)
-    return TextRows(tokenized(train_corpus(text)), None if judged is None else tokenized(judged))
+    return TextRows(train, None if judged is None else tokenized(judged, text, tokenizer, cache_dir, causal=causal, poll=poll))
+
+
+def tokenized(
+    corpus: Corpus, text: TextData, tokenizer: Any, cache_dir: Path, *, causal: bool, poll: Callable[[], None] = lambda: None
+) -> TokenRows:
+    """The rows of one of the text's corpora, in the layout that it has for decoders or encoders."""
+    layout = text.layout if text.layout != "auto" else ("packed" if causal else "rows")
+    return tokenize_corpus(
+        corpus,
+        tokenizer,
+        max_length=text.max_length,
+        layout=layout,
+        cache_dir=cache_dir / "tokens",
+        split_long=layout == "rows",
+        poll=poll,
+    )
 
 
 def cloze_rows(data: TaskData, tokenizer: Any, *, causal: bool) -> ClozeRows:

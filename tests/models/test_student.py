@@ -12,6 +12,7 @@ import torch
 from fastkd.models.language_model import LanguageModel
 from fastkd.models.load import check_padded_vocabulary, check_same_tokenizer, load_language_model, save_model
 from fastkd.models.student import build_student, export_student, prune_model
+from fastkd.models.task_model import TaskHead, build_task_model
 from fastkd.vocab.map import VocabMap
 from fastkd.vocab.tokenizer import protected_ids, prune_tokenizer, token_requirements
 from tests import tiny
@@ -52,6 +53,14 @@ def test_a_built_student_depends_on_its_seed_alone_and_maps_special_ids():
     assert first.head.weight.shape == (vocab_map.num_kept, 16)
     assert first.model.config.eos_token_id == int(vocab_map.id_to_slot[0]) and first.model.config.bos_token_id is None
     assert 0.015 < make(1).model.model.layers[0].mlp.up_proj.weight.std() * 0.02 / 0.2 < 0.025
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_new_students_train_in_float32_whatever_their_teacher_was_saved_in(dtype):
+    config = tiny.bert().config
+    config.dtype = dtype
+    assert build_student(config, {"num_hidden_layers": 1}, None, seed=0).model.dtype == torch.float32
+    assert build_task_model(config, TaskHead("classification", 2), seed=0).model.dtype == torch.float32
 
 
 def test_another_architecture_and_unknown_settings():

@@ -10,6 +10,7 @@ import sklearn.metrics
 from fastkd.tasks.metrics import (
     _ranks,
     accuracy,
+    calibration_error,
     exact_match,
     f1,
     f1_macro,
@@ -192,3 +193,34 @@ def test_wrong_answers_are_refused(metric):
         metric(["x"], ["x"])
     with pytest.raises(TypeError, match="prediction 3"):
         metric([3], [["x"]])
+
+
+def test_calibration_error_by_hand():
+    """Five bins: (0, 0.2] with 0, 0.2 and 0.2, (0.4, 0.6] with 0.55, (0.8, 1] with 0.9 and 1."""
+    confidences, is_right = [0.2, 0.55, 0.9, 1.0, 0.2, 0.0], [True, True, True, False, False, False]
+    # Gaps: |1/3 - 0.4/3| of three rows, |1 - 0.55| of one, |1/2 - 0.95| of two.
+    assert calibration_error(confidences, is_right, bins=5) == pytest.approx((0.6 + 0.45 + 0.9) / 6, rel=1e-12)
+    assert calibration_error(confidences, is_right, bins=1) == pytest.approx(abs(3 - 2.85) / 6, rel=1e-12)
+
+
+def test_calibration_error_at_its_ends():
+    assert calibration_error([1.0, 1.0, 0.0], [True, True, False]) == 0.0
+    assert calibration_error([1.0, 1.0], [False, False]) == 1.0
+    # Every upper edge is in its own bin, k / 15 with k right of 15: perfectly calibrated in each bin, and in no other grouping.
+    edges = np.repeat(np.arange(1, 16) / 15, 15)
+    assert calibration_error(edges, np.tile(np.arange(15), 15) < np.repeat(np.arange(1, 16), 15)) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        (([0.5, 1.2], [True, False]), ValueError, r"confidences go from 0\.5 to 1\.2"),
+        (([0.5, math.nan], [True, False]), ValueError, "must be probabilities"),
+        (([0.5], [1]), TypeError, "is_right must hold booleans, but holds int64"),
+        (([0.5], [True, False]), ValueError, r"confidences \(1,\) and is_right \(2,\)"),
+        (([0.5], [True], 0), ValueError, "bins is 0"),
+    ],
+)
+def test_what_calibration_error_refuses(arguments, error, sentence):
+    with pytest.raises(error, match=sentence):
+        calibration_error(*arguments)

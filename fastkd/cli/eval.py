@@ -1,0 +1,130 @@
+"""`fastkd eval`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..train.config import DatasetArguments, TextData
+from .table import print_table
+
+DESCRIPTION = """Judge a model on a labelled task by the task's own metrics, or on text by perplexity, beside its teacher and baselines.
+Models are folders or hub names: students with their vocabulary map, exported ones, and any other of transformers."""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fastkd eval", description=DESCRIPTION)
+    parser.add_argument("model", metavar="MODEL", help="the model that is judged")
+    parser.add_argument("--teacher", help="its teacher; the others are also compared with it")
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="models to judge beside it, each with its name",
+    )
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--task", help="glue/rte, super_glue/boolq, squad_v2, ..., stdlib/module: a task that the models are trained for")
+    data.add_argument("--text", metavar="PATH", help="hub name, folder, file or glob of text, or stdlib: for language models")
+    parser.add_argument("--path", help="task: folder or hub name of a copy (default: the hub's own)")
+    parser.add_argument("--name", help="text: configuration of a hub dataset")
+    parser.add_argument("--text_column", help="text: column that holds the text (default: text)")
+    parser.add_argument("--split", help="default: a task's first besides train; test of a text, and all of a file")
+    parser.add_argument("--max_rows", type=int, help="at most this many examples, or rows of text")
+    parser.add_argument("--max_length", type=int, help="tokens in a row (default: 128 of a task, 256 of text)")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows in a batch (default: 32)")
+    parser.add_argument("--output_dir", type=Path, help="where results.json and the plots go (default: only the table is printed)")
+    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    known = parser.parse_args(argv)
+    if known.batch_size < 1:
+        raise ValueError(f"--batch_size is {known.batch_size}; a batch has at least one row.")
+    models = _models(known)
+    if known.output_dir is not None:
+        known.output_dir.mkdir(parents=True, exist_ok=True)
+    limits = _given(known, max_rows="max_eval_rows", max_length="max_length", split="eval_split")
+    of_task, of_text = _given(known, path="path"), _given(known, name="name", text_column="text_column")
+    if known.task is not None:
+        _refuse("task", of_text)
+        arguments = DatasetArguments(task=known.task, **of_task, **limits)
+        from ..train.evaluate import evaluate_on_task
+
+        evaluation = evaluate_on_task(models, arguments, batch_size=known.batch_size, use_cpu=known.use_cpu)
+    else:
+        _refuse("text", of_task)
+        text = TextData(path=known.text, **of_text, **limits)
+        from ..train.evaluate import evaluate_on_text
+
+        evaluation = evaluate_on_text(models, text, batch_size=known.batch_size, use_cpu=known.use_cpu)
+    _show(evaluation)
+    if known.output_dir is not None:
+        from ..train.evaluate import write_evaluation
+
+        write_evaluation(evaluation, known.output_dir)
+        print(f"Results: {known.output_dir}")
+    if evaluation["data"].get("predicted") == "next tokens":
+        print(f"More tasks, by lm-evaluation-harness (pip install 'lm_eval[hf]'):\n  {_lm_eval(evaluation['models']['student'])}")
+    return 0
+
+
+def _models(known: argparse.Namespace) -> dict[str, str]:
+    """Teacher, student and baselines by name."""
+    models = {} if known.teacher is None else {"teacher": known.teacher}
+    models["student"] = known.model
+    for given in known.baseline:
+        name, _, source = given.partition("=")
+        if not name or not source:
+            raise ValueError(f"--baseline is {given!r}; give a name and a folder or hub name, such as kd=runs/kd/pretrain/student.")
+        if name in ("teacher", *models):
+            raise ValueError(f"--baseline {given!r} has a name that is taken; give every model another one.")
+        models[name] = source
+    return models
+
+
+def _given(known: argparse.Namespace, **keys: str) -> dict[str, Any]:
+    """What was given of these flags, by the keys that they set."""
+    return {key: getattr(known, flag) for flag, key in keys.items() if getattr(known, flag) is not None}
+
+
+def _refuse(kind: str, others: Mapping[str, Any]) -> None:
+    for name in others:
+        raise ValueError(f"--{name} does not go with --{kind}; leave it out.")
+
+
+def _show(evaluation: Mapping[str, Any]) -> None:
+    from ..train.evaluate import TITLES
+
+    models, data = evaluation["models"], evaluation["data"]
+    scores = list(dict.fromkeys(score for result in models.values() for score in result["scores"]))
+    print_table(
+        ["", *(TITLES.get(score, score) for score in scores), "parameters", "vocabulary"],
+        [
+            [
+                name,
+                *(f"{result['scores'][score]:.4g}" if score in result["scores"] else "-" for score in scores),
+                result["parameters"],
+                result["vocabulary"],
+            ]
+            for name, result in models.items()
+        ],
+    )
+    if "task" in data:
+        print(f"\n{data['task']}, split {data['split']}: {data['examples']} examples.")
+    else:
+        print(f"\n{data['text']}, split {data['split']}: {data['predictions']} {data['predicted']}, judged as {data['events']}.")
+    if "calibration_error" in scores:
+        print(f"Calibration error: {evaluation['calibration_error']}.")
+
+
+def _lm_eval(student: Mapping[str, Any]) -> str:
+    """The command that runs lm-evaluation-harness on the student, exported first if it has a vocabulary map."""
+    folder = student["model_name_or_path"]
+    run = "lm_eval --model hf --model_args {} --tasks lambada_openai,arc_easy --batch_size auto"
+    if not student["has_vocab_map"]:
+        return run.format(shlex.quote(f"pretrained={folder}"))
+    exported = f"{folder.rstrip('/')}-exported"
+    export = f"fastkd export {shlex.quote(folder)} --output_dir {shlex.quote(exported)}"
+    return f"{export} && {run.format(shlex.quote(f'pretrained={exported}'))}"

@@ -1,0 +1,181 @@
+"""The frozen surface: names, parameters, flags and keys that people's code and files rely on, each written out.
+
+A failure here says that the surface has changed. Additions are written down here too; what is renamed or removed breaks somebody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastkd
+from fastkd.cli.main import COMMANDS, main
+from fastkd.train.config import RunConfig
+from fastkd.train.schema import help_text
+
+NAMES = [
+    "Divergence",
+    "LinearKLDivLoss",
+    "LossStats",
+    "ProjectedMSELoss",
+    "RelationKLLoss",
+    "RelationTarget",
+    "VocabMap",
+    "distill",
+    "kl_div",
+    "linear_cross_entropy",
+    "linear_kl_div",
+    "projected_mse",
+    "reference",
+    "relation_kl",
+    "topk_kl_div",
+]
+REFERENCES = ["kl_div", "linear_cross_entropy", "linear_kl_div", "projected_mse", "relation_kl", "topk_kl_div"]
+ROW_OPTIONS = "reduction='mean', denominator=None, chunk_size=None, memory_budget=None, backend='auto'"
+LOGITS = "student_softcap=None, teacher_softcap=None, student_logit_scale=1.0, teacher_logit_scale=1.0"
+LABELS = "labels=None, label_weight=0.0, ignore_index=-100"
+SIGNATURES = {
+    "distill": "(config, *, only_stage=None)",
+    "kl_div": "(student_logits, teacher_logits, *, divergence='forward_kl', temperature=1.0, mask=None, vocab_index=None, "
+    f"{LABELS}, {LOGITS}, {ROW_OPTIONS}, return_stats=False)",
+    "linear_cross_entropy": f"(hidden, weight, labels, *, bias=None, ignore_index=-100, softcap=None, logit_scale=1.0, {ROW_OPTIONS})",
+    "linear_kl_div": "(student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias=None, teacher_bias=None, "
+    f"divergence='forward_kl', temperature=1.0, mask=None, vocab_index=None, {LABELS}, {LOGITS}, {ROW_OPTIONS}, return_stats=False, "
+    "grad_filter=None, teacher_precision='full', group=None)",
+    "projected_mse": "(student_states, student_weight, teacher_states, teacher_weight, *, student_bias=None, teacher_bias=None, "
+    "mask=None, reduction='mean', chunk_size=None, memory_budget=None)",
+    "relation_kl": "(student_q, student_k, teacher_q, teacher_k, *, key_mask=None, query_mask=None, targets=(), form='kl', "
+    "reduction='mean', chunk_size=None, memory_budget=None, backend='auto')",
+    "topk_kl_div": "(student_hidden, student_weight, topk_ids, topk_logprobs, tail_logprob=None, *, student_bias=None, tail='bucket', "
+    f"temperature=1.0, mask=None, {LABELS}, student_softcap=None, student_logit_scale=1.0, {ROW_OPTIONS}, return_stats=False, "
+    "grad_filter=None)",
+    "Divergence": "(kind, mixing=None)",
+    "Divergence.jsd": "(beta)",
+    "Divergence.skew_kl": "(alpha)",
+    "Divergence.skew_rkl": "(alpha)",
+    "LinearKLDivLoss": "(**options)",
+    "LossStats": "(divergence=None, cross_entropy=None, student_entropy=None, teacher_entropy=None, top1_agreement=None, "
+    "columns_kept=None, dropped_mass=None)",
+    "ProjectedMSELoss": "(**options)",
+    "RelationKLLoss": "(**options)",
+    "RelationTarget": "(q, k, weight=1.0, key_mask=None, query_mask=None)",
+    "VocabMap": "(kept_ids, id_to_slot)",
+    "VocabMap.from_counts": "(counts, keep, protected=(), multiple_of=128, requires=None, vocab_size=None)",
+    "VocabMap.assign_stand_ins": "(self, embedding, similarity='dot', *, unk_id=None, exclude=())",
+    "VocabMap.decode_ids": "(self, slots)",
+    "VocabMap.save": "(self, directory)",
+    "VocabMap.load": "(directory)",
+}
+FLAGS = {
+    "quickstart": "--method --output_dir --seed --print_config",
+    "train": "config --stage --print_config",
+    "vocab count": "--model --data --name --split --text_column --streaming --max_rows --on_bad_row --num_proc --output_dir",
+    "vocab prune": "--model --counts --keep --protected --output_dir",
+    "export": "student --output_dir",
+    "cache": "config --stage --output --kind --k --dtype --shard_rows",
+    "eval": "model --teacher --baseline --task --text --path --name --text_column --split --max_rows --max_length --batch_size "
+    "--output_dir --use_cpu",
+    "plot": "run --key --output",
+    "doctor": "--vocabulary --student_hidden --teacher_hidden --dtype --temperature --tokens --teacher --student --student_layers "
+    "--batch_size --length --json",
+    "bench": "claims --smoke --repeats --budget --device --output --pair",
+    "bench report": "--results --docs --readme",
+}
+KEYS = """
+    text text.path text.name text.train_split text.eval_split text.eval_path text.text_column text.streaming text.max_rows
+    text.max_eval_rows text.max_length text.layout text.on_bad_row text.max_bad_rows task task.path task.name task.train_split
+    task.eval_split task.eval_path task.max_rows task.max_eval_rows task.on_bad_row task.max_bad_rows task.cloze task.cloze.kind
+    task.cloze.template task.cloze.label_column task.cloze.label_words task.cloze.labels task.cloze.choices task.cloze.choices_column
+    task.cloze.choice_columns task.cloze.length_penalty task.cloze.max_length dataset dataset.task dataset.path dataset.eval_split
+    dataset.text_columns dataset.max_length dataset.doc_stride dataset.max_answer_length dataset.few_sample dataset.label_noise
+    dataset.sample_seed dataset.max_eval_rows dataset.on_bad_row dataset.max_bad_rows teacher_model_name_or_path teacher teacher.kind
+    teacher.path teacher.tail options.NAME dropout.NAME per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps max_steps num_train_epochs learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    lr_scheduler_type warmup_steps lr_decay_steps lr_final_ratio bf16 fp16 torch_compile group_by_length logging_steps eval_steps
+    save_steps save_total_limit async_save save_failure non_finite max_skipped_steps method output_dir model_name_or_path
+    tokenizer_name_or_path student_layers student.NAME vocabulary vocabulary.keep vocabulary.multiple_of vocabulary.protected
+    vocabulary.stand_ins vocabulary.counts stages.NAME seed use_cpu fsdp fsdp_teacher ddp_timeout cache_dir overwrite_output_dir
+"""
+
+
+def test_the_package_exports_these_names_and_no_others() -> None:
+    assert fastkd.__all__ == NAMES and set(NAMES) <= set(dir(fastkd))
+    assert all(getattr(fastkd, name) is not None for name in NAMES)
+    assert fastkd.reference.__all__ == REFERENCES and all(callable(getattr(fastkd.reference, name)) for name in REFERENCES)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_parameters_and_their_defaults(name: str) -> None:
+    found: Any = fastkd
+    for part in name.split("."):
+        found = getattr(found, part)
+    signature = inspect.signature(found)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == SIGNATURES[name]
+
+
+def test_every_public_name_has_its_parameters_written_down() -> None:
+    assert {name.split(".")[0] for name in SIGNATURES} == set(NAMES) - {"reference"}
+
+
+class Parsing(Exception):
+    """A command has built its parser."""
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The flags of a parser, or of each of its subcommands, by the words that lead there."""
+    actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    if isinstance(actions[0], argparse._SubParsersAction):
+        return {name: flags for choice in actions[0].choices.values() for name, flags in flags_of(choice).items()}
+    names = (name for action in actions for name in action.option_strings or [action.dest])
+    return {parser.prog.removeprefix("fastkd "): " ".join(names)}
+
+
+def test_flags_of_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, str] = {}
+
+    def stop(self: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        found.update(flags_of(self))
+        raise Parsing
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+    for command in [*([command] for command in COMMANDS), ["bench", "report"]]:
+        with pytest.raises(Parsing):
+            main([*command, "anything"])
+    assert found == FLAGS
+
+
+def test_keys_of_a_run() -> None:
+    """The flags of `fastkd train` and the keys of its YAML; those below stages.NAME are the same again."""
+    keys = re.findall(r"^--(\S+)", help_text(RunConfig), re.MULTILINE)
+    assert [key for key in keys if not key.startswith("stages.NAME.")] == KEYS.split()
+
+
+def test_no_commands_help_needs_torch() -> None:
+    program = (
+        "import sys; from fastkd.cli.main import COMMANDS, main\n"
+        "for command in [[], *([name] for name in COMMANDS), ['vocab', 'count'], ['vocab', 'prune'], ['bench', 'report']]:\n"
+        "    try: code = main([*command, '--help'])\n"
+        "    except SystemExit as exit: code = exit.code\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
+        "    assert code == 0 and not heavy, f'fastkd {command} --help: code {code}, imports {heavy}'\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("usage: fastkd") == len(COMMANDS) + 4
+
+
+def test_types_are_packaged() -> None:
+    marker = Path(fastkd.__file__).parent / "py.typed"
+    project = tomllib.loads((marker.parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert marker.is_file() and "py.typed" in project["tool"]["setuptools"]["package-data"]["fastkd"]
+    assert "Typing :: Typed" in project["project"]["classifiers"]

@@ -1,0 +1,266 @@
+"""Floor 5, integrations: fastkd under transformers' Trainer, with its arguments, callbacks, launchers and checkpoints.
+
+`KDTrainer` is Trainer with an objective for its loss; `patch_head` is for those who keep Trainer, or a loop of their own, as it is.
+What Trainer promises holds, and no more: `fastkd train` has the checkpoints that are never half, and resumes bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..methods.objective import Objective, Position
+from ..methods.teaching import Model
+from ..models.language_model import LanguageModel
+from ..models.load import VOCAB_MAP_FOLDER
+from ..train.batches import counter_torch_generator
+from ..train.loop import NonFiniteError
+from ..train.parallel import StudentSide
+from .hf_head import patch_head, unpatch_head
+from .hf_models import COLUMNS, batch_of, labels_of
+from .hf_objectives import make_objective, reads_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["KDTrainer", "patch_head", "unpatch_head"]
+
+AUXILIARY_FILE = "auxiliary.safetensors"
+_STUDENT = "objective.student.model."  # what the names of the student's tensors begin with in the wrapped module
+
+
+class KDTrainer(Trainer):
+    """Trainer whose loss is an objective's, over whole optimizer steps: sums over the micro-batches, divided by the step's own count.
+
+    The count is the objective's `weight` (tokens, or examples), summed over the micro-batches and, with average_tokens_across_devices,
+    over the ranks: gradients do not depend on how a step is split. A step whose gradient is not finite stops the run before the weights
+    are touched, but in fp16, where the scaler leaves it out.
+
+    Collators give what transformers' do, input_ids with attention_mask and labels (which a decoder's loss shifts), or batches of
+    fastkd. `eval_loss` is Trainer's: the mean over batches of each one's loss, by its own count. Predictions are the student's logits.
+    A saved model is the student alone, as plain from_pretrained opens it, with its vocabulary map in a folder if it has one; what an
+    objective trains beside it is in checkpoints only.
+    """
+
+    objective: Objective
+
+    def __init__(
+        self,
+        model: Objective | PreTrainedModel | Model,
+        args: TrainingArguments,
+        *,
+        teacher: PreTrainedModel | Model | None = None,
+        method: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        **trainer: Any,
+    ) -> None:
+        """`model` is the student, or an objective, which has its student and teacher.
+
+        teacher: is frozen. method: `kd`, `glmd` (word prediction) or `lm` on text, `crild` (logit distillation) or `finetune` on
+        labelled tasks. options: the method's, by name. trainer: whatever else Trainer takes, by name.
+        """
+        _check_arguments(args, trainer)
+        if isinstance(model, Objective):
+            if teacher is not None or method is not None or options is not None:
+                raise ValueError("model is an objective, which has its teacher and options; leave out teacher, method and options.")
+            self.objective = model
+        else:
+            self.objective = make_objective(model, teacher, method, options or {}, args.device)
+        _check_objective(self.objective, args.device)
+        super().__init__(TrainedSide(self.objective), args, **trainer)
+        self.add_callback(_EndStep(self))
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step as the objective reads them, and the step's denominator."""
+        args, state = self.args, self.state
+        first = state.global_step * args.gradient_accumulation_steps
+        batches = []
+        for number, inputs in enumerate(itertools.islice(epoch_iterator, num_batches), start=first):
+            generator = counter_torch_generator(args.seed, number * args.world_size + args.process_index)
+            batches.append(self.objective.prepare(self._batch(inputs), generator))
+        if not batches:
+            return batches, None
+        weight = sum(self.objective.weight(batch) for batch in batches)
+        if self._sums_over_ranks:
+            total = self.accelerator.reduce(torch.as_tensor(weight, dtype=torch.float64, device=device), "sum").cpu().numpy()
+            weight = total if isinstance(weight, np.ndarray) else float(total)
+        self.objective.begin_step(Position(state.global_step, state.max_steps, int(state.epoch or 0), state.num_train_epochs))
+        return batches, _denominator(weight)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """One micro-batch's part of its step's loss. num_items_in_batch: the step's denominator, as `get_batch_samples` gives it."""
+        loss = model(self.objective, inputs, num_items_in_batch)
+        if self._sums_over_ranks:
+            loss = loss * self.accelerator.num_processes  # by which the mean over ranks divides
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """(loss, logits, labels) of one batch, in one forward of the wrapped module; no loss without the labels that it needs."""
+        labels = labels_of(inputs)
+        judged = labels is not None or not reads_labels(self.objective)
+        plain = self._batch(inputs, judged=False).to(self.args.device)
+
+        def judge() -> tuple[Tensor | None, Any]:
+            loss = None
+            if judged:
+                batch = self.objective.prepare(plain, counter_torch_generator(self.args.seed))
+                loss = self.objective(batch, _denominator(self.objective.weight(batch))).detach()
+            return loss, None if prediction_loss_only else _predictions(self.objective.student, plain)
+
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, logits = model(judge)
+        return loss, logits, None if prediction_loss_only else labels
+
+    @property
+    def _sums_over_ranks(self) -> bool:
+        return self.args.average_tokens_across_devices and self.args.world_size > 1
+
+    def _batch(self, inputs: Any, *, judged: bool = True) -> Any:
+        """What the collator gives as a batch of fastkd. judged: refuse one without the labels that the loss reads."""
+        if not isinstance(inputs, Mapping):
+            return inputs
+        if judged and labels_of(inputs) is None and reads_labels(self.objective):
+            raise ValueError(f"The collator gives no labels, which {type(self.objective).__name__} reads; add them to the rows.")
+        return batch_of(inputs, self.objective.student)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        super()._track_num_input_tokens({"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask})
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: Trainer's estimate knows of no teacher."""
+        return 0
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The last two are what collators make `labels` of.
+        self._signature_columns: Any = [*COLUMNS, "label", "label_ids"]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer would apply a NaN and log a loss of 0."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if self.accelerator.scaler is None and not math.isfinite(value):
+            raise NonFiniteError(
+                f"Step {self.state.global_step + 1} has gradient norm {value}; the weights were not updated. Look at its rows, or "
+                f"lower learning_rate (now {self.args.learning_rate})."
+            )
+        return norm
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The student as plain from_pretrained opens it. state_dict: of the wrapped module, from FSDP."""
+        if not self.args.should_save:
+            return
+        folder, student = Path(output_dir or str(self.args.output_dir)), self.objective.student
+        if state_dict is not None:
+            state_dict = {name.removeprefix(_STUDENT): tensor for name, tensor in state_dict.items() if name.startswith(_STUDENT)}
+        student.model.save_pretrained(folder, state_dict=state_dict)
+        if student.vocab_map is not None:
+            student.vocab_map.save(folder / VOCAB_MAP_FOLDER)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The student's weights; FSDP's checkpoints hold the wrapped module."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model if self.is_fsdp_enabled else self.objective.student.model)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        auxiliary = nn.ModuleDict(self.objective.auxiliary())
+        if auxiliary and self.args.should_save and not self.is_fsdp_enabled:
+            safetensors.torch.save_model(auxiliary, str(Path(output_dir) / AUXILIARY_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        auxiliary = nn.ModuleDict(self.objective.auxiliary())
+        if auxiliary and checkpoint is not None and not self.is_fsdp_enabled:
+            safetensors.torch.load_model(auxiliary, Path(checkpoint) / AUXILIARY_FILE, device=str(self.args.device))
+
+
+class TrainedSide(StudentSide):
+    """The module that accelerate wraps, with what Trainer and accelerate ask of a transformers model."""
+
+    objective: Objective
+    accepts_loss_kwargs = True  # the loss is divided by the count of its step, so Trainer does not divide it again
+    _ASKED = (
+        "config",
+        "_no_split_modules",
+        "get_input_embeddings",
+        "get_output_embeddings",
+        "activation_checkpointing_enable",
+        "gradient_checkpointing_enable",
+        "_keys_to_ignore_on_save",
+        "tie_weights",
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._ASKED:
+            return getattr(self.objective.student.model, name)
+        return super().__getattr__(name)
+
+
+class _EndStep(TrainerCallback):
+    """Tells the objective that an optimizer step is done."""
+
+    def __init__(self, trainer: KDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.objective.end_step()
+
+
+def _check_arguments(args: TrainingArguments, trainer: Mapping[str, Any]) -> None:
+    """Refuse what would be left out, or would work on another loss."""
+    for name in ("compute_loss_func", "model_init"):
+        if trainer.get(name) is not None:
+            raise ValueError(f"{name} is set, and KDTrainer has the objective's loss and student; leave it out.")
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} is no part of any objective; set it to 0.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs, and nn.DataParallel cannot run an objective. Start one process a GPU with "
+            "`torchrun --nproc-per-node`, or show it one by CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _check_objective(objective: Objective, device: torch.device) -> None:
+    if not any(p.requires_grad for p in objective.student.parameters()):
+        raise ValueError(f"{type(objective).__name__} trains no weight of its student, and KDTrainer saves the student alone.")
+    teacher = getattr(objective, "teacher", None)
+    if teacher is not None and torch.empty(0, device=device).device != teacher.device:  # cpu:0 is cpu
+        raise ValueError(
+            f"The objective's teacher is on {teacher.device} and training on {device}; move it there before the objective is made."
+        )
+
+
+def _denominator(weight: Any) -> Any:
+    """Where nothing counts all sums are zero, whatever they are divided by."""
+    sums = [float(value) or 1.0 for value in np.atleast_1d(weight)]
+    return np.array(sums) if isinstance(weight, np.ndarray) else sums[0]
+
+
+def _predictions(student: Model, batch: Any) -> Any:
+    """The logits; of questions a pair, as transformers' models give them."""
+    if isinstance(student, LanguageModel):
+        return student(batch.input_ids, batch.attention_mask)
+    scores = student(batch)
+    return scores.unbind(1) if student.kind == "question_answering" else scores

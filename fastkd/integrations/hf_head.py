@@ -1,0 +1,131 @@
+"""Floor 5, integrations: the fused loss in place of the one that a transformers language model computes from its labels."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..models.language_model import LanguageModel
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..ops.rows import LogitTransform
+from ..tasks.text import IGNORE_INDEX
+from .hf_models import as_language_model, shifted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+M = TypeVar("M", bound="PreTrainedModel")
+
+
+def patch_head(model: M) -> M:
+    """Let `model` compute its loss without its logits when it is called with labels in training mode; `unpatch_head` undoes it.
+
+    loss = sum over labelled positions of -log softmax(z)[label] / num_items_in_batch, by default over the number of such positions. A
+    causal model's labels are shifted as transformers does, unless they come as `shift_labels`. `output.logits` is None then; in
+    evaluation mode, and without labels, the logits are there. num_items_in_batch counts also where the model itself leaves it out, as
+    BERT and others do, whose means are then added up by Trainer's gradient accumulation.
+
+    The model is changed in place and returned. It keeps the name of its class, its parameters, its hooks and all else that it does.
+
+    Raises:
+        TypeError: No masked or causal language model, or a head that is no plain nn.Linear.
+        ValueError: The model changes its logits after the head in an unknown way, or its own loss is another one.
+    """
+    if _unpatched(model) is not None:
+        return model
+    language_model = as_language_model(model)
+    patched = _with_fused_loss(type(model), language_model.causal, language_model.transform)
+    _check_loss(language_model, patched)
+    model.__class__ = patched
+    return model
+
+
+def unpatch_head(model: M) -> M:
+    """Let `model` compute its own loss again. Its head stays a `LossHead`, which is an nn.Linear in all that it does."""
+    own = _unpatched(model)
+    if own is not None:
+        model.__class__ = own
+    return model
+
+
+def _unpatched(model: PreTrainedModel) -> Any:
+    """The class that a patched model had before; None for others."""
+    return getattr(type(model), "unpatched_class", None)
+
+
+def _with_fused_loss(own: type, causal: bool, transform: LogitTransform) -> type:
+    """A class like `own` but for what its forward does with labels."""
+    forward: Any = own.forward  # type: ignore[attr-defined]
+    signature = inspect.signature(forward)
+    names = list(signature.parameters)[1:]
+
+    def with_fused_loss(self: Any, *positional: Any, **named: Any) -> Any:
+        inputs = {**dict(zip(names, positional, strict=False)), **named}
+        labels, targets, count, as_dict = (
+            inputs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch", "return_dict")
+        )
+        if labels is None and targets is None:
+            return forward(self, *positional, **named)
+        if targets is None:
+            targets = shifted(labels) if causal else labels
+        head = self.get_output_embeddings()
+
+        def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return linear_cross_entropy(
+                hidden,
+                weight,
+                targets.to(hidden.device),
+                bias=bias,
+                softcap=transform.softcap,
+                logit_scale=transform.scale,
+                denominator=count,
+            )
+
+        head.at_head = at_head if self.training else None
+        try:
+            output = forward(self, return_dict=True, **inputs)
+        finally:
+            head.at_head = None
+        if self.training:
+            loss, head.result, logits = head.result, None, None
+        else:
+            loss, logits = _loss_of_logits(output.logits, targets, count), output.logits
+        output = type(output)(**{**output, "loss": loss, "logits": logits})
+        return output.to_tuple() if as_dict is False or (as_dict is None and not self.config.return_dict) else output
+
+    # Trainer and others read from it what the model can be given. No __wrapped__: what accelerate unwraps must end here.
+    with_fused_loss.__signature__ = signature  # type: ignore[attr-defined]
+    same = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own.__name__, (own,), {**same, "forward": with_fused_loss, "accepts_loss_kwargs": True, "unpatched_class": own})
+
+
+def _loss_of_logits(logits: Tensor, targets: Tensor, count: float | Tensor | None) -> Tensor:
+    """The same value where the logits are wanted anyway."""
+    targets = targets.to(logits.device)
+    total = functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / ((targets != IGNORE_INDEX).sum().clamp_min(1) if count is None else count)
+
+
+def _check_loss(language_model: LanguageModel, patched: Any) -> None:
+    """The new loss is the model's own: unknown terms of it, such as a router's, are refused here."""
+    model, vocabulary = language_model.model, language_model.vocabulary
+    ids = torch.tensor([[vocabulary - 1, vocabulary // 2, vocabulary // 3, vocabulary // 5]], device=language_model.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        theirs, ours = (
+            forward(model, input_ids=ids, labels=ids.flip(1), return_dict=True).loss.float()
+            for forward in (type(model).forward, patched.forward)
+        )
+    model.train(training)
+    # A router's loss may be smaller than what 16 bits leave of the other one.
+    if getattr(model.config, "output_router_logits", False) or not torch.allclose(ours, theirs, rtol=1e-2):
+        raise ValueError(
+            f"{type(model).__name__} computes another loss than the mean cross-entropy of its labels ({float(theirs):.4g}, which is "
+            f"{float(ours):.4g}): it may add a router's, or weigh or smooth its labels. Switch that off in its config (the router's is "
+            "output_router_logits), or train it with its own loss."
+        )

@@ -1,0 +1,88 @@
+"""Floor 5, integrations: what transformers' Trainer handles, models and collated dicts, as fastkd's models and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..models.language_model import LanguageModel
+from ..models.task_model import TaskModel
+from ..tasks.encoded import TaskBatch
+from ..tasks.text import IGNORE_INDEX, TextBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "labels", "shift_labels", "start_positions", "end_positions")
+"""What is read of a collated dict."""
+_ANSWERS = ("start_positions", "end_positions")
+
+
+def as_language_model(model: PreTrainedModel) -> LanguageModel:
+    """With a masked or causal head; others are refused."""
+    if model.config.is_encoder_decoder:
+        raise TypeError(f"{type(model).__name__} is an encoder-decoder; give a masked or a causal language model.")
+    return LanguageModel(model)
+
+
+def as_fastkd_model(model: PreTrainedModel | LanguageModel | TaskModel) -> LanguageModel | TaskModel:
+    """A language model by its head, a task model by the task that transformers' class is for."""
+    if isinstance(model, LanguageModel | TaskModel):
+        return model
+    from transformers.models.auto import modeling_auto as auto
+
+    name, config = type(model).__name__, model.config
+    if name in auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values():
+        return TaskModel(model, "question_answering")
+    if name not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return as_language_model(model)
+    if config.problem_type == "multi_label_classification":
+        raise ValueError(f"{name} has problem_type multi_label_classification, whose labels exclude nothing; no method here is for it.")
+    return TaskModel(model, "regression" if config.num_labels == 1 else "classification")
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """transformers' labels of a causal model, which are those of the positions themselves -> what each position predicts."""
+    return pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+
+
+def batch_of(inputs: Mapping[str, Tensor], student: LanguageModel | TaskModel) -> TextBatch | TaskBatch:
+    """A collated dict as `student` reads it. Without labels they are -100, or -1 for tasks.
+
+    Raises:
+        ValueError: It holds what would be left out, such as position_ids of rows that are packed into one.
+    """
+    unknown = sorted(inputs.keys() - set(COLUMNS))
+    if unknown:
+        raise ValueError(f"The collator gives {', '.join(unknown)}, of which fastkd makes nothing; let it give {', '.join(COLUMNS)}.")
+    ids, mask, types = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("token_type_ids")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if isinstance(student, TaskModel):
+        choices = ids.shape[1] if ids.dim() == 3 else 1
+        types = None if types is None else types.flatten(0, -2)
+        return TaskBatch(ids.flatten(0, -2), mask.flatten(0, -2), types, _task_labels(inputs, len(ids)), choices)
+    if types is not None and types.any():
+        raise ValueError("The collator gives token_type_ids other than 0, and word prediction reads none; leave them out.")
+    labels = inputs.get("shift_labels")
+    if labels is None:
+        labels = inputs.get("labels")
+        labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else shifted(labels) if student.causal else labels
+    return TextBatch(ids, mask, labels)
+
+
+def labels_of(inputs: Any) -> Any:
+    """The labels as the collator gives them; of questions a pair. None where there are none."""
+    if not isinstance(inputs, Mapping):
+        return inputs.labels
+    return tuple(inputs[name] for name in _ANSWERS) if _ANSWERS[0] in inputs else inputs.get("labels")
+
+
+def _task_labels(inputs: Mapping[str, Tensor], examples: int) -> Tensor:
+    labels = labels_of(inputs)
+    if labels is None:
+        return torch.full((examples,), -1, device=inputs["input_ids"].device)
+    return torch.stack(labels, 1) if isinstance(labels, tuple) else labels

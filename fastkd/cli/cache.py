@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     from ..train.cache import write_cache
 
     done = write_cache(config, known.stage, known.output, kind=known.kind, k=known.k, dtype=known.dtype, shard_rows=known.shard_rows)
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, one tells
+        return 0
     size = f"{done.rows} rows, {done.tokens} tokens, {done.bytes / 2**20:.1f} MiB in {done.shards} shards"
     print(f"{known.output}: {size}, {done.bytes / max(1, done.tokens):.1f} bytes a token.")
     if done.new_rows:

@@ -41,6 +41,8 @@ from fastkd.train.run import RESULT_FILE
 from tests.faults.disturbed import config, differences, leave_out_drawing
 
 FORK = multiprocessing.get_context("fork")
+LONGEST_RUN = 180.0
+"""Seconds; runs take a few."""
 DURABLE_CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (safetensors.torch, "save_file"))
 
 
@@ -127,6 +129,7 @@ def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more
     `more` is set in the runs' configuration. The process that calls must have no threads.
     """
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would be missing in every fork, which would wait for them
     started, chance, durable = time.monotonic(), random.Random(seed), Durable()
     configuration = config(method, folder, **more)
     whole, killed = (Run({**configuration, "output_dir": str(folder / name)}, folder) for name in ("whole", "killed"))
@@ -134,7 +137,7 @@ def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more
 
     whole_started = time.monotonic()
     process = whole.start(durable)
-    process.join()
+    wait_for_end(process)
     report.whole_run_seconds, report.durable_calls = round(time.monotonic() - whole_started, 2), durable.made.value
     if process.exitcode:
         report.failures.append(f"the undisturbed run ended with {process.exitcode}: {whole.errors}")
@@ -148,7 +151,7 @@ def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more
         if cause == "instant":
             process.join(chance.uniform(0, report.whole_run_seconds))
             process.kill()
-        process.join()
+        wait_for_end(process)
         if process.exitcode == -signal.SIGKILL:
             report.kills += 1
             struck = killed.errors.splitlines()[-1] if cause == "call" else "a random instant"
@@ -166,6 +169,14 @@ def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more
             report.failures.append(f"after kill {report.kills}, the run ended with {process.exitcode}: {killed.errors}")
     report.seconds = round(time.monotonic() - started, 1)
     return report
+
+
+def wait_for_end(process: Any) -> None:
+    """One that hangs is ended, and the harness with it."""
+    process.join(LONGEST_RUN)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"A run did not end in {LONGEST_RUN:.0f} s.")
 
 
 def _standing(output_dir: Path, stages: list[str]) -> str:

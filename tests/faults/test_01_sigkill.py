@@ -23,7 +23,8 @@ def kill_and_report(method: str, number: int, folder: Path) -> None:
 def test_killed_runs_end_bit_for_bit(tmp_path, method, number):
     harness = SERVER.Process(target=kill_and_report, args=(method, number, tmp_path))  # it forks, so it has to be without threads
     harness.start()
-    harness.join()
+    harness.join(600)
+    harness.kill()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["failures"] == []
     assert report["kills"] == number and report["runs"] >= 1 and report["resumes"] >= 1

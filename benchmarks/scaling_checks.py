@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -324,7 +325,7 @@ def _rank(rank: int, folder: str, cases: Mapping[str, Setup], rounds: bool) -> N
         if ranks.is_main:
             (Path(folder) / "found.json").write_text(json.dumps({"checks": checks, "times": times}))
         ranks.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # an interpreter that is taken down under threads of torch's engines may abort
 
 
 def measure() -> dict[str, Any]:

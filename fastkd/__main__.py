@@ -1,8 +1,15 @@
 """`python -m fastkd`, which is what torchrun starts: `torchrun --nproc-per-node 8 -m fastkd train CONFIG.yaml`."""
 
+import os
 import sys
 
 from .cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All is written. An interpreter that is taken down under threads of torch's engines may abort, and the job would have failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -45,6 +45,7 @@ def test_auto_gives_the_same_numbers_on_a_bare_machine(monkeypatch: pytest.Monke
     assert row_kernel("auto", CPU) is rows.softmax_divergence_ and topk_kernel("auto", CPU) is topk_rows.topk_divergence_
     with caplog.at_level(logging.INFO):
         backends._tell_once.cache_clear()
+        caplog.clear()
         for here, there in zip(loss_and_gradients(), equipped, strict=True):
             torch.testing.assert_close(here, there, rtol=2e-5, atol=1e-6)
         loss_and_gradients()

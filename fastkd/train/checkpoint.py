@@ -50,6 +50,15 @@ class Piece:
 Entries = Mapping[str, Tensor | Piece]
 
 
+def on_cpu(entries: Entries) -> dict[str, Tensor | Piece]:
+    """A copy that nothing changes."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    return {name: Piece(copied(value.rows)) if isinstance(value, Piece) else copied(value) for name, value in entries.items()}
+
+
 def save_checkpoint(
     output_dir: str | Path, step: int, tensors: Mapping[str, Entries], state: Mapping[str, Any], ranks: Ranks | None = None
 ) -> Path:
@@ -154,14 +163,12 @@ class CheckpointWriter:
 
     def save(self, keep: int, output_dir: Path, step: int, tensors: Mapping[str, Entries], state: Mapping[str, Any]) -> None:
         """Save, then prune to `keep` checkpoints. `wait` has been called."""
-        if not self.in_background:
+        is_split = any(isinstance(value, Piece) for entries in tensors.values() for value in entries.values())
+        if is_split or not self.in_background:
             save_checkpoint(output_dir, step, tensors, state, self.ranks)
             self.ranks.on_main(lambda: prune_checkpoints(output_dir, keep))
         elif self.ranks.is_main:
-            copies = {
-                group: {key: value.detach().to("cpu", copy=True) for key, value in entries.items() if isinstance(value, Tensor)}
-                for group, entries in tensors.items()
-            }
+            copies = {group: on_cpu(entries) for group, entries in tensors.items()}
 
             def work() -> None:
                 save_checkpoint(output_dir, step, copies, state)

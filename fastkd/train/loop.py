@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from ..methods.objective import Position, Share, Stage
 from .batches import BatchOrder, counter_torch_generator, seed_global_generators
-from .checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
+from .checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint, on_cpu
 from .config import StageArguments
 from .log import Progress, RunLog, peak_memory_mb
 from .parallel import Engine, gradient_norm
 from .ranks import Ranks
 from .schedule import learning_rate_factor, resolve_warmup
 from .signals import Preempted, SignalFlag
-from .state import State, load_optimizer_tensors, module_tensors, on_cpu, optimizer_tensors, own_tensors, set_module_tensors
+from .state import State, load_optimizer_tensors, module_tensors, optimizer_tensors, own_tensors, set_module_tensors
 
 log = logging.getLogger("fastkd")
 _DROPOUT = 1  # sets its random stream apart from that of a micro-batch's masks
@@ -150,8 +150,7 @@ class StageTrainer:
         """One optimizer step, or none where it would not be finite; it counts once it is complete, so a signal may stop it anywhere."""
         arguments, objective, ranks, at = self.arguments, self.stage.objective, self.ranks, self.at
         started = time.perf_counter()
-        first = (at.step + at.skipped) * self.micro_batches + ranks.rank
-        indices = range(first, first + self.micro_batches, ranks.world_size)
+        indices = self._own_micro_batches()
         batches = [self._micro_batch(i) for i in indices]
         denominator, tokens = self._counts(batches, flag)
         objective.begin_step(self._position())
@@ -239,6 +238,11 @@ class StageTrainer:
         # Where nothing counts all sums are zero, whatever they are divided by.
         sums = [float(value) or 1.0 for value in weights]
         return np.array(sums) if isinstance(weight, np.ndarray) else sums[0], int(tokens_sum)
+
+    def _own_micro_batches(self) -> range:
+        """The numbers of this rank's micro-batches in the coming optimizer step."""
+        first = (self.at.step + self.at.skipped) * self.micro_batches + self.ranks.rank
+        return range(first, first + self.micro_batches, self.ranks.world_size)
 
     def _micro_batch(self, index: int) -> Any:
         """Rows and whatever is drawn for them follow from the seed and the micro-batch's number alone."""

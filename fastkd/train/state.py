@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from .checkpoint import Piece, StoredTensors
 
 State = dict[str, Tensor | Piece]
-Stored = Mapping[str, Tensor] | StoredTensors
+Stored = Mapping[str, Tensor]
 
 
 def module_tensors(module: nn.Module) -> State:
@@ -38,15 +38,6 @@ def set_module_tensors(module: nn.Module, state: State) -> None:
         for name, value in _named(module).items():
             given = state[name]
             (value.to_local() if isinstance(value, DTensor) else value).copy_(given.rows if isinstance(given, Piece) else given)
-
-
-def on_cpu(state: State) -> State:
-    """A copy that nothing changes."""
-
-    def copied(tensor: Tensor) -> Tensor:
-        return tensor.to("cpu", copy=True)
-
-    return {name: Piece(copied(value.rows)) if isinstance(value, Piece) else copied(value) for name, value in state.items()}
 
 
 def _named(module: nn.Module) -> dict[str, Tensor]:

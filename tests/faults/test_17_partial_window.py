@@ -23,8 +23,7 @@ def rows_seen(folder: Path, ranks: Ranks, **arguments: Any) -> list[list[int]]:
     trainer.ranks, trainer.micro_batches = ranks, trainer.arguments.gradient_accumulation_steps * ranks.world_size
     seen: list[list[int]] = []
     while (trainer.at.step + 1) * trainer.micro_batches <= 6 * trainer.order.batches_per_epoch:
-        first = trainer.at.step * trainer.micro_batches + ranks.rank
-        seen += [trainer.order.batch(i).tolist() for i in range(first, first + trainer.micro_batches, ranks.world_size)]
+        seen += [trainer.order.batch(i).tolist() for i in trainer._own_micro_batches()]
         trainer.at.step += 1
     return seen
 

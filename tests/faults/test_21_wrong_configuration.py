@@ -22,6 +22,7 @@ from fastkd.train.config import read_config
 from fastkd.train.loop import StageTrainer
 from fastkd.train.schema import load_yaml, to_yaml
 from tests import runs
+from tests.faults.disturbed import config
 
 REMOTE = """
 method: {method}
@@ -91,20 +92,8 @@ def test_one_message_that_names_the_key_before_any_download(
 
 
 def with_layers(folder: Path, method: str, **more: Any) -> dict[str, Any]:
-    teacher = runs.bert_classifier(folder, num_hidden_layers=4)
-    return runs.settings(
-        folder,
-        **{
-            "method": method,
-            "teacher_model_name_or_path": teacher,
-            "model_name_or_path": teacher,
-            "student_layers": "first:2",
-            "student": {},
-            "dataset": runs.write_dataset(folder),
-            "stages": {"distill": {}} if method == "ted" else {"ild": {}},
-            **more,
-        },
-    )
+    stages = {"distill": {}} if method == "ted" else {"ild": {}}
+    return config(method, folder, **{"stages": stages, "options": {}, **more})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A message with what was expected to be needed and which keys make it smaller, an
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,19 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     return runs.settings(tmp_path, method="kd", teacher_model_name_or_path=teacher, text=text, max_steps=2)
 
 
-def run_out(patch: pytest.MonkeyPatch, doing: str) -> None:
-    build = driver.build_stage
+def short_of_memory(*arguments: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nProcess 1 has ...")
 
-    def out_of_memory(*arguments: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nProcess 1 has ...")
+
+def run_out(patch: pytest.MonkeyPatch, doing: str, fail: Callable[..., Any] = short_of_memory) -> None:
+    """Let `fail` stand where a step or an evaluation is."""
+    build = driver.build_stage
 
     def build_short(spec: Any, inputs: Any) -> Any:
         stage = build(spec, inputs)
         if doing == "evaluation":
-            return dataclasses.replace(stage, evaluate=out_of_memory)
-        stage.objective.forward = out_of_memory  # type: ignore[method-assign]
+            return dataclasses.replace(stage, evaluate=fail)
+        stage.objective.forward = fail  # type: ignore[method-assign]
         return stage
 
     patch.setattr(driver, "build_stage", build_short)
@@ -77,18 +80,6 @@ def test_what_cannot_fit_is_refused_before_the_first_step(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("doing", KNOBS)
 def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], doing: str) -> None:
     """A buffer larger than the GPU, asked for where the step or the evaluation is."""
-    build = driver.build_stage
-
-    def huge(*arguments: Any) -> Any:
-        return torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
-
-    def build_huge(spec: Any, inputs: Any) -> Any:
-        stage = build(spec, inputs)
-        if doing == "evaluation":
-            return dataclasses.replace(stage, evaluate=huge)
-        stage.objective.forward = huge  # type: ignore[method-assign]
-        return stage
-
-    monkeypatch.setattr(driver, "build_stage", build_huge)
+    run_out(monkeypatch, doing, lambda *arguments: torch.empty(1 << 45, dtype=torch.uint8, device="cuda"))
     with pytest.raises(MemoryError, match=rf"ran out of memory in {doing}"):
         fastkd.distill({**settings, "use_cpu": False})

@@ -11,6 +11,8 @@ from torch import nn
 from fastkd.train.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
+    CheckpointWriter,
+    Piece,
     discard_checkpoints_after,
     load_checkpoint,
     newest_checkpoint,
@@ -18,6 +20,7 @@ from fastkd.train.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from fastkd.train.ranks import Ranks
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
 
@@ -207,3 +210,12 @@ def test_going_back_discards_later_history(tmp_path):
     discard_checkpoints_after(tmp_path, 100)
     assert names(tmp_path) == ["checkpoint-100"]
     save(tmp_path, 200)
+
+
+def test_pieces_are_never_left_to_the_background(tmp_path):
+    """A thread of one rank could not gather them: they are on the disk, all of them, when `save` returns."""
+    writer, rows = CheckpointWriter(Ranks(), in_background=True), torch.arange(6.0).reshape(3, 2)
+    writer.save(2, tmp_path, 1, {"model": {"split": Piece(rows), "whole": rows[0]}}, {})
+    tensors, _ = load_checkpoint(tmp_path / "checkpoint-1")
+    assert torch.equal(tensors["model"]["split"], rows) and torch.equal(tensors["model"]["whole"], rows[0])
+    writer.close()

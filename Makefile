@@ -6,7 +6,7 @@ METHOD ?= glmd
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: setup quickstart test test-faults lint format docs kernels bench-cpu bench-gpu clean
+.PHONY: setup quickstart test test-faults lint format docs site kernels bench-cpu bench-gpu clean
 
 setup: .venv/installed
 
@@ -22,7 +22,7 @@ setup: .venv/installed
 quickstart: setup
 	$(BIN)/fastkd quickstart --method $(METHOD) $(ARGS)
 
-test: setup lint kernels
+test: setup lint kernels site
 	$(BIN)/python -m pytest $(ARGS)
 
 # Every fault's test, then processes killed at random instants: 100 of a GLMD run, 20 each of TED and CR-ILD.
@@ -41,8 +41,13 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Everything in README and docs that follows from code and from committed JSON.
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# The documentation as a site, in site/; a broken link or anchor, or a page that the navigation leaves out, is an error.
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Every Triton kernel for sm_80, sm_90 and sm_100, and with nvcc the CUDA kernel, without a GPU: registers, shared memory, spills (fatal).
 kernels: setup
@@ -61,4 +66,4 @@ bench-gpu:
 	$(PYTHON) benchmarks/gpu.py --output $(OUT) $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

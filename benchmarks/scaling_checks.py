@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from fastkd.methods.kd import KDOptions, KnowledgeDistillation
 from fastkd.methods.objective import Stage
 from fastkd.models.language_model import LanguageModel
-from fastkd.ops import linear_logits
+from fastkd.ops import gemm, linear_logits
 from fastkd.ops.linear_kl import linear_kl_div
 from fastkd.tasks.text import IGNORE_INDEX, TextBatch
 from fastkd.train.config import StageArguments
@@ -128,7 +128,7 @@ class HeadCalls:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        multiply, make = linear_logits.mm_, linear_logits.row_buffer
+        multiply, make = gemm.mm_, gemm.row_buffer
 
         def mm_(out: Tensor, a: Tensor, b: Tensor, **options: Any) -> None:
             self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]

@@ -1,13 +1,22 @@
-"""Write docs/configuration.md from the docstrings of the configuration. `make docs` runs it; a test says when it is due."""
+"""Write everything in README and docs that follows from code and committed JSON. `make docs` runs it; tests say when it is due.
+
+docs/configuration.md comes from the docstrings of the configuration, docs/benchmarks.md with its plots and the README's table from
+`fastkd bench report`, and what stands between comments that name a script of benchmarks/ from that script.
+"""
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
 from pathlib import Path
 
+from fastkd.benchmarks import page, quickstart_tables, report
+from fastkd.benchmarks.claim import RESULTS
 from fastkd.methods.registry import METHODS
 from fastkd.train.config import RunConfig
 from fastkd.train.schema import docs_table
 
+ROOT = Path(__file__).parent.parent
 HEAD = """# Configuration
 
 Keys of a YAML file for `fastkd train`, and flags (`--key value`) that override it. Keys at the top hold for every stage that does not
@@ -15,7 +24,8 @@ set its own under `stages.NAME`; a flag overrides every stage, `--stages.NAME.ke
 """
 
 
-def page() -> str:
+def configuration() -> str:
+    """docs/configuration.md."""
     parts = [HEAD, docs_table(RunConfig)]
     for name, method in METHODS.items():
         stages = ", ".join(f"`{spec.name}`" for spec in method.stages)
@@ -23,5 +33,27 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def pages() -> list[Path]:
+    """Every page that people read, from the top of the repository."""
+    return [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").rglob("*.md"))]
+
+
+def run(script: str, target: Path) -> None:
+    """Let a script of benchmarks/ write its block of the page anew."""
+    module, *arguments = script.split()
+    if import_module(f"fastkd.benchmarks.{module}").main([*arguments, "--write-docs", str(target)]) != 0:
+        raise SystemExit(f"{target}: `{script}` failed.")
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    Path("docs/configuration.md").write_text(configuration(), encoding="utf-8")
+    report.write_report(RESULTS, Path("docs"), Path("README.md"))
+    quickstart_tables.draw(RESULTS, Path("docs/quickstart.png"))
+    for target in pages():
+        for script in page.scripts(target):
+            run(script, target)
+
+
 if __name__ == "__main__":
-    Path(__file__).with_name("configuration.md").write_text(page(), encoding="utf-8")
+    main()

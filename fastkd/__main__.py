@@ -1,11 +1,13 @@
-"""`python -m fastkd`, which is what torchrun starts: `torchrun --nproc-per-node 8 -m fastkd train CONFIG.yaml`."""
+"""The process `fastkd`, or `python -m fastkd`, which torchrun starts: `torchrun --nproc-per-node 8 -m fastkd train CONFIG.yaml`."""
 
 import os
 import sys
 
 from .cli.main import main
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Run the command of this process's arguments and end the process with its exit code."""
     code = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # All is written. An interpreter that is taken down under threads of torch's engines may abort, and the job would have failed.
@@ -13,3 +15,7 @@ if __name__ == "__main__":
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -15,6 +15,18 @@ from tests import tiny
 WORDS = ("if", "for")
 TIMES = {"seconds", "tokens_per_second", "peak_memory_mb", "log_bytes"}
 """What of a log or a result is not the same in two runs of one thing."""
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+"""`student` of a configuration, in place of the teacher's architecture."""
 
 
 def write_text(folder: Path, train: int = 48, dev: int = 12) -> dict[str, Any]:
@@ -130,6 +142,11 @@ def weights(result: dict[str, Any] | str | Path) -> dict[str, torch.Tensor]:
 
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def trained(output_dir: Path) -> list[str]:
+    """The names of the students and checkpoints that a run has left."""
+    return [path.name for path in output_dir.rglob("*") if path.name == "student" or path.name.startswith("checkpoint-")]
 
 
 def timeless(values: dict[str, Any]) -> dict[str, Any]:

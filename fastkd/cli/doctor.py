@@ -6,7 +6,6 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _machine() -> dict[str, str]:
+    from importlib import metadata
+
     from ..benchmarks.environment import stamp
     from ..ops.selfcheck import main_device
     from ..train.preflight import device_memory

@@ -5,25 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 from .. import __version__
-from . import bench, cache, doctor, export, plot, quickstart, train, vocab
-from . import eval as evaluation
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "quickstart": (quickstart.main, "distil a small language model on Python's own library, in minutes, without a network"),
-    "train": (train.main, "run all stages of a method from a YAML file; the same command resumes"),
-    "vocab": (vocab.main, "count a corpus's tokens; prune a model to the frequent ones"),
-    "export": (export.main, "rewrite a student so that plain transformers opens it"),
-    "cache": (cache.main, "write down once what a stage's teacher says of its training rows"),
-    "eval": (evaluation.main, "judge a model on a task or on text, beside its teacher and baselines"),
-    "plot": (plot.main, "draw the logs of several runs into one plot"),
-    "doctor": (doctor.main, "which backends are live, whether every op is right here, and what a pair would need"),
-    "bench": (bench.main, "measure what fastkd claims beside every peer, and draw the tables and plots"),
+COMMANDS = {
+    "quickstart": "distil a small language model on Python's own library, in minutes, without a network",
+    "train": "run all stages of a method from a YAML file; the same command resumes",
+    "vocab": "count a corpus's tokens; prune a model to the frequent ones",
+    "export": "rewrite a student so that plain transformers opens it",
+    "cache": "write down once what a stage's teacher says of its training rows",
+    "eval": "judge a model on a task or on text, beside its teacher and baselines",
+    "plot": "draw the logs of several runs into one plot",
+    "doctor": "which backends are live, whether every op is right here, and what a pair would need",
+    "bench": "measure what fastkd claims beside every peer, and draw the tables and plots",
 }
+"""Each is the `main` of the module of its name, imported when it is asked for."""
 USAGE = "usage: fastkd COMMAND [options]     (fastkd COMMAND --help for the options)\n\n" + "\n".join(
-    f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()
+    f"  {name:<12}{what}" for name, what in COMMANDS.items()
 )
 BAD_INPUT, PREEMPTED = 2, 143
 
@@ -42,12 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastkd: there is no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr)
         return BAD_INPUT
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
+        for bars in ("HF_HUB", "HF_DATASETS"):  # the hub's are transformers' too
+            os.environ.setdefault(f"{bars}_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     is_main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one tells what all do
     logging.getLogger("fastkd").setLevel(logging.INFO if is_main else logging.ERROR)
     try:
-        return COMMANDS[name][0](rest)
+        code: int = import_module(f".{name}", __package__).main(rest)
+        return code
     except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"fastkd {name}: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -60,7 +62,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fastkd {name}: {error}", file=sys.stderr)
             return 1
         raise
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         _show(task_quickstart(output_dir, known.method, known.seed), ["accuracy"], lambda results, key: [f"{results[key]:.1%}"])
         print("\nAccuracy is on functions of files that no model has read. All students begin from the same weights.")
-    print(f"Curves and results.json: {output_dir}")
+    print(f"Results: {output_dir}")
     return 0
 
 

@@ -54,17 +54,18 @@ def _count(known: argparse.Namespace) -> int:
 
 def _prune(known: argparse.Namespace) -> int:
     from ..models.load import load_language_model, load_tokenizer
-    from ..models.student import count_parameters, prune_model
+    from ..models.student import count_parameters, export_student, prune_model
     from ..train.config import Vocabulary
     from ..train.vocabulary import build_vocab_map
-    from .export import write_export
+    from .export import exporting
 
     keep = int(known.keep) if known.keep >= 1 and known.keep == int(known.keep) else known.keep
     vocabulary = Vocabulary(keep=keep, counts=known.counts, protected=tuple(known.protected))
     model, tokenizer = load_language_model(known.model), load_tokenizer(known.model)
     vocab_map = build_vocab_map(vocabulary, tokenizer, model, None, [], known.output_dir)
     pruned = prune_model(model.model, vocab_map)
-    write_export(pruned, tokenizer, known.output_dir)
+    with exporting(known.output_dir) as folder:
+        export_student(pruned, tokenizer, folder)
     rows = f"{model.vocabulary} -> {pruned.vocabulary}"
     print(f"{count_parameters(model)} -> {count_parameters(pruned)} parameters, {rows} vocabulary rows.")
     return 0

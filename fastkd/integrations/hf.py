@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..methods.objective import Objective, Position
 from ..methods.teaching import Model
 from ..models.language_model import LanguageModel
-from ..models.load import VOCAB_MAP_FOLDER
+from ..models.load import save_vocabulary
 from ..train.batches import counter_torch_generator
 from ..train.loop import NonFiniteError
 from ..train.parallel import StudentSide
@@ -64,10 +64,18 @@ class KDTrainer(Trainer):
         options: Mapping[str, Any] | None = None,
         **trainer: Any,
     ) -> None:
-        """`model` is the student, or an objective, which has its student and teacher.
+        """What Trainer is given, and what is learned.
 
-        teacher: is frozen. method: `kd`, `glmd` (word prediction) or `lm` on text, `crild` (logit distillation) or `finetune` on
-        labelled tasks. options: the method's, by name. trainer: whatever else Trainer takes, by name.
+        Args:
+            model: the student, or an objective, which has its student and teacher.
+            args: Trainer's own.
+            teacher: a model for the same task; it is frozen.
+            method: `kd`, `glmd` (word prediction) or `lm` on text, `crild` (logit distillation) or `finetune` on labelled tasks.
+            options: the method's, by name.
+            trainer: whatever else Trainer takes, by name.
+
+        Raises:
+            ValueError, TypeError: arguments that would be left out, or models that the method is not for.
         """
         _check_arguments(args, trainer)
         if isinstance(model, Objective):
@@ -168,8 +176,7 @@ class KDTrainer(Trainer):
         if state_dict is not None:
             state_dict = {name.removeprefix(_STUDENT): tensor for name, tensor in state_dict.items() if name.startswith(_STUDENT)}
         student.model.save_pretrained(folder, state_dict=state_dict)
-        if student.vocab_map is not None:
-            student.vocab_map.save(folder / VOCAB_MAP_FOLDER)
+        save_vocabulary(student, folder)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

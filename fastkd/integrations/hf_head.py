@@ -13,7 +13,7 @@ from ..models.language_model import LanguageModel
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.rows import LogitTransform
 from ..tasks.text import IGNORE_INDEX
-from .hf_models import as_language_model, shifted
+from .hf_models import shifted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def patch_head(model: M) -> M:
     """
     if _unpatched(model) is not None:
         return model
-    language_model = as_language_model(model)
+    language_model = LanguageModel(model)
     patched = _with_fused_loss(type(model), language_model.causal, language_model.transform)
     _check_loss(language_model, patched)
     model.__class__ = patched

@@ -22,13 +22,6 @@ COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "labels", "shift_lab
 _ANSWERS = ("start_positions", "end_positions")
 
 
-def as_language_model(model: PreTrainedModel) -> LanguageModel:
-    """With a masked or causal head; others are refused."""
-    if model.config.is_encoder_decoder:
-        raise TypeError(f"{type(model).__name__} is an encoder-decoder; give a masked or a causal language model.")
-    return LanguageModel(model)
-
-
 def as_fastkd_model(model: PreTrainedModel | LanguageModel | TaskModel) -> LanguageModel | TaskModel:
     """A language model by its head, a task model by the task that transformers' class is for."""
     if isinstance(model, LanguageModel | TaskModel):
@@ -39,19 +32,26 @@ def as_fastkd_model(model: PreTrainedModel | LanguageModel | TaskModel) -> Langu
     if name in auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values():
         return TaskModel(model, "question_answering")
     if name not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
-        return as_language_model(model)
+        return LanguageModel(model)
     if config.problem_type == "multi_label_classification":
         raise ValueError(f"{name} has problem_type multi_label_classification, whose labels exclude nothing; no method here is for it.")
     return TaskModel(model, "regression" if config.num_labels == 1 else "classification")
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """transformers' labels of a causal model, which are those of the positions themselves -> what each position predicts."""
+    """Labels (..., S) of a causal model as transformers has them, those of the positions themselves, as what each position predicts:
+    (..., S), with -100 at the end.
+    """
     return pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 def batch_of(inputs: Mapping[str, Tensor], student: LanguageModel | TaskModel) -> TextBatch | TaskBatch:
     """A collated dict as `student` reads it. Without labels they are -100, or -1 for tasks.
+
+    Args:
+        inputs: `input_ids` (B, S), or for choices (B, C, S), perhaps `attention_mask` and `token_type_ids` of the same shape, and
+            labels: of text (B, S), of tasks (B,) or `start_positions` and `end_positions` (B,).
+        student: the model that reads it.
 
     Raises:
         ValueError: It holds what would be left out, such as position_ids of rows that are packed into one.

@@ -30,7 +30,19 @@ def make_objective(
     options: Mapping[str, Any],
     device: torch.device | str = "cpu",
 ) -> Objective:
-    """The objective of a method whose only stage, or last one, needs no other; the teacher is frozen and goes to `device`."""
+    """The objective of a method whose only stage, or last one, needs no other.
+
+    Args:
+        student: transformers' or fastkd's model.
+        teacher: the same; it is frozen, put in evaluation mode and moved to `device`. None for methods without one.
+        method: its name.
+        options: the method's, by name.
+        device: where training is.
+
+    Raises:
+        ValueError: a method or option that is not known here, a teacher that is missing or not needed, or models of two kinds.
+        TypeError: an encoder-decoder, or a language model whose head is no plain nn.Linear.
+    """
     own = as_fastkd_model(student)
     makers = _TEXT if isinstance(own, LanguageModel) else _TASKS
     what = "text" if isinstance(own, LanguageModel) else "a labelled task"

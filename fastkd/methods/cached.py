@@ -38,6 +38,16 @@ def to_cache(taught: Taught, attention_mask: Tensor, form: CacheForm) -> dict[st
 
     Dense logits are less the token's largest one, which changes no softmax at any temperature and keeps the likely tokens exact in 16
     bits.
+
+    Args:
+        taught: what the teacher said of the batch, with words by a head.
+        attention_mask: (B, S), zero at pads, whose entries are left out.
+        form: how words and states are stored.
+
+    Returns:
+        With N tokens: `token.logits` (N, V), or `token.topk_ids` (N, k) int32, `token.topk_logprobs` (N, k) and `token.tail_logprob`
+            (N,)
+        float32; `token.state.<layer>` (N, H); scores as `row.scores` (B, C), or of questions `token.scores` (N, 2), float32.
     """
     tokens = attention_mask.bool()
     tensors = {f"{_STATE}{layer}": state[tokens].to(form.dtype) for layer, state in taught.states.items()}
@@ -51,7 +61,12 @@ def to_cache(taught: Taught, attention_mask: Tensor, form: CacheForm) -> dict[st
 
 
 def from_cache(tensors: Mapping[str, Tensor], tail: Tail) -> Taught:
-    """The reverse of `to_cache`, from padded `token.*` (B, S, ...)."""
+    """The reverse of `to_cache`.
+
+    Args:
+        tensors: `token.*` padded to (B, S, ...), and `row.*` (B, ...), as `TeacherCache.outputs` gives them.
+        tail: what becomes of words that a top-k cache does not list: see `fastkd.topk_kl_div`.
+    """
     words: DenseWords | TopKWords | None = None
     if LOGITS in tensors:
         words = DenseWords(tensors[LOGITS])

@@ -16,7 +16,7 @@ from ..ops.linear_kl import linear_kl_div
 from ..tasks.metrics import calibration_error
 from ..tasks.text import IGNORE_INDEX, TextBatch
 from ..vocab.map import VocabMap
-from .perplexity import perplexity_of, summed_loss
+from .perplexity import bias_of_slots, loss_at_head, perplexity_of
 
 _CHUNK_ROWS = 256
 _FIRST_POSITIONS = 8
@@ -27,8 +27,6 @@ class Judged:
     """A language model, and what is known of its predictions so far."""
 
     model: LanguageModel
-    slot_bias: Tensor | None = None
-    """Added to its logits, but for the divergence from a teacher."""
     losses: list[tuple[float, int]] = field(default_factory=list)
     confidence: list[Tensor] = field(default_factory=list)
     is_right: list[Tensor] = field(default_factory=list)
@@ -50,6 +48,7 @@ class Judged:
         return {"scores": scores, "divergence_by_position": by_position(divergence, positions)}
 
 
+@torch.no_grad()
 def judge(
     models: Mapping[str, Judged],
     batches: Iterable[TextBatch],
@@ -66,12 +65,14 @@ def judge(
     positions = []
     for batch in batches:
         predicted = batch.labels != IGNORE_INDEX
+        labels = batch.labels[predicted]
         positions.append(predicted.nonzero()[:, 1].numpy() + 1)
         states = {name: predicting_states(each.model, batch) for name, each in models.items()}
         for name, each in models.items():
-            judging: dict[str, Any] = {"fold": fold if each.model.vocab_map is None else None, "slot_bias": each.slot_bias}
-            each.losses.append(summed_loss(each.model, batch, **judging))
-            confidence, is_right = top_predictions(each.model, states[name], batch.labels[predicted], **judging)
+            own_fold = fold if each.model.vocab_map is None else None
+            loss, count = loss_at_head(each.model, labels.to(each.model.device), fold=own_fold)
+            each.losses.append((float(each.model.through_head(states[name], loss)), count))
+            confidence, is_right = top_predictions(each.model, states[name], labels, fold=own_fold)
             each.confidence.append(confidence.cpu())
             each.is_right.append(is_right.cpu())
             if teacher not in (None, name):
@@ -103,28 +104,22 @@ def predicting_states(model: LanguageModel, batch: TextBatch) -> Tensor:
     """(N, H): the states from which the model predicts the batch's N labels, in the order of `batch.labels[batch.labels != -100]`."""
     batch = batch.to(model.device)
     predicted = batch.labels != IGNORE_INDEX
-    states: Tensor = model(batch.input_ids, batch.attention_mask, lambda hidden, weight, bias: hidden[predicted])
-    return states
+    return model(batch.input_ids, batch.attention_mask, lambda hidden, weight, bias: hidden[predicted])
 
 
 @torch.no_grad()
-def top_predictions(
-    model: LanguageModel, states: Tensor, labels: Tensor, *, fold: VocabMap | None = None, slot_bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def top_predictions(model: LanguageModel, states: Tensor, labels: Tensor, *, fold: VocabMap | None = None) -> tuple[Tensor, Tensor]:
     """(N,) probability of the model's likeliest event, and (N,) bool whether that is the label's, a few rows of logits at a time.
 
     states: those of `predicting_states`; labels: (N,) ids. The events are those of `perplexity`: rows of the model's own head, or with
-    `fold` this map's slots, each with the summed probability of its ids; slot_bias is added to the logits.
+    `fold` this map's slots, each with the summed probability of its ids.
     """
     head, labels = model.head, labels.to(states.device)
-    bias: Tensor | None = head.bias
-    if slot_bias is not None:
-        slot_bias = slot_bias.to(states)
-        bias = slot_bias if bias is None else bias + slot_bias
+    bias = bias_of_slots(model, head.bias)
     id_to_slot = None if fold is None else fold.id_to_slot.to(states.device)
     events = model.to_slots(labels) if id_to_slot is None else id_to_slot[labels]
     parts = []
-    for rows in states.split(_CHUNK_ROWS):
+    for rows in torch.split(states, _CHUNK_ROWS):
         probability = model.transform.apply(torch.nn.functional.linear(rows, head.weight, bias).float()).softmax(-1)
         if fold is not None and id_to_slot is not None:
             probability = probability.new_zeros(len(rows), fold.num_kept).index_add_(1, id_to_slot, probability)

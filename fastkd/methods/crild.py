@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.capture import Captured, Projections, attention_heads, capture, check_capture, num_layers
+from ..models.filters import empty_linear
 from ..models.language_model import LanguageModel
 from ..models.layer_map import LayerMap, layer_map
 from ..models.load import is_decoder
@@ -41,7 +42,8 @@ from .teaching import Lesson, plain, task_scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OBJECTS = "AHPQKV"
+OBJECTS = {"A": "attention", "H": "hidden", "P": "summary", "Q": "queries", "K": "keys", "V": "values"}
+"""What a letter stands for, as the log names it."""
 Preset = Literal["consistency", "paper_script", "tinybert", "pkd"]
 Layers = Literal["last", "uniform"]
 Ramp = Literal["epoch", "step"]
@@ -95,7 +97,7 @@ class CRILDOptions:
             if (value := getattr(self, name)) is not None and value not in get_args(kind):
                 raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(get_args(kind))}.")
         settings = self.resolved()
-        for name, allowed, least in (("objects", OBJECTS, 1), ("consistency_objects", settings.objects.replace("P", ""), 0)):
+        for name, allowed, least in (("objects", "".join(OBJECTS), 1), ("consistency_objects", settings.objects.replace("P", ""), 0)):
             letters = getattr(settings, name)
             if set(letters) - set(allowed) or not least <= len(letters) == len(set(letters)):
                 raise ValueError(f"{name}={letters!r} must be {least} or more letters of {allowed!r}, each at most once.")
@@ -137,6 +139,7 @@ class Settings:
 
     @property
     def has_consistency(self) -> bool:
+        """Whether any object has a consistency term."""
         return self.consistency_weight > 0 and bool(self.consistency_objects)
 
 
@@ -177,6 +180,17 @@ class IntermediateLayerDistillation(Objective):
     teacher: Model
 
     def __init__(self, student: Model, teacher: Model, options: CRILDOptions, *, seed: int) -> None:
+        """The layers that are compared are paired here.
+
+        Args:
+            student: trained; text and labelled tasks alike.
+            teacher: frozen, of the same kind.
+            options: of stage `ild`.
+            seed: `fit_dense` is drawn from it.
+
+        Raises:
+            ValueError: a teacher that is not frozen, or models that do not fit the options.
+        """
         super().__init__()
         self.student = student
         self.hold("teacher", teacher)
@@ -190,20 +204,24 @@ class IntermediateLayerDistillation(Objective):
         self.consistency = 0.0
 
     def train(self, mode: bool = True) -> IntermediateLayerDistillation:
+        """The running average stays in evaluation mode."""
         super().train(mode)
         if self.average is not None:
             self.average.eval()
         return self
 
     def prepare(self, batch: Any, generator: torch.Generator) -> MixedBatch:
+        """The batch with the mix of its rows drawn, or without one."""
         return MixedBatch.draw(batch, generator) if self.settings.mixup else MixedBatch(batch, None)
 
     def begin_step(self, at: Position) -> None:
+        """Set consistency's weight by the share of steps or epochs that are done."""
         done = at.epoch / at.total_epochs if self.settings.ramp == "epoch" else at.step / at.total_steps
         self.consistency = self.settings.consistency_weight * done
 
     @torch.no_grad()
     def end_step(self) -> None:
+        """Draw the running average to the student, if there is one."""
         if self.average is None or self.options.ema_decay is None:
             return
         for name, average in self.average.items():
@@ -213,12 +231,13 @@ class IntermediateLayerDistillation(Objective):
                 buffer.copy_(value)
 
     def weight(self, batch: MixedBatch) -> np.ndarray:
-        """[rows, positions]."""
+        """(2,) float64, rows and positions; with padding="exclude" positions that hold a token of a mixed row."""
         tokens = batch.tokens
         positions = int(tokens.sum()) if self.settings.padding == "exclude" else tokens.numel()
         return np.array([len(tokens), positions], dtype=np.float64)
 
     def forward(self, batch: MixedBatch, denominator: np.ndarray) -> Tensor:
+        """(): the terms of this batch. denominator: (2,), the rows and positions of the step."""
         rows, positions = denominator
         own, objects = batch.attention_mask.bool(), self.settings.objects
         consistent = self.settings.consistency_objects if self.consistency > 0 else ""
@@ -243,7 +262,7 @@ class IntermediateLayerDistillation(Objective):
                     loss = self._hidden(layer, student.hidden[layer], drawn_to) / positions
                 else:
                     loss = self._relation(letter, layer, student.attention[layer], drawn_to) / positions
-                terms.append(loss)
+                terms.append(self.term(OBJECTS[letter], loss))
         return torch.stack(terms).sum()
 
     def _relation(self, letter: str, layer: int, student: Projections, drawn_to: Sequence[_Target]) -> Tensor:
@@ -267,7 +286,7 @@ class IntermediateLayerDistillation(Objective):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if len(k[0]) < len(q[0]) else k
         heads = self.options.relation_heads
         if heads is not None:  # (B, h, S, d) -> (B, heads, S, h d / heads)
-            q, k = (x.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k))
+            q, k = (torch.unflatten(x.transpose(1, 2).flatten(2), 2, (heads, -1)).transpose(1, 2) for x in (q, k))
         return q, k
 
     def _hidden(self, layer: int, student: Tensor, drawn_to: Sequence[_Target]) -> Tensor:
@@ -336,6 +355,16 @@ class LogitDistillation(Objective):
     teacher: TaskModel
 
     def __init__(self, student: TaskModel, teacher: TaskModel | CachedTeacher, options: CRILDOptions) -> None:
+        """Both models are for one kind of task with as many outputs.
+
+        Args:
+            student: trained.
+            teacher: frozen; or what stands for a cache.
+            options: of stage `kd`.
+
+        Raises:
+            ValueError: a teacher that is not frozen, or for another task.
+        """
         super().__init__()
         self.student = student
         self.options, self.settings = options, options.resolved()
@@ -349,9 +378,11 @@ class LogitDistillation(Objective):
             )
 
     def weight(self, batch: Any) -> float:
+        """How many examples the batch has."""
         return float(plain(batch).num_examples)
 
     def forward(self, batch: Any, denominator: float) -> Tensor:
+        """(): summed over the batch's examples, divided by the step's number of them."""
         options, settings, kind = self.options, self.settings, self.student.kind
         batch, taught = self.taught(batch)
         scores = self.student(batch)
@@ -362,9 +393,11 @@ class LogitDistillation(Objective):
         else:
             mask = batch.attention_mask.bool() if kind == "question_answering" and settings.padding == "exclude" else None
             losses = score_divergence(kind, scores, target, options.temperature, form=settings.form, mask=mask)
-        if options.label_weight > 0:
-            losses = losses + options.label_weight * label_loss(kind, scores, batch.labels)
-        return losses.sum() / denominator
+        loss = losses.sum() / denominator
+        if options.label_weight == 0:
+            return loss
+        labels = options.label_weight * label_loss(kind, scores, batch.labels).sum() / denominator
+        return self.term("divergence", loss) + self.term("labels", labels)
 
 
 def _check_heads(letter: str, student: PreTrainedModel, teacher: PreTrainedModel, relation_heads: int | None) -> None:
@@ -396,7 +429,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _fit_dense(student: Model, teacher: Model, seed: int) -> nn.Linear:
     """From the student's width to the teacher's, drawn from N(0, 0.02^2) by `seed`, with a bias of zeros."""
-    dense = nn.utils.skip_init(nn.Linear, student.model.config.hidden_size, teacher.model.config.hidden_size)
+    dense = empty_linear(student.model.config.hidden_size, teacher.model.config.hidden_size)
     nn.init.normal_(dense.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(dense.bias)
     return dense.to(next(student.parameters()))

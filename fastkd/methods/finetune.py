@@ -27,7 +27,9 @@ class FineTuning(Objective):
         self.student = student
 
     def weight(self, batch: TaskBatch) -> float:
+        """How many examples the batch has."""
         return float(batch.num_examples)
 
     def forward(self, batch: TaskBatch, denominator: float) -> Tensor:
+        """(): the task's loss summed over examples, divided by the step's number of them."""
         return label_loss(self.student.kind, self.student(batch), batch.labels).sum() / denominator

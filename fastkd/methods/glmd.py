@@ -67,12 +67,23 @@ class WordPrediction(Objective):
     teacher: LanguageModel
 
     def __init__(self, student: LanguageModel, teacher: LanguageModel | CachedTeacher, options: GLMDOptions) -> None:
+        """The teacher's rows behind the student's ids are gathered here.
+
+        Args:
+            student: trained, perhaps on a kept vocabulary.
+            teacher: frozen, with a row for each of those ids; or what stands for a cache.
+            options: the method's.
+
+        Raises:
+            ValueError: a teacher that is not frozen, or has fewer rows.
+        """
         super().__init__()
         self.student = student
         self.options = options
         self.learn_from(teacher, Lesson(words=student.kept))
 
     def weight(self, batch: Any) -> float:
+        """How many positions are compared; paper: how many the batch has."""
         if self.options.preset == "paper":
             return float(batch.input_ids.numel())
         return float(self.mask(batch).sum())
@@ -80,18 +91,19 @@ class WordPrediction(Objective):
     def mask(self, batch: Any) -> Tensor:
         """(B, S) bool: the positions that are compared."""
         batch = plain(batch)
-        tokens = batch.attention_mask.bool()
+        tokens: Tensor = batch.attention_mask.bool()
         if isinstance(batch, ClozeBatch) and self.options.preset == "strict":
             return tokens & batch.choice_mask.reshape(-1, 1)
         return tokens
 
     def forward(self, batch: Any, denominator: float) -> Tensor:
+        """(): T^2 KL summed over the compared positions, divided by the step's number of them."""
         (batch, taught), options, student = self.taught(batch), self.options, self.student
         words = taught.words
         assert words is not None
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return words.divergence(
+            loss, _ = words.divergence(
                 hidden,
                 weight,
                 student_bias=bias,
@@ -101,6 +113,7 @@ class WordPrediction(Objective):
                 denominator=denominator,
                 **student.logit_options("student"),
             )
+            return loss
 
         return student(batch.input_ids, batch.attention_mask, at_head)
 
@@ -139,15 +152,29 @@ class TaskScores(Objective):
         task: ClozeTask,
         label_word_ids: Tensor | None = None,
     ) -> None:
+        """Both models are asked for the same scores.
+
+        Args:
+            student: trained.
+            teacher: frozen; or what stands for a cache.
+            options: the method's.
+            task: how its scores are made of a language model's words.
+            label_word_ids: (C,) int64 teacher ids of the label words; of verbalizers.
+
+        Raises:
+            ValueError: a teacher that is not frozen.
+        """
         super().__init__()
         self.student = student
         self.options, self.scores = options, ClozeScores(task, label_word_ids)
         self.learn_from(teacher, Lesson(scores=self.scores))
 
     def weight(self, batch: Any) -> float:
+        """How many examples the batch has."""
         return float(plain(batch).num_examples)
 
     def forward(self, batch: Any, denominator: float) -> Tensor:
+        """(): summed over the batch's examples, divided by the step's number of them."""
         batch, taught = self.taught(batch)
         scores = self.scores(self.student, batch).float()
         assert taught.scores is not None
@@ -163,7 +190,7 @@ class TaskScores(Objective):
 
     @torch.no_grad()
     def predict(self, batch: ClozeBatch) -> Tensor:
-        """(B,) index of the highest score among the real candidates."""
+        """(B,) int64 index of the highest score among the real candidates."""
         scores = self.scores(self.student, batch)
         if scores.shape == batch.choice_mask.shape:
             scores = scores.masked_fill(~batch.choice_mask, -torch.inf)

@@ -13,7 +13,6 @@ from ..models.language_model import LanguageModel
 from ..models.teacher_cache import CachedTeacher
 from ..ops.divergence import Divergence
 from ..tasks.text import IGNORE_INDEX
-from ..vocab.map import VocabMap
 from .language_modeling import check_mask_probability
 from .objective import Objective
 from .teaching import Lesson, plain
@@ -45,25 +44,39 @@ class KnowledgeDistillation(Objective):
     """mean over tokens of T^2 D(teacher, student) + label_weight * mean over labelled tokens of cross-entropy.
 
     A student on a kept vocabulary answers for every id of the teacher: a dropped id has its stand-in's logit (GLM's output mode A), so
-    the softmax runs over the teacher's ids and `slot_bias` = log(ids per slot) turns its logits into those of the slots.
+    the softmax runs over the teacher's ids, and log(ids per slot), its `slot_bias`, turns its logits into those of the slots.
     """
 
     student: LanguageModel
     teacher: LanguageModel
 
     def __init__(self, student: LanguageModel, teacher: LanguageModel | CachedTeacher, options: KDOptions, tokens: int) -> None:
-        """tokens: ids that there are; what the teacher's head has beyond them is padding."""
+        """The teacher's rows of all ids are gathered here.
+
+        Args:
+            student: trained, perhaps on a kept vocabulary.
+            teacher: frozen; or what stands for a cache.
+            options: the method's.
+            tokens: ids that there are; what the teacher's head has beyond them is padding.
+
+        Raises:
+            ValueError: a teacher that is not frozen.
+        """
         super().__init__()
         self.student = student
         self.options = options
         self.tokens = min(tokens, teacher.vocabulary) if isinstance(teacher, LanguageModel) else tokens
         self.learn_from(teacher, Lesson(words=slice(self.tokens)))
+        if student.vocab_map is not None:
+            ids = torch.bincount(student.vocab_map.id_to_slot[: self.tokens], minlength=student.vocabulary)
+            student.slot_bias = ids.double().log().float()
 
     def weight(self, batch: Any) -> np.ndarray:
-        """[tokens, labelled tokens]."""
+        """(2,) float64, tokens and labelled tokens."""
         return np.array([int(batch.attention_mask.sum()), int((plain(batch).labels != IGNORE_INDEX).sum())], dtype=np.float64)
 
     def forward(self, batch: Any, denominator: np.ndarray) -> Tensor:
+        """(): both terms, made in one pass over the logits. denominator: (2,), the step's tokens and labelled tokens."""
         (batch, taught), options, student = self.taught(batch), self.options, self.student
         words = taught.words
         assert words is not None
@@ -74,7 +87,7 @@ class KnowledgeDistillation(Objective):
                 slots = student.id_to_slot[: self.tokens]
                 # index_select, because its backward adds in a fixed order: indexing's does not, and a resumed run must be bit-equal.
                 weight, bias = weight.index_select(0, slots), None if bias is None else bias.index_select(0, slots)
-            return words.divergence(
+            loss, stats = words.divergence(
                 hidden,
                 weight,
                 student_bias=bias,
@@ -87,14 +100,9 @@ class KnowledgeDistillation(Objective):
                 denominator=tokens,
                 **student.logit_options("student"),
             )
+            if options.label_weight > 0 and stats.divergence is not None and stats.cross_entropy is not None:
+                self.term("divergence", stats.divergence.sum() / tokens)
+                self.term("labels", options.label_weight * stats.cross_entropy.sum() / max(labelled, 1.0))
+            return loss
 
         return student(batch.input_ids, batch.attention_mask, at_head)
-
-    def slot_bias(self) -> Tensor | None:
-        """What turns the student's logits into those of its slots; None without a map."""
-        return None if self.student.vocab_map is None else slot_bias(self.student.vocab_map, self.tokens)
-
-
-def slot_bias(vocab_map: VocabMap, tokens: int) -> Tensor:
-    """(V_k,) log of how many of the first `tokens` ids share each slot."""
-    return torch.bincount(vocab_map.id_to_slot[:tokens], minlength=vocab_map.num_kept).double().log().float()

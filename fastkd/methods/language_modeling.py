@@ -35,9 +35,11 @@ class LanguageModeling(Objective):
         self.student = student
 
     def weight(self, batch: TextBatch) -> float:
+        """How many labelled tokens the batch has."""
         return float((batch.labels != IGNORE_INDEX).sum())
 
     def forward(self, batch: TextBatch, denominator: float) -> Tensor:
+        """(): summed over labelled tokens, divided by the step's number of them."""
         labels = self.student.to_slots(batch.labels, ignore_index=IGNORE_INDEX)
         transform = self.student.transform
 
@@ -50,5 +52,6 @@ class LanguageModeling(Objective):
 
 
 def check_mask_probability(probability: float) -> None:
+    """Refuse (ValueError) a share of masked tokens outside of [0, 1)."""
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"mask_probability={probability} must lie in [0, 1); BERT uses 0.15.")

@@ -24,18 +24,21 @@ class MixedBatch:
 
     @classmethod
     def draw(cls, batch: Any, generator: torch.Generator) -> MixedBatch:
-        """The larger of u and 1 - u, with u ~ U(0, 1) = Beta(1, 1)."""
+        """Mixed by the larger of u and 1 - u, with u ~ U(0, 1) = Beta(1, 1) from `generator`."""
         drawn = float(torch.rand((), generator=generator, dtype=torch.float64))
         return cls(batch, max(drawn, 1 - drawn))
 
     @property
     def input_ids(self) -> Tensor:
-        return self.batch.input_ids
+        """(B, S) int64 of the rows as they are."""
+        ids: Tensor = self.batch.input_ids
+        return ids
 
     @property
     def attention_mask(self) -> Tensor:
         """(B, S) of the rows as they are; `tokens` is that of the mixed ones."""
-        return self.batch.attention_mask
+        mask: Tensor = self.batch.attention_mask
+        return mask
 
     @property
     def tokens(self) -> Tensor:
@@ -53,10 +56,11 @@ class MixedBatch:
         return embeddings if self.mix is None else self.mix * embeddings + (1 - self.mix) * embeddings.flip(0)
 
     def to(self, device: torch.device | str) -> MixedBatch:
+        """The same with the batch on `device`."""
         return replace(self, batch=self.batch.to(device))
 
 
 def partners(seen: Captured) -> Captured:
-    """The states of every row's partner."""
+    """The states of every row's partner, B - 1 - i for row i."""
     attention = {layer: Projections(x.q.flip(0), x.k.flip(0), x.v.flip(0)) for layer, x in seen.attention.items()}
     return Captured({layer: state.flip(0) for layer, state in seen.hidden.items()}, attention)

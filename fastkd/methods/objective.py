@@ -21,12 +21,15 @@ class Batch(Protocol):
     """Tensors of one micro-batch, with the two that every batch has."""
 
     @property
-    def input_ids(self) -> Tensor: ...
+    def input_ids(self) -> Tensor:
+        """(B, S) int64."""
 
     @property
-    def attention_mask(self) -> Tensor: ...
+    def attention_mask(self) -> Tensor:
+        """(B, S) of ones, and zeros at pads."""
 
-    def to(self, device: torch.device | str) -> Any: ...
+    def to(self, device: torch.device | str) -> Any:
+        """The batch with its tensors on `device`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Objective(nn.Module):
     finished model, and no part of it.
     """
 
+    __call__: Callable[..., Tensor]  # nn.Module's own says nothing of what it returns
     student: Any
     """The model that is trained and saved."""
     teach: Teacher | None = None
@@ -55,19 +59,41 @@ class Objective(nn.Module):
         super().__init__()
         self.held: dict[str, nn.Module] = {}
         """Frozen modules beside the student that are no part of its state, by name."""
+        self.terms: dict[str, Tensor] = {}
+        """What the parts of the loss have come to since the driver emptied it, where `forward` tells them apart: see `term`."""
 
     def weight(self, batch: Any) -> float | np.ndarray:
-        """What this batch adds to the denominator of its optimizer step (tokens, or examples); an array where a loss has several.
-        `batch` is still on the CPU."""
+        """What this batch adds to the denominator of its optimizer step (tokens, or examples).
+
+        Args:
+            batch: as `prepare` gives it, still on the CPU.
+
+        Returns:
+            A number; an array (n,) where a loss has several denominators.
+        """
         raise NotImplementedError
 
     def forward(self, batch: Any, denominator: Any) -> Tensor:
-        """The batch's part of the step's loss: sums divided by `denominator`, the summed weights of the step's batches."""
+        """The batch's part of the step's loss.
+
+        Args:
+            batch: as `prepare` gives it, on the student's device.
+            denominator: the summed `weight` of the step's batches, over all ranks.
+
+        Returns:
+            (), sums over the batch divided by `denominator`.
+        """
         raise NotImplementedError
 
     def prepare(self, batch: Any, generator: torch.Generator) -> Any:
         """The batch with what the objective draws for it, from a generator that depends on the micro-batch's number alone."""
         return batch
+
+    def term(self, name: str, value: Tensor) -> Tensor:
+        """`value`, a 0-dim part of this batch's loss, which the log shows under `loss_name`, summed over the step's batches."""
+        seen = value.detach()
+        self.terms[name] = self.terms[name] + seen if name in self.terms else seen
+        return value
 
     def begin_step(self, at: Position) -> None:
         """Called before every optimizer step: schedules read it."""
@@ -93,7 +119,11 @@ class Objective(nn.Module):
         return batch, self.teach(batch)
 
     def hold(self, name: str, module: nn.Module) -> None:
-        """Keep a frozen module (the teacher) without registering it: it is no part of the student's state."""
+        """Keep a frozen module (the teacher) as attribute `name` without registering it: it is no part of the student's state.
+
+        Raises:
+            ValueError: it is in training mode, has a parameter that requires gradients, or is the student.
+        """
         if any(p.requires_grad for p in module.parameters()) or module.training:
             raise ValueError(f"The {name} must be frozen: call .eval().requires_grad_(False) on it.")
         if module is self.student:

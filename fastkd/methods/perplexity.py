@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.language_model import LanguageModel
+from ..models.language_model import AtHead, LanguageModel
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..tasks.text import IGNORE_INDEX, TextBatch
 from ..vocab.map import VocabMap
@@ -22,7 +22,7 @@ _CHUNK_ROWS = 256
 
 
 def perplexity(model: LanguageModel, batches: Iterable[TextBatch], **judging: Any) -> float:
-    """exp of the mean negative log-likelihood of the labels, in evaluation mode; `judging` is that of `summed_loss`."""
+    """exp of the mean negative log-likelihood of the labels, in evaluation mode; `judging` is that of `loss_at_head`."""
     training = model.training
     model.eval()
     sums = [summed_loss(model, batch, **judging) for batch in batches]
@@ -40,21 +40,23 @@ def perplexity_of(sums: Iterable[tuple[float, int]]) -> float:
 
 @torch.no_grad()
 def summed_loss(
-    model: LanguageModel,
-    batch: TextBatch,
-    *,
-    fold: VocabMap | None = None,
-    slot_bias: Tensor | None = None,
-    kept_only: VocabMap | None = None,
+    model: LanguageModel, batch: TextBatch, *, fold: VocabMap | None = None, kept_only: VocabMap | None = None
 ) -> tuple[float, int]:
-    """The summed negative log-likelihood of a batch's labels, and their number.
+    """The summed negative log-likelihood of a batch's labels, and their number; `fold` and `kept_only` as for `loss_at_head`."""
+    batch = batch.to(model.device)
+    at_head, count = loss_at_head(model, batch.labels, fold=fold, kept_only=kept_only)
+    return float(model(batch.input_ids, batch.attention_mask, at_head)), count
 
-    fold: judge a model over all ids on this map's slots. slot_bias: (V,) added to the model's logits before the softmax.
-    kept_only: judge only the labels that this map keeps, by the model's distribution over the kept ids alone; no two ids share a slot
-    there.
+
+def loss_at_head(
+    model: LanguageModel, labels: Tensor, *, fold: VocabMap | None = None, kept_only: VocabMap | None = None
+) -> tuple[AtHead[Tensor], int]:
+    """What computes at the model's head the summed negative log-likelihood of the ids `labels`, (...) for states (..., H), and how many
+    there are but -100.
+
+    fold: judge a model over all ids on this map's slots. kept_only: judge only the labels that this map keeps, by the model's
+    distribution over the kept ids alone; no two ids share a slot there.
     """
-    transform, batch = model.transform, batch.to(model.device)
-    labels = batch.labels
     if kept_only is not None:
         labels = torch.where(kept_only.is_kept.to(labels.device)[labels.clamp_min(0)], labels, IGNORE_INDEX)
         if model.vocab_map is None:
@@ -65,16 +67,26 @@ def summed_loss(
     def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if fold is not None:
             return _folded(model, hidden, weight, bias, labels, fold)
-        if slot_bias is not None:
-            bias = slot_bias.to(weight.dtype) if bias is None else bias + slot_bias.to(bias.dtype)
-        if kept_only is not None and model.vocab_map is None:
+        if kept_only is None:
+            bias = bias_of_slots(model, bias)
+        elif model.vocab_map is None:
             rows = kept_only.kept_ids.to(weight.device)
             weight, bias = weight[rows], None if bias is None else bias[rows]
-        return linear_cross_entropy(
+        transform = model.transform
+        loss: Tensor = linear_cross_entropy(
             hidden, weight, labels, bias=bias, softcap=transform.softcap, logit_scale=transform.scale, reduction="sum"
         )
+        return loss
 
-    return float(model(batch.input_ids, batch.attention_mask, at_head)), int((labels != IGNORE_INDEX).sum())
+    return at_head, int((labels != IGNORE_INDEX).sum())
+
+
+def bias_of_slots(model: LanguageModel, bias: Tensor | None) -> Tensor | None:
+    """The head's `bias` and the model's `slot_bias` in one; None without either."""
+    if model.slot_bias is None:
+        return bias
+    slot_bias = model.slot_bias.to(model.head.weight)
+    return slot_bias if bias is None else bias + slot_bias
 
 
 def _folded(model: LanguageModel, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, fold: VocabMap) -> Tensor:
@@ -83,7 +95,7 @@ def _folded(model: LanguageModel, hidden: Tensor, weight: Tensor, bias: Tensor |
     predicted = labels != IGNORE_INDEX
     hidden, slots = hidden[predicted], id_to_slot[labels[predicted]]
     total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, slot in zip(hidden.split(_CHUNK_ROWS), slots.split(_CHUNK_ROWS), strict=True):
+    for rows, slot in zip(torch.split(hidden, _CHUNK_ROWS), torch.split(slots, _CHUNK_ROWS), strict=True):
         logits = model.transform.apply(torch.nn.functional.linear(rows, weight, bias).float())
         same_slot = id_to_slot[None, :] == slot[:, None]
         total += (logits.logsumexp(-1) - logits.masked_fill(~same_slot, -math.inf).logsumexp(-1)).sum()

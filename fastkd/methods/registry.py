@@ -108,9 +108,23 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class Paper:
+    """Where a method was published."""
+
+    title: str
+    authors: str
+    venue: str
+    arxiv: str
+
+
+@dataclass(frozen=True)
 class Method:
+    """A method's options and its stages, in their order."""
+
+    title: str
     options: type
     stages: tuple[StageSpec, ...]
+    paper: Paper | None = None
 
 
 def build_stage(spec: StageSpec, inputs: StageInputs) -> Stage:
@@ -138,8 +152,7 @@ def build_stage(spec: StageSpec, inputs: StageInputs) -> Stage:
 def _data(spec: StageSpec, inputs: StageInputs, objective: Objective, make_batch: MakeBatch, mask_probability: float) -> StageData:
     student, rows, size = inputs.student, inputs.rows, inputs.eval_batch_size
     if isinstance(rows, TextRows):
-        slot_bias = objective.slot_bias if isinstance(objective, KnowledgeDistillation) else lambda: None
-        return text_data(rows, student, inputs.tokenizer, make_batch, mask_probability, size, slot_bias)
+        return text_data(rows, student, inputs.tokenizer, make_batch, mask_probability, size)
     if isinstance(rows, ClozeRows):
         # Word prediction is judged by the student's own task scores; the teacher's part of the scorer is never asked.
         scorer = objective if isinstance(objective, TaskScores) else _task_scores(inputs)
@@ -256,14 +269,22 @@ _STUDENT_FILTERS = StageSpec(
 
 METHODS: dict[str, Method] = {
     "glmd": Method(
+        "GLMD",
         GLMDOptions,
         (
             StageSpec("pretrain", ("text",), _word_prediction, keep="last", lesson=_word_lesson),
             StageSpec("task_words", ("task",), _word_prediction, lesson=_word_lesson, check_task=_refuse_classification),
             StageSpec("task_scores", ("task",), _task_scores, evaluate_first=True, lesson=_cloze_lesson),
         ),
+        Paper(
+            "Are Intermediate Layers and Labels Really Necessary? A General Language Model Distillation Method",
+            "Tan et al.",
+            "Findings of ACL 2023",
+            "2306.06625",
+        ),
     ),
     "crild": Method(
+        "CR-ILD",
         CRILDOptions,
         (
             _FINETUNE_TEACHER,
@@ -279,8 +300,15 @@ METHODS: dict[str, Method] = {
             ),
             StageSpec("kd", ("dataset",), _logits, lesson=_scores_lesson),
         ),
+        Paper(
+            "Revisiting Intermediate Layer Distillation for Compressing Language Models: An Overfitting Perspective",
+            "Ko et al.",
+            "Findings of EACL 2023",
+            "2302.01530",
+        ),
     ),
     "ted": Method(
+        "TED",
         TEDOptions,
         (
             _FINETUNE_TEACHER,
@@ -297,10 +325,29 @@ METHODS: dict[str, Method] = {
                 check_stages=ted.check_filters,
             ),
         ),
+        Paper(
+            "Less is More: Task-aware Layer-wise Distillation for Language Model Compression",
+            "Liang et al.",
+            "ICML 2023",
+            "2210.01351",
+        ),
     ),
-    "kd": Method(KDOptions, (StageSpec("distill", ("text",), _knowledge_distillation, keep="last", lesson=_all_words_lesson),)),
-    "lm": Method(LanguageModelingOptions, (StageSpec("train", ("text",), _hard_labels, needs_teacher=False, keep="last"),)),
-    "finetune": Method(FineTuneOptions, (StageSpec("train", ("dataset",), _hard_labels, needs_teacher=False),)),
+    "kd": Method(
+        "knowledge distillation over the teacher's whole vocabulary",
+        KDOptions,
+        (StageSpec("distill", ("text",), _knowledge_distillation, keep="last", lesson=_all_words_lesson),),
+        Paper("Distilling the Knowledge in a Neural Network", "Hinton et al.", "2015", "1503.02531"),
+    ),
+    "lm": Method(
+        "language modelling without a teacher",
+        LanguageModelingOptions,
+        (StageSpec("train", ("text",), _hard_labels, needs_teacher=False, keep="last"),),
+    ),
+    "finetune": Method(
+        "fine-tuning on labels without a teacher",
+        FineTuneOptions,
+        (StageSpec("train", ("dataset",), _hard_labels, needs_teacher=False),),
+    ),
 }
 
 

@@ -37,6 +37,7 @@ class TextRows:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest row."""
         return max(int(rows.lengths.max()) for rows in (self.train, self.eval) if rows is not None)
 
 
@@ -50,6 +51,7 @@ class ClozeRows:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest row."""
         return max(len(ids) for rows in (self.train, self.eval) for example in rows for ids in example.sequences)
 
 
@@ -64,6 +66,7 @@ class DatasetRows:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest row."""
         return max(int(rows.lengths.max()) for rows in (self.train, self.eval) if rows is not None)
 
 
@@ -91,6 +94,7 @@ class Sequences:
 
 
 def train_sequences(rows: Rows) -> Sequences:
+    """What is run of the training rows, without padding."""
     if isinstance(rows, TextRows):
         return Sequences(rows.train.lengths, np.arange(len(rows.train) + 1))
     if isinstance(rows, ClozeRows):
@@ -182,12 +186,8 @@ def text_data(
     make_batch: MakeBatch,
     mask_probability: float,
     eval_batch_size: int,
-    slot_bias: Callable[[], Tensor | None],
 ) -> StageData:
-    """Text, judged by perplexity. slot_bias: what is added to the student's logits when it is judged.
-
-    A task model reads text as it is and is not judged by it.
-    """
+    """Text, judged by perplexity. A task model reads text as it is and is not judged by it."""
     pad_id = pad_id_of(tokenizer)
     # Perplexity needs masked positions even where the training inputs are not masked.
     eval_masking = Masking.of(tokenizer, mask_probability or 0.15) if is_masked(student) else None
@@ -195,12 +195,11 @@ def text_data(
 
     def evaluate(share: Share) -> dict[str, float]:
         assert judged is not None and isinstance(student, LanguageModel)
-        bias = slot_bias()
 
         def loss(start: int) -> tuple[float, int]:
             rows = [judged[i] for i in range(start, min(start + eval_batch_size, len(judged)))]
             generator = torch.Generator().manual_seed(start)
-            return summed_loss(student, collate_text(rows, pad_id=pad_id, masking=eval_masking, generator=generator), slot_bias=bias)
+            return summed_loss(student, collate_text(rows, pad_id=pad_id, masking=eval_masking, generator=generator))
 
         with evaluating(student):
             return {"perplexity": perplexity_of(share.map(loss, range(0, len(judged), eval_batch_size)))}

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..models.capture import Captured, capture
 from ..models.language_model import LanguageModel, head_rows
 from ..models.task_model import TaskModel
+from ..ops.chunked import LossStats
 from ..ops.linear_kl import linear_kl_div
 from ..ops.rows import LogitTransform
 from ..ops.topk_kl import topk_kl_div
@@ -35,12 +36,22 @@ class DenseWords:
     weight: Tensor | None = None
     """(V, H)."""
     bias: Tensor | None = None
+    """(V,)."""
     transform: LogitTransform = LogitTransform()
     """What the teacher does after its head."""
 
-    def divergence(self, student_hidden: Tensor, student_weight: Tensor, **options: Any) -> Tensor:
-        """`linear_kl_div` with this as the teacher's side."""
-        loss = linear_kl_div(
+    def divergence(self, student_hidden: Tensor, student_weight: Tensor, **options: Any) -> tuple[Tensor, LossStats]:
+        """`linear_kl_div` with this as the teacher's side.
+
+        Args:
+            student_hidden: (B, S, H_s).
+            student_weight: (V, H_s), rows of the compared vocabulary.
+            options: keyword arguments of `linear_kl_div` but the teacher's.
+
+        Returns:
+            The loss, and of the statistics the divergence and the cross-entropy of every token.
+        """
+        result = linear_kl_div(
             student_hidden,
             student_weight,
             self.hidden,
@@ -48,12 +59,14 @@ class DenseWords:
             teacher_bias=self.bias,
             teacher_softcap=self.transform.softcap,
             teacher_logit_scale=self.transform.scale,
+            return_stats="losses",
             **options,
         )
-        assert isinstance(loss, Tensor)
-        return loss
+        assert isinstance(result, tuple)
+        return result
 
     def to(self, device: Device) -> DenseWords:
+        """The same with the hidden states on `device`; the head stays where it is."""
         return replace(self, hidden=self.hidden.to(device))
 
 
@@ -62,22 +75,37 @@ class TopKWords:
     """Of every position the K largest log-probabilities at the temperature of the loss, and the log of the others' mass."""
 
     ids: Tensor
-    """(B, S, K) rows of the compared vocabulary, -1 at pads."""
+    """(B, S, K) integers, rows of the compared vocabulary, -1 at pads."""
     logprobs: Tensor
+    """(B, S, K), any floating dtype."""
     tail_logprob: Tensor
     """(B, S)."""
     tail: str
     """What becomes of the others: see `topk_kl_div`."""
 
-    def divergence(self, student_hidden: Tensor, student_weight: Tensor, *, divergence: str = "forward_kl", **options: Any) -> Tensor:
-        """`topk_kl_div` with this as the teacher's side."""
+    def divergence(
+        self, student_hidden: Tensor, student_weight: Tensor, *, divergence: str = "forward_kl", **options: Any
+    ) -> tuple[Tensor, LossStats]:
+        """`topk_kl_div` with this as the teacher's side.
+
+        Args:
+            student_hidden: (B, S, H_s).
+            student_weight: (V, H_s), rows of the compared vocabulary.
+            divergence: "forward_kl"; a ValueError else, because the others need all logits.
+            options: keyword arguments of `topk_kl_div` but the teacher's.
+
+        Returns:
+            The loss, and of the statistics the divergence and the cross-entropy of every token.
+        """
         if divergence != "forward_kl":
             raise ValueError(f"divergence={divergence!r} needs all logits, and the cache has the largest: take forward_kl.")
-        loss = topk_kl_div(student_hidden, student_weight, self.ids.long(), self.logprobs, self.tail_logprob, tail=self.tail, **options)
-        assert isinstance(loss, Tensor)
-        return loss
+        teacher = self.ids.long(), self.logprobs, self.tail_logprob
+        result = topk_kl_div(student_hidden, student_weight, *teacher, tail=self.tail, return_stats="losses", **options)
+        assert isinstance(result, tuple)
+        return result
 
     def to(self, device: Device) -> TopKWords:
+        """The same with all tensors on `device`."""
         ids, logprobs, tail = (x.to(device) for x in (self.ids, self.logprobs, self.tail_logprob))
         return TopKWords(ids, logprobs, tail, self.tail)
 
@@ -110,13 +138,18 @@ class TaughtBatch:
 
     @property
     def input_ids(self) -> Tensor:
-        return self.batch.input_ids
+        """(B, S) int64."""
+        ids: Tensor = self.batch.input_ids
+        return ids
 
     @property
     def attention_mask(self) -> Tensor:
-        return self.batch.attention_mask
+        """(B, S) of ones, and zeros at pads."""
+        mask: Tensor = self.batch.attention_mask
+        return mask
 
     def to(self, device: Device) -> TaughtBatch:
+        """Batch and lesson on `device`; see `Taught.to`."""
         return TaughtBatch(self.batch.to(device), self.taught.to(device))
 
 
@@ -129,9 +162,11 @@ class Lesson:
     scores: Scorer | None = None
     """(model, batch) -> scores."""
     layers: tuple[int, ...] = ()
+    """Whose hidden states are compared, counted from 1; 0 is what enters the first."""
 
     @property
     def predictions(self) -> str:
+        """What is asked beside states: "words", "scores" or "none"."""
         return "words" if self.words is not None else "scores" if self.scores is not None else "none"
 
 
@@ -175,6 +210,6 @@ def plain(batch: Any) -> Any:
     return batch.batch if isinstance(batch, TaughtBatch) else batch
 
 
-def task_scores(model: Any, batch: Any) -> Tensor:
+def task_scores(model: TaskModel, batch: Any) -> Tensor:
     """Scores as a model with a task's head gives them: the `Lesson.scores` of labelled tasks."""
     return model(batch)

@@ -107,6 +107,7 @@ class TEDOptions:
 
     @property
     def compares_states(self) -> bool:
+        """Whether stage distill has its term on states."""
         return self.layerwise != "none" and self.mse_alpha > 0
 
     @property
@@ -135,7 +136,18 @@ class FilterTraining(Objective):
     student: Model
 
     def __init__(self, student: Model, options: TEDOptions, *, role: Role, seed: int, filters: Folders | None = None) -> None:
-        """role: which of the two `student` is. filters: folders of those made before; the student's get the teacher's width."""
+        """New filters and heads beside a model that is frozen here.
+
+        Args:
+            student: the model.
+            options: the method's.
+            role: which of the two models it is.
+            seed: filters and heads are drawn from it.
+            filters: folders of those made before, by stage; the student's get the teacher's width.
+
+        Raises:
+            ValueError: layers that the model does not have, or filters that differ in number or width from the teacher's.
+        """
         super().__init__()
         self.student = student.requires_grad_(False)
         self.options = options.resolved()
@@ -146,14 +158,17 @@ class FilterTraining(Objective):
         self.heads = FilterHeads(student, self.filters.shape, generator)
 
     def train(self, mode: bool = True) -> FilterTraining:
+        """The frozen backbone's dropout is on only with filter_stage_dropout."""
         super().train(mode)
         self.student.train(mode and bool(self.options.filter_stage_dropout))
         return self
 
     def weight(self, batch: Any) -> float:
+        """How many examples the batch has, or of text labelled tokens."""
         return float(_labelled(self.student, batch))
 
     def forward(self, batch: Any, denominator: float) -> Tensor:
+        """(): the heads' losses summed over examples or labelled tokens, divided by K and by the step's number of them."""
         layers, positions = self.filters.shape.layers, self.heads.positions(batch)
         losses: list[Tensor] = []
 
@@ -199,7 +214,18 @@ class TaskAwareDistillation(Objective):
     def __init__(
         self, student: Model, teacher: Model | CachedTeacher, options: TEDOptions, *, seed: int, filters: Folders | None = None
     ) -> None:
-        """seed: of lwd's filters. filters: folders of those that stages have made, by stage; what the options name comes first."""
+        """With the filters that were trained, or for lwd with new ones of the student.
+
+        Args:
+            student: trained.
+            teacher: frozen; or what stands for a cache.
+            options: the method's.
+            seed: of lwd's filters.
+            filters: folders of those that stages have made, by stage; what the options name comes first.
+
+        Raises:
+            ValueError: a teacher that is not frozen or for another task, or filters that are missing or do not fit.
+        """
         super().__init__()
         self.options = options = options.resolved()
         own = _predicts(student)
@@ -228,11 +254,12 @@ class TaskAwareDistillation(Objective):
                 raise ValueError(f"The student's filtered states would be {asked} wide, the teacher's {width}; {remedy}.")
 
     def weight(self, batch: Any) -> np.ndarray:
-        """Examples or labelled tokens, tokens, and positions, as float64."""
+        """(3,) float64: examples or labelled tokens, tokens, and positions."""
         mask = batch.attention_mask
         return np.array([_labelled(self.student, batch), int(mask.sum()), mask.numel()], dtype=np.float64)
 
     def forward(self, batch: Any, denominator: np.ndarray) -> Tensor:
+        """(): the sum of the terms of this batch. denominator: (3,), the step's sum of `weight`."""
         labelled, tokens, positions = map(float, denominator)
         batch, taught = self.taught(batch)
         distances: list[Tensor] = []
@@ -246,11 +273,11 @@ class TaskAwareDistillation(Objective):
             if isinstance(self.student, LanguageModel):
                 loss = self._text_loss(batch, taught, labelled, tokens)
             else:
-                loss = self._task_loss(batch, taught) / labelled
+                loss = self._task_loss(batch, taught, labelled)
         if not distances:
             return loss
         compared = tokens if self.options.padding == "exclude" else positions
-        return loss + self.options.mse_alpha * torch.stack(distances).sum() / (len(distances) * compared)
+        return loss + self.term("states", self.options.mse_alpha * torch.stack(distances).sum() / (len(distances) * compared))
 
     def _distance(self, k: int, state: Tensor, target: Tensor, batch: Any) -> Tensor:
         """Summed over positions, mean over width."""
@@ -264,12 +291,12 @@ class TaskAwareDistillation(Objective):
             features, last.weight, target, weight, student_bias=last.bias, teacher_bias=bias, mask=mask, reduction="sum"
         )
 
-    def _task_loss(self, batch: Any, taught: Taught) -> Tensor:
-        """Summed over examples."""
+    def _task_loss(self, batch: Any, taught: Taught, examples: float) -> Tensor:
+        """Summed over the batch's examples, of which the step has so many."""
         student, options = self.student, self.options
         assert isinstance(student, TaskModel)
         scores, kind = student(batch), student.kind
-        loss = label_loss(kind, scores, batch.labels).sum()
+        loss = self.term("labels", label_loss(kind, scores, batch.labels).sum() / examples)
         if taught.scores is None:
             return loss
         teacher_scores = taught.scores.view_as(scores)
@@ -281,17 +308,17 @@ class TaskAwareDistillation(Objective):
         else:
             # The examples of this batch are the classes; divided by those of the step, a micro-batch counts by its share of them.
             divergence = score_divergence("classification", scores[None], teacher_scores[None], options.temperature)
-        return loss + options.kl_alpha * divergence.sum()
+        return loss + self.term("divergence", options.kl_alpha * divergence.sum() / examples)
 
     def _text_loss(self, batch: Any, taught: Taught, labelled: float, tokens: float) -> Tensor:
         """Divided by the denominators of its two terms, which are made in one pass over the logits."""
         student, words, kl_alpha = self.student, taught.words, self.options.kl_alpha
         assert isinstance(student, LanguageModel)
         if words is None:
-            return LanguageModeling(student)(batch, labelled)
+            return self.term("labels", LanguageModeling(student)(batch, labelled))
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            loss = words.divergence(
+            loss, stats = words.divergence(
                 hidden,
                 weight,
                 student_bias=bias,
@@ -303,6 +330,9 @@ class TaskAwareDistillation(Objective):
                 denominator=tokens,
                 **student.logit_options("student"),
             )
+            assert stats.divergence is not None and stats.cross_entropy is not None
+            self.term("divergence", kl_alpha * stats.divergence.sum() / tokens)
+            self.term("labels", stats.cross_entropy.sum() / max(labelled, 1.0))
             return kl_alpha * loss
 
         return student(batch.input_ids, batch.attention_mask, at_head)

@@ -13,6 +13,7 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -26,8 +27,11 @@ class Projections:
     """Q, K, V (B, heads, S, d) as attention uses them: after rotary embedding and q/k norms. K and V may have fewer heads (grouped)."""
 
     q: Tensor
+    """(B, heads, S, d)."""
     k: Tensor
+    """(B, heads or fewer, S, d)."""
     v: Tensor
+    """(B, heads or fewer, S, d)."""
 
 
 @dataclass(eq=False)
@@ -39,6 +43,8 @@ class Captured:
 
 
 class Heads(NamedTuple):
+    """Numbers of heads: of Q, and of K and V, which may have fewer."""
+
     query: int
     key_value: int
 
@@ -80,16 +86,18 @@ def _architecture(model: nn.Module) -> _Architecture:
 
 
 def transformer_layers(model: "PreTrainedModel") -> nn.ModuleList:
-    """The model's layers, first to last."""
-    return attrgetter(_architecture(model).layers)(model.base_model)
+    """The model's layers, first to last; TypeError for a model whose layers are not known here."""
+    layers: nn.ModuleList = attrgetter(_architecture(model).layers)(model.base_model)
+    return layers
 
 
 def num_layers(model: "PreTrainedModel") -> int:
+    """How many layers the model has."""
     return len(transformer_layers(model))
 
 
 def attention_heads(model: "PreTrainedModel") -> Heads:
-    """Heads of Q, and of K and V, in every layer."""
+    """Heads of Q, and of K and V, in every layer; TypeError for a model whose layers are not known here."""
     _architecture(model)
     query = model.config.num_attention_heads
     return Heads(query, getattr(model.config, "num_key_value_heads", query))
@@ -139,13 +147,17 @@ def capture(
     forward's graph. Nothing stays on the model after the block, even if the forward fails.
 
     Args:
+        model: a transformers model of a known architecture.
         hidden: layers l whose output, before any final norm, becomes `seen.hidden[l]` (B, S, H); 0 is what enters the first layer,
             after the LayerNorm and dropout of the embeddings where the model has them.
         attention: layers whose Q, K, V become `seen.attention[l]`.
         stop: leave the forward, and with it the with-block, as soon as all that is asked for is there: at the last layer's attention,
             before its softmax, if that is what is last. A model in pieces (FSDP) is run to its end all the same.
-        embeddings: replaces what enters the first layer, which is also what `hidden` 0 shows.
+        embeddings: (B, S, H) -> (B, S, H), replaces what enters the first layer, which is also what `hidden` 0 shows.
         at_hidden: called with (layer, state) in place of storing the state, in the order of the layers.
+
+    Yields:
+        What is read, complete when the block ends: states in the model's dtype.
 
     Raises:
         TypeError, ValueError: see `check_capture`; or stop=True and nothing to wait for.
@@ -218,12 +230,12 @@ def _output_hook(take: Callable[[Tensor], None]) -> Callable[[nn.Module, Any, An
     return hook
 
 
-def _read_own_attention(module: nn.Module, take: Callable[[Projections], None], hooks: ExitStack) -> None:
+def _read_own_attention(module: Any, take: Callable[[Projections], None], hooks: ExitStack) -> None:
     """DeBERTa's attention calls query_proj, key_proj and value_proj on its states in this order, later maybe two on positions."""
     latest: dict[str, Tensor] = {}
 
     def split_heads(projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+        return torch.unflatten(projected, -1, (module.num_attention_heads, -1)).transpose(1, 2)
 
     def take_value(value: Tensor) -> None:
         take(Projections(split_heads(latest["query"]), split_heads(latest["key"]), split_heads(value)))

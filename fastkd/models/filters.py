@@ -54,9 +54,9 @@ class FilterBank(nn.Module):
         self.first = nn.ModuleList()
         self.last = nn.ModuleList()
         for _ in shape.layers:
-            inner = [_linear(shape.width, shape.width, dtype), ACT2FN[shape.activation]] if shape.nonlinear else []
+            inner = [empty_linear(shape.width, shape.width, dtype), ACT2FN[shape.activation]] if shape.nonlinear else []
             self.first.append(nn.Sequential(*inner))
-            self.last.append(_linear(shape.width, shape.filter_width, dtype))
+            self.last.append(empty_linear(shape.width, shape.filter_width, dtype))
 
     @classmethod
     def of(
@@ -68,17 +68,23 @@ class FilterBank(nn.Module):
         filter_width: int | None = None,
         nonlinear: bool = False,
     ) -> FilterBank:
-        """New filters for `layers` of `model`, as wide as its states unless `filter_width` says otherwise, where its parameters are.
+        """New filters for layers of `model`, where its parameters are and in their dtype.
 
-        Weights are N(0, initializer_range) from `generator`, biases zero.
+        Args:
+            model: whose hidden states (..., d) they take.
+            layers: from 1; each gets a filter of its own.
+            generator: weights are N(0, initializer_range) from it, biases zero.
+            filter_width: d_f; None: d.
+            nonlinear: Linear(d, d) and the model's activation before the last Linear.
         """
         config, width = _config(model), hidden_width(model)
         shape = FilterShape(tuple(layers), width, filter_width or width, nonlinear, _setting(config, *_ACTIVATIONS, default="gelu"))
         return _drawn(cls(shape), config, generator).to(model.device, model.model.dtype)
 
     def features(self, k: int, states: Tensor) -> Tensor:
-        """(..., d): what enters the last Linear of filter k. It is the state itself in a linear filter."""
-        return self.first[k](states)
+        """(..., d) `states` -> (..., d): what enters the last Linear of filter k. It is the state itself in a linear filter."""
+        features: Tensor = self.first[k](states)
+        return features
 
     def last_linear(self, k: int) -> nn.Linear:
         """(d_f, d) weight and bias of filter k's last Linear, for ops that take it together with what follows."""
@@ -88,7 +94,8 @@ class FilterBank(nn.Module):
 
     def filtered(self, k: int, states: Tensor) -> Tensor:
         """(..., d) states -> (..., d_f)."""
-        return self.last_linear(k)(self.features(k, states))
+        filtered: Tensor = self.last_linear(k)(self.features(k, states))
+        return filtered
 
     def save(self, folder: str | Path) -> None:
         """Write filters.json and a safetensors file, so that a kill leaves what `folder` held before or all of the new."""
@@ -96,7 +103,17 @@ class FilterBank(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, *, layers: Sequence[int] | None = None, width: int | None = None) -> FilterBank:
-        """The filters in `folder`; ValueError if `layers` or the model's `width` are given and are not those they were made for."""
+        """The filters in `folder`, on the CPU in the dtype they were saved with.
+
+        Args:
+            folder: where `save` put them.
+            layers: of the model, if they are to be those the filters were made for.
+            width: of the model's states, if it is to be that of the filters.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: a file that was changed, or other `layers` or another `width`.
+        """
         tensors, metadata = load_record(folder, _KIND)
         shape = FilterShape(**{**metadata, "layers": tuple(metadata["layers"])})
         for name, found, wanted in (
@@ -128,21 +145,37 @@ class FilterHeads(nn.ModuleList):
         _drawn(self, _config(model), generator).to(model.device, model.model.dtype)
 
     def positions(self, batch: Any) -> Tensor | None:
-        """(n,) which of a batch's R * S positions the heads read, None for all. Filters work on single tokens: the others need none.
+        """Which of a batch's R * S positions the heads read. Filters work on single tokens: the others need none.
 
         Text: those with a label. Questions: all. Other tasks: the first token of every row, or a decoder's last.
+
+        Args:
+            batch: attention_mask (R, S); of text also labels (R, S).
+
+        Returns:
+            (n,) int64 positions of the flattened batch; None for all.
         """
         if self.kind is None:
-            return (batch.labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+            labels: Tensor = batch.labels
+            return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         if self.kind == "question_answering":
             return None
-        mask = batch.attention_mask
+        mask: Tensor = batch.attention_mask
         first = torch.arange(len(mask), device=mask.device) * mask.shape[1]
         return first + mask.sum(-1) - 1 if self.last_token else first
 
     def scores(self, k: int, filtered: Tensor, num_choices: int = 1) -> Tensor:
-        """Filtered states at `positions` -> scores in the shape of `TaskModel`'s; of text (n, d), which enters the model's own head."""
-        output = self[k](filtered)
+        """What head k says of filtered states.
+
+        Args:
+            k: position in `shape.layers`.
+            filtered: (n, d_f) at `positions`; of questions (B, S, d_f).
+            num_choices: of a multiple choice, whose candidates are rows.
+
+        Returns:
+            Scores in the shape of `TaskModel`'s; of text (n, d), which enters the model's own head.
+        """
+        output: Tensor = self[k](filtered)
         if self.kind == "question_answering":
             return output.mT
         if self.kind == "regression":
@@ -158,20 +191,22 @@ class SequenceHead(nn.Module):
         from transformers.activations import ACT2FN
 
         self.pooler_dropout = nn.Dropout(_setting(config, "pooler_dropout", *_DROPOUTS, default=0.0))
-        self.dense = _linear(filter_width, filter_width)
+        self.dense = empty_linear(filter_width, filter_width)
         self.activation = ACT2FN[_setting(config, "pooler_hidden_act", *_ACTIVATIONS, default="gelu")]
         self.dropout = nn.Dropout(_setting(config, "cls_dropout", *_DROPOUTS, default=0.0))
-        self.classifier = _linear(filter_width, num_outputs)
+        self.classifier = empty_linear(filter_width, num_outputs)
 
     def forward(self, token: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.activation(self.dense(self.pooler_dropout(token)))))
+        """(R, d_f) -> (R, C)."""
+        scores: Tensor = self.classifier(self.dropout(self.activation(self.dense(self.pooler_dropout(token)))))
+        return scores
 
 
 def _head(model: TaskModel | LanguageModel, filter_width: int) -> nn.Module:
     if isinstance(model, LanguageModel):
-        return _linear(filter_width, model.head.in_features)
+        return empty_linear(filter_width, model.head.in_features)
     if model.kind == "question_answering":
-        return _linear(filter_width, 2)
+        return empty_linear(filter_width, 2)
     return SequenceHead(filter_width, model.model.config.num_labels, _config(model))
 
 
@@ -181,7 +216,9 @@ def reads_last_token(model: TaskModel | LanguageModel) -> bool:
 
 
 def hidden_width(model: TaskModel | LanguageModel | CachedTeacher) -> int:
-    return _config(model).hidden_size
+    """d, the width of the model's hidden states."""
+    width: int = _config(model).hidden_size
+    return width
 
 
 def _config(model: TaskModel | LanguageModel | CachedTeacher) -> Any:
@@ -193,9 +230,9 @@ def _setting(config: Any, *names: str, default: Any) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
 
 
-def _linear(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """Not initialised, so that the global generator is not asked."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype)
+def empty_linear(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """Weight (outputs, inputs) and bias (outputs,) on the CPU, not initialised, so that the global generator is not asked."""
+    return nn.Linear(inputs, outputs, device="meta", dtype=dtype).to_empty(device="cpu")
 
 
 def _drawn(module: T, config: Any, generator: torch.Generator) -> T:

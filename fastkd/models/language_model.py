@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,11 @@ class LossHead(nn.Linear):
     gathered the weight. What the model does after its head then works on a placeholder one column wide.
     """
 
-    at_head: AtHead | None = None
+    at_head: AtHead[Any] | None = None
     result: Any = None
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> logits (..., V); while `at_head` is set, a placeholder (..., 1)."""
         if self.at_head is None:
             return super().forward(hidden)
         self.result = self.at_head(hidden, self.weight, self.bias)
@@ -44,9 +45,13 @@ class LanguageModel(nn.Module):
 
     model: Any
     id_to_slot: Tensor
+    slot_bias: Tensor | None = None
+    """(V,) what turns the logits of a student that was trained to answer for all ids into those of its slots, by which it is judged."""
 
     def __init__(self, model: PreTrainedModel, vocab_map: VocabMap | None = None) -> None:
         super().__init__()
+        if model.config.is_encoder_decoder:
+            raise TypeError(f"{type(model).__name__} is an encoder-decoder; give a masked or a causal language model.")
         self.model = model
         self.vocab_map = vocab_map
         self.transform = logit_transform(model.config)
@@ -65,6 +70,7 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the head is."""
         return self.head.weight.device
 
     @property
@@ -74,7 +80,7 @@ class LanguageModel(nn.Module):
 
     @property
     def kept(self) -> slice | Tensor:
-        """The teacher's rows behind the rows of this head."""
+        """The teacher's rows behind the rows of this head: the first V, or with a map (V_k,) int64 ids."""
         return slice(self.vocabulary) if self.vocab_map is None else self.vocab_map.kept_ids
 
     def logit_options(self, role: str) -> dict[str, Any]:
@@ -82,7 +88,7 @@ class LanguageModel(nn.Module):
         return {f"{role}_softcap": self.transform.softcap, f"{role}_logit_scale": self.transform.scale}
 
     def to_slots(self, ids: Tensor, ignore_index: int | None = None) -> Tensor:
-        """The model's own row for every id; entries equal to `ignore_index` stay."""
+        """The model's own row (...) for every id of `ids` (...), int64; entries equal to `ignore_index` stay."""
         if self.vocab_map is None:
             return ids
         if ignore_index is None:
@@ -90,10 +96,28 @@ class LanguageModel(nn.Module):
         return torch.where(ids == ignore_index, ids, self.id_to_slot[ids.clamp_min(0)])
 
     def to_ids(self, slots: Tensor) -> Tensor:
+        """The ids (...) behind the model's rows `slots` (...), int64."""
         return slots if self.vocab_map is None else self.vocab_map.kept_ids.to(slots.device)[slots]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, at_head: AtHead | None = None) -> Any:
-        """Logits (B, S, V) over the model's rows; or, with `at_head`, what it makes of (hidden (B, S, H), weight (V, H), bias)."""
+    if TYPE_CHECKING:  # nn.Module's own says nothing of what it returns
+
+        @overload
+        def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
+        @overload
+        def __call__(self, input_ids: Tensor, attention_mask: Tensor | None, at_head: AtHead[T]) -> T: ...
+        def __call__(self, *arguments: Any, **named: Any) -> Any: ...
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, at_head: AtHead[Any] | None = None) -> Any:
+        """Logits, or what a loss makes of the head and what enters it.
+
+        Args:
+            input_ids: (B, S) int64 ids of the teacher.
+            attention_mask: (B, S), zero at pads; None: there are none.
+            at_head: called with (hidden (B, S, H), weight (V, H), bias (V,) or None) inside the head's own forward.
+
+        Returns:
+            Logits (B, S, V) over the model's rows; with `at_head` what that returns.
+        """
         options = {"use_cache": False} if self.causal else {}
         self.head.at_head = at_head
         try:
@@ -105,19 +129,33 @@ class LanguageModel(nn.Module):
         result, self.head.result = self.head.result, None
         return result
 
-    def through_head(self, hidden: Tensor, at_head: AtHead) -> Any:
-        """What `at_head` makes of (hidden, weight, bias), inside the forward of the head alone; also while the whole model runs."""
+    def through_head(self, hidden: Tensor, at_head: AtHead[T]) -> T:
+        """What `at_head` makes of (hidden, weight, bias), inside the forward of the head alone; also while the whole model runs.
+
+        Args:
+            hidden: (..., H), as it enters the head.
+            at_head: as in `forward`.
+        """
         before, self.head.at_head = self.head.at_head, at_head
         try:
             self.head(hidden)
         finally:
             self.head.at_head = before
+        result: T
         result, self.head.result = self.head.result, None
         return result
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """`transformers` generation with the teacher's ids in and out."""
+        """`transformers` generation with the teacher's ids in and out.
+
+        Args:
+            input_ids: (B, S) int64.
+            options: of transformers' `generate`.
+
+        Returns:
+            (B, S + new) int64.
+        """
         return self.to_ids(self.model.generate(input_ids=self.to_slots(input_ids), **options))
 
     def _check_head(self) -> None:
@@ -136,6 +174,12 @@ class LanguageModel(nn.Module):
             finally:
                 self.head.at_head = self.head.result = None
         self.model.train(training)
+        if not expected.isfinite().all():
+            name = f"{type(self.model).__name__} {self.model.config.name_or_path}".rstrip()
+            raise ValueError(
+                f"The logits of {name} are not finite: weights hold NaN or infinity, or overflow {self.head.weight.dtype}. Load "
+                "weights that are whole, in float32 or bfloat16."
+            )
         if not torch.allclose(ours, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
             raise ValueError(
                 f"{type(self.model).__name__} changes its logits after the head in a way that fastkd does not know (largest difference "
@@ -145,7 +189,15 @@ class LanguageModel(nn.Module):
 
 
 def head_rows(teacher: LanguageModel, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of these rows of the teacher's head, gathered once."""
+    """Weight (n, H) and bias (n,) of these rows of the teacher's head, gathered once.
+
+    Args:
+        teacher: a language model.
+        rows: the first n, as a slice, or (n,) int64 ids.
+
+    Raises:
+        ValueError: the head has fewer rows than n.
+    """
     weight, bias = teacher.head.weight, teacher.head.bias
     count = rows.stop if isinstance(rows, slice) else len(rows)
     if len(weight) < count:
@@ -166,6 +218,7 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 
 
 def is_causal(model: PreTrainedModel) -> bool:
+    """Whether transformers has the model's class among its causal language models."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -13,6 +13,8 @@ def layer_map(
 
     Args:
         setting: "last" (last to last), "uniform" (student i to teacher i * L_T / L_S), or pairs of (student layer, teacher layer).
+        student_layers: L_S.
+        teacher_layers: L_T.
         embeddings: "uniform" begins with (0, 0), and pairs may name layer 0.
 
     Raises:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 
+from ..files import write_bytes_atomic
 from ..vocab.map import VocabMap
 from .language_model import LanguageModel
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastkd")
 VOCAB_MAP_FOLDER = "vocab_map"
+SLOT_BIAS_FILE = "slot_bias.safetensors"
 # Heads read these, and a configuration that leaves them to the backbone's dropout does not name them.
 _HEAD_DROPOUTS = ("cls_dropout", "classifier_dropout")
 
@@ -30,7 +33,7 @@ def load_config(name_or_path: str, dropout: Mapping[str, float] | None = None) -
 
     _check_folder(name_or_path, "config.json", "a transformers model")
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except OSError as error:
         raise OSError(f"The model {name_or_path} cannot be loaded: {error}") from error
     for name, probability in (dropout or {}).items():
@@ -42,7 +45,7 @@ def load_config(name_or_path: str, dropout: Mapping[str, float] | None = None) -
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer at a folder or hub name."""
+    """The fast tokenizer at a folder or hub name; ValueError if it is a slow one."""
     from transformers import AutoTokenizer
 
     _check_folder(name_or_path, "tokenizer_config.json", "a tokenizer")
@@ -66,14 +69,27 @@ def save_model(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerB
     """The mapped form: the transformers model on the kept rows, the teacher's tokenizer, and the map between them."""
     model.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    save_vocabulary(model, folder)
+
+
+def save_vocabulary(model: LanguageModel | TaskModel, folder: Path) -> None:
+    """What the mapped form has beside the transformers model, in place of what is there: the map, and the slots' bias if it has one."""
     if model.vocab_map is not None:
         model.vocab_map.save(folder / VOCAB_MAP_FOLDER)
+    if isinstance(model, LanguageModel) and model.slot_bias is not None:
+        write_bytes_atomic(folder / SLOT_BIAS_FILE, safetensors.torch.save({"slot_bias": model.slot_bias}))
+    else:
+        (folder / SLOT_BIAS_FILE).unlink(missing_ok=True)
 
 
 def load_frozen(name_or_path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A teacher: in evaluation mode, no parameter takes a gradient."""
-    teacher = load_language_model(name_or_path, dtype)
-    return teacher.eval().requires_grad_(False)
+    """A model that is asked and not trained: in evaluation mode, no parameter takes a gradient. One that is trained on has no
+    `slot_bias` but what its next objective gives it."""
+    model = load_language_model(name_or_path, dtype)
+    bias = Path(name_or_path) / SLOT_BIAS_FILE
+    if bias.is_file():
+        model.slot_bias = safetensors.torch.load_file(bias)["slot_bias"]
+    return model.eval().requires_grad_(False)
 
 
 def auto_class(config: PretrainedConfig) -> Any:
@@ -97,7 +113,8 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 def is_decoder(model: str | PretrainedConfig) -> bool:
     """Whether the model (a folder, hub name or configuration) predicts the next token rather than a masked one."""
-    return auto_class(load_config(model) if isinstance(model, str) else model).__name__ == "AutoModelForCausalLM"
+    kind: type = auto_class(load_config(model) if isinstance(model, str) else model)
+    return kind.__name__ == "AutoModelForCausalLM"
 
 
 def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
@@ -127,16 +144,23 @@ def check_padded_vocabulary(model: LanguageModel | TaskModel, tokenizer: PreTrai
         log.info("The %s's vocabulary is padded: %d rows for %d tokens; rows from %d on are left out.", role, rows, tokens, tokens)
 
 
+def longest_row(model: torch.nn.Module) -> int | None:
+    """The most tokens a row may have: the model's learned positions; None for rotary and relative ones, which have no such end."""
+    limits = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)  # RoBERTa counts from its pad on
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and re.search(r"(position_embeddings|embed_positions|wpe)$", name)
+    ]
+    return min(limits, default=None)
+
+
 def check_row_length(model: LanguageModel | TaskModel, longest: int, role: str) -> None:
-    """Rows longer than the model's learned positions are refused; rotary and relative positions have no such end."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and re.search(r"(position_embeddings|embed_positions|wpe)$", name):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from its pad on
-            if longest > module.num_embeddings - offset:
-                raise ValueError(
-                    f"The longest row takes {longest} positions and the {role} has {module.num_embeddings - offset}; lower the "
-                    "max_length of text or task.cloze."
-                )
+    """Rows longer than the model's learned positions are refused."""
+    limit = longest_row(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"The longest row takes {longest} positions and the {role} has {limit}; lower the max_length of text or task.cloze."
+        )
 
 
 def _check_folder(name_or_path: str, needed: str, what: str) -> None:

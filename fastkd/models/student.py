@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..tasks.labelled import Kind
 from ..vocab.map import VocabMap
 from ..vocab.tokenizer import prune_tokenizer
 from .language_model import LanguageModel
-from .load import auto_class
+from .load import auto_class, load_config, load_frozen
+from .task_model import TaskHead, TaskModel, load_task_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,10 +26,18 @@ _TOKEN_ID = re.compile(r".*_token_id$")
 def build_student(
     base: PretrainedConfig, overrides: Mapping[str, Any], vocab_map: VocabMap | None, *, seed: int, vocabulary: int | None = None
 ) -> LanguageModel:
-    """A student with random weights (the architecture's own initialisation, N(0, 0.02) for most), drawn from `seed`.
+    """A student with random weights (the architecture's own initialisation, N(0, 0.02) for most) in float32, drawn from `seed`.
 
-    `base` is the teacher's configuration, changed by `overrides`; with a `model_type` among them the student is of that architecture
-    and takes nothing but the vocabulary and special ids from the teacher. `vocabulary`: rows without a map (default: the base's).
+    Args:
+        base: the teacher's configuration.
+        overrides: what is changed of it; with another `model_type` among them the student is of that architecture and takes nothing but
+            the vocabulary and special ids from the teacher.
+        vocab_map: the vocabulary that it keeps; None: all of it.
+        seed: of the weights; the global generator is left as it was.
+        vocabulary: rows of its head without a map; None: the base's.
+
+    Raises:
+        ValueError: an override that the configuration has not.
     """
     student = LanguageModel(
         _initialised(student_config(base, overrides, vocab_map, vocabulary), auto_class(_named(base, overrides)), seed), vocab_map
@@ -88,15 +98,43 @@ def prune_model(model: PreTrainedModel, vocab_map: VocabMap) -> LanguageModel:
     return LanguageModel(pruned, vocab_map)
 
 
-def export_student(student: LanguageModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def load_student(name_or_path: str) -> LanguageModel | TaskModel:
+    """A finished model with the head that it was saved with, whatever that is, in evaluation mode. A file's other tensors, such as
+    filters, are left there."""
+    from transformers.models.auto import modeling_auto
+
+    def names(*tasks: str) -> set[str]:
+        return {name for task in tasks for name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()}
+
+    config: Any = load_config(name_or_path)
+    saved = next(iter(config.architectures or ()), None)
+    if saved in names("MASKED_LM", "CAUSAL_LM", "PRETRAINING"):
+        return load_frozen(name_or_path)
+    kinds: tuple[tuple[str, Kind, int], ...] = (
+        ("SEQUENCE_CLASSIFICATION", "classification", config.num_labels),
+        ("QUESTION_ANSWERING", "question_answering", 2),
+    )
+    for task, kind, outputs in kinds:
+        if saved in names(task):
+            model = load_task_model(name_or_path, TaskHead(kind, outputs), seed=0, needs_head=True)
+            return model.eval().requires_grad_(False)
+    raise ValueError(
+        f"The model {name_or_path} was saved as {saved or 'no architecture'}, which has no head for words, classes or answers; give a "
+        "student as a finished stage leaves it."
+    )
+
+
+def export_student(student: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
     """The exported form: `tokenizer` (the teacher's) is rewritten to the kept vocabulary, so that ids are slots and plain
-    `AutoTokenizer` and `AutoModel...` open the folder with no fastkd installed."""
+    `AutoTokenizer` and `AutoModel...` open the folder with no fastkd installed. Returns the exported tokenizer."""
     student.model.save_pretrained(folder)
     kept = tokenizer if student.vocab_map is None else prune_tokenizer(tokenizer, student.vocab_map.kept_ids)
     kept.save_pretrained(folder)
+    return kept
 
 
 def count_parameters(model: torch.nn.Module) -> int:
+    """Numbers in all parameters, tied ones counted once."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ class TaskModel(nn.Module):
     answer's first and last token. Ids become slots on the way in if there is a vocabulary map.
     """
 
+    __call__: Callable[..., Tensor]  # nn.Module's own says nothing of what it returns
     model: Any
     id_to_slot: Tensor
 
@@ -45,18 +46,27 @@ class TaskModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the parameters are."""
+        parameter: Tensor = next(self.model.parameters())
+        return parameter.device
 
     def forward(self, batch: Any) -> Tensor:
+        """Scores of a batch, in the model's dtype: for C classes (B, C), for regression (B,), for C choices, each of them a row, (B,
+        C), for questions (B, 2, S).
+
+        Args:
+            batch: input_ids (R, S) int64, attention_mask (R, S), perhaps token_type_ids (R, S), and num_choices for choices.
+        """
         ids = batch.input_ids if self.vocab_map is None else self.id_to_slot[batch.input_ids]
         token_types = getattr(batch, "token_type_ids", None)
         options = {} if token_types is None else {"token_type_ids": token_types}
         output = self.model(input_ids=ids, attention_mask=batch.attention_mask, **options)
         if self.kind == "question_answering":
             return torch.stack([output.start_logits, output.end_logits], 1)
+        logits: Tensor = output.logits
         if self.kind == "classification":
-            return output.logits
-        scores = output.logits.squeeze(-1)
+            return logits
+        scores = logits.squeeze(-1)
         return scores if self.kind == "regression" else scores.view(-1, batch.num_choices)
 
 
@@ -72,8 +82,17 @@ def load_task_model(
 ) -> TaskModel:
     """The task model at `name_or_path`, or a new head (drawn from `seed`) on the backbone found there.
 
-    pad_id: what rows are padded with, by which decoders find a row's last token. needs_head: refuse a model whose head would be new, or
-    is that of another task. dropout: probabilities that it is to have.
+    Args:
+        name_or_path: a folder or a hub name.
+        head: the task's kind, outputs and label names.
+        seed: of a new head; the global generator is left as it was.
+        pad_id: what rows are padded with, by which decoders find a row's last token.
+        needs_head: refuse a model whose head would be new, or is that of another task.
+        dropout: probabilities that it is to have, by their names in the configuration.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: a folder without a model, an unknown dropout, or with needs_head no trained head for this task.
     """
     config = load_config(name_or_path, dropout)
     if needs_head:

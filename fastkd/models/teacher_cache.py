@@ -60,7 +60,7 @@ class CachedTeacher:
 
 def model_hashes(name_or_path: str) -> tuple[str | None, str]:
     """(the hub's revision, None for a folder; sha256 of the configuration and the weights that are on this machine)."""
-    from transformers.utils import cached_file, extract_commit_hash
+    from transformers.utils.hub import cached_file, extract_commit_hash
 
     found = cached_file(name_or_path, "config.json")
     assert found is not None
@@ -76,7 +76,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no {HEADER}, so it is no teacher cache; write one with `fastkd cache`.")
     try:
-        header = json.loads(path.read_bytes())
+        header: dict[str, Any] = json.loads(path.read_bytes())
         seal, version = header.pop("sha256"), header["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}). {_ANEW}") from error
@@ -88,14 +88,27 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def write_header(folder: Path, contents: Mapping[str, Any], shards: Sequence[Shard] | None) -> None:
-    """contents: JSON-able; what the cache is of. shards: all of them, when they are written."""
+    """Write `header.json`, sealed by its own hash.
+
+    Args:
+        folder: the cache's.
+        contents: JSON-able; what the cache is of.
+        shards: all of them, when they are written; None before.
+    """
     header = {"format": FORMAT, "contents": contents, "shards": None if shards is None else [asdict(shard) for shard in shards]}
     header = json.loads(json.dumps(header))  # as it will be read back
     write_json_atomic(folder / HEADER, {**header, "sha256": _seal(header)})
 
 
 def write_shard(folder: Path, number: int, lengths: np.ndarray, tensors: Mapping[str, Tensor]) -> Shard:
-    """tensors: `token.*` (T, ...) and `row.*` (R, ...) of rows with these `lengths`, T in all."""
+    """Write shard `number` whole or not at all.
+
+    Args:
+        folder: the cache's.
+        number: of the shard.
+        lengths: (R,) tokens of its rows, T in all.
+        tensors: `token.*` (T, ...) and `row.*` (R, ...).
+    """
     data = safetensors.torch.save({_LENGTHS: torch.from_numpy(lengths.astype(np.int32)), **tensors})
     sha256 = hashlib.sha256(data).hexdigest()
     file = f"{_shard_name(number)}-{sha256[:16]}.safetensors"
@@ -138,7 +151,16 @@ class TeacherCache:
         return sorted(self._shard(0)[0])
 
     def outputs(self, names: Iterable[str], rows: Sequence[int] | np.ndarray, width: int) -> dict[str, Tensor]:
-        """`token.*` as (B, width, ...), padded by zeros, integers by -1; `row.*` as (B, ...)."""
+        """What the cache holds of some rows.
+
+        Args:
+            names: of tensors.
+            rows: (B,) numbers, counted through all shards.
+            width: tokens that each row is padded to.
+
+        Returns:
+            By name, in the dtypes they are stored in: `token.*` (B, width, ...), padded by zeros, integers by -1; `row.*` (B, ...).
+        """
         numbers = np.searchsorted(self.ends, rows, side="right")
         found = []
         for row, number in zip(rows, numbers, strict=True):

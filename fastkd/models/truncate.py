@@ -16,7 +16,8 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 def parse_layers(setting: str | Sequence[int], model: "PreTrainedModel") -> tuple[int, ...]:
-    """The model's layers, counted from 1, that "first:6" (1 to 6), "every:2" (2, 4, 6, ..., as TED's map) or a list of numbers names.
+    """The model's layers, counted from 1, that the configuration's `student_layers` names: "first:6" is 1 to 6, "every:2" is 2, 4,
+    6, ... as in TED's map, and a list is of their numbers.
 
     Raises:
         TypeError: a model whose layers are not known here.
@@ -27,16 +28,17 @@ def parse_layers(setting: str | Sequence[int], model: "PreTrainedModel") -> tupl
         kind, _, number = setting.partition(":")
         if kind not in ("first", "every") or not number.isdecimal() or not 1 <= int(number) <= num_layers:
             raise ValueError(
-                f'layers={setting!r}: use "first:N" or "every:N" with N from 1 to {num_layers} (the model\'s layers), or a list.'
+                f'student_layers={setting!r}: use "first:N" or "every:N" with N from 1 to {num_layers} (the model\'s layers), or a '
+                "list."
             )
         return tuple(range(1, int(number) + 1) if kind == "first" else range(int(number), num_layers + 1, int(number)))
     layers = tuple(setting)
     if not layers:
-        raise ValueError(f"layers is empty: name at least one of the layers 1 to {num_layers}.")
+        raise ValueError(f"student_layers is empty: name at least one of the layers 1 to {num_layers}.")
     if outside := [layer for layer in layers if layer not in range(1, num_layers + 1)]:
-        raise ValueError(f"layers={outside}: the model has layers 1 to {num_layers}.")
+        raise ValueError(f"student_layers={outside}: the model has layers 1 to {num_layers}.")
     if any(later <= earlier for earlier, later in pairwise(layers)):
-        raise ValueError(f"layers={list(layers)}: write each layer once, in ascending order.")
+        raise ValueError(f"student_layers={list(layers)}: write each layer once, in ascending order.")
     return layers
 
 
@@ -52,13 +54,13 @@ def keep_layers(model: Model, layers: str | Sequence[int]) -> Model:
     old, kept = transformer_layers(model), parse_layers(layers, model)
     if model.config.model_type == "modernbert" and kept[0] != 1:
         raise ValueError(
-            f"layers={list(kept)}: the first layer of a ModernBERT has no norm before its attention, and only layer 1 is without one. "
-            "Keep layer 1."
+            f"student_layers={list(kept)}: the first layer of a ModernBERT has no norm before its attention, and only layer 1 is "
+            "without one. Keep layer 1."
         )
     if getattr(model.config, "scale_attn_by_inverse_layer_idx", False) and kept != tuple(range(1, len(kept) + 1)):
         raise ValueError(
-            f"layers={list(kept)}: this GPT-2 divides attention scores by the layer's number (scale_attn_by_inverse_layer_idx), which "
-            f'moving a layer would change. Use "first:{len(kept)}".'
+            f"student_layers={list(kept)}: this GPT-2 divides attention scores by the layer's number "
+            f'(scale_attn_by_inverse_layer_idx), which moving a layer would change. Use "first:{len(kept)}".'
         )
     # The memo makes deepcopy put a placeholder where a dropped layer was, so that layer is never copied.
     student = copy.deepcopy(model, {id(layer): nn.Identity() for number, layer in enumerate(old, 1) if number not in kept})

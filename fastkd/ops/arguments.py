@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class LossOptions:
     memory_budget: int | None = None
     backend: str = "auto"
     return_stats: bool = False
+    return_losses: bool = False
     grad_filter: float | None = None
     teacher_precision: str = "full"
     operand_dtype: torch.dtype | None = None
@@ -68,6 +69,7 @@ class LossOptions:
                 raise ValueError(f"{name}={count!r} must be a whole number >= 1 ({unit}).")
 
     def row_options(self, has_teacher: bool) -> RowOptions:
+        """What the row kernels are told. has_teacher: whether there is one, dense or (with `tail`) sparse."""
         return RowOptions(
             divergence=Divergence(self.divergence, self.mixing) if has_teacher and self.tail is None else None,
             tail=self.tail or "bucket",
@@ -76,6 +78,13 @@ class LossOptions:
             teacher=LogitTransform(self.teacher_logit_scale, self.teacher_softcap),
             stats=self.return_stats,
         )
+
+
+def stats_options(return_stats: bool | Literal["losses"]) -> dict[str, Any]:
+    """A public `return_stats` argument as `LossOptions` holds it: the losses alone are there in any case, the rest costs time."""
+    if return_stats not in (True, False, "losses"):
+        raise ValueError(f"return_stats={return_stats!r} is not known; use True, False or 'losses'.")
+    return {"return_stats": return_stats is True, "return_losses": return_stats == "losses"}
 
 
 def divergence_options(divergence: str | Divergence) -> dict[str, Any]:
@@ -93,6 +102,7 @@ def leading_shape(name: str, tensor: Tensor) -> torch.Size:
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
+    """Refuse (TypeError) what is no tensor, a DTensor, or a tensor of no floating dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor.")
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
@@ -182,6 +192,7 @@ def check_row_values(options: LossOptions, vocabulary: int, mask: Tensor | None,
 
 
 def check_index_values(vocab_index: Tensor | None, teacher_vocabulary: int) -> None:
+    """Refuse (ValueError) a `vocab_index` (V_s,) with ids outside of the teacher's rows, or with one of them twice."""
     if vocab_index is not None and not vocab_index.is_cuda and vocab_index.numel():
         outside = ((vocab_index < 0) | (vocab_index >= teacher_vocabulary)).nonzero()
         if outside.numel():
@@ -200,6 +211,7 @@ def check_index_values(vocab_index: Tensor | None, teacher_vocabulary: int) -> N
 
 
 def check_topk_values(ids: Tensor, vocabulary: int) -> None:
+    """Refuse (ValueError) `ids` (N, K) outside of [-1, vocabulary), or a token that a row lists twice."""
     if ids.is_cuda or not ids.numel():
         return
     outside = ((ids < -1) | (ids >= vocabulary)).nonzero()

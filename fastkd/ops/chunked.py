@@ -78,13 +78,20 @@ class RowWeights:
     label: Tensor | None
     scale: Tensor
 
-    def times(self, upstream: Tensor) -> RowWeights:
-        """With the upstream gradient, 0-dim or one a token, and the scale multiplied in."""
+    def times(self, upstream: Tensor, *, linear: bool) -> RowWeights:
+        """With the upstream gradient, 0-dim or one a token, and the scale multiplied in.
+
+        linear: but for their largest value, which stays in `scale`: it would take 16-bit gradients of logits below what they can hold.
+        """
         if upstream.dim() and self.valid is not None:
             upstream = upstream[self.valid]
         factor = upstream * self.scale
+        scale = torch.ones_like(self.scale)
+        if linear and factor.numel():
+            scale = factor.abs().amax().clamp_min(torch.finfo(factor.dtype).tiny)
+            factor = factor / scale
         label = None if self.label is None else self.label * factor
-        return RowWeights(self.valid, self.row * factor, self.labels, label, torch.ones_like(self.scale))
+        return RowWeights(self.valid, self.row * factor, self.labels, label, scale)
 
     def total(self, losses: RowLosses) -> Tensor:
         """row_i T^2 D_i + label_i CE_i, (n,)."""
@@ -126,8 +133,8 @@ def chunked_pass(
     """Make the pass over checked, flattened arguments.
 
     student: [logits (N, V)], or [hidden (N, H), weight (V, H)] and perhaps a bias (V,). teacher: the same; or, with `options.tail`,
-    what a `TopK` holds; or [] for none. mask, labels: (N,). upstream: 0-dim or (N,); if given, it and `scale` are multiplied into
-    the gradients.
+    what a `TopK` holds; or [] for none. mask, labels: (N,). upstream: 0-dim or (N,); if given, gradients carry it, and those of logits
+    `scale` too.
     """
     tokens, device = student[0].shape[0], student[0].device
     vocabulary = student[0].shape[1] if len(student) == 1 else student[1].shape[0]
@@ -135,7 +142,7 @@ def chunked_pass(
     dtype = compute_dtype(student[0], *teacher[:1])
     weights = row_weights(options, tokens, dtype, device, mask, labels, denominator)
     if upstream is not None:
-        weights = weights.times(upstream.to(dtype))
+        weights = weights.times(upstream.to(dtype), linear=len(student) > 1)
     plan = plan_chunks(
         weights.row.numel(),
         vocabulary,
@@ -245,6 +252,17 @@ def row_weights(
     labels: Tensor | None,
     denominator: Tensor | None,
 ) -> RowWeights:
+    """The weights of a call with these options, from `mask` (N,) and `labels` (N,), in `dtype` on `device`.
+
+    Args:
+        options: of which label_weight, ignore_index and reduction are read.
+        tokens: N.
+        dtype: float32 or float64, of the weights.
+        device: of the weights.
+        mask: (N,) bool or float weights; None: all ones. Rows of weight zero are left out of `valid`.
+        labels: (N,) int64, or None.
+        denominator: () float64, in place of the mean's; None: the unmasked weight.
+    """
     valid = None
     row = torch.ones(tokens, dtype=dtype, device=device) if mask is None else mask.to(dtype)
     if mask is not None and not (mask.is_cuda and torch.cuda.is_current_stream_capturing()):

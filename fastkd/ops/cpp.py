@@ -11,6 +11,8 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import platform
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,8 +98,14 @@ def _open(library: Path) -> Any:
 
 def _compile(library: Path) -> None:
     """Compile in a folder of our own, so that no killed process's lock is ever waited for, and put the library in place whole."""
-    from torch.utils.cpp_extension import load
+    from torch.utils.cpp_extension import get_cxx_compiler, load
 
+    compiler = get_cxx_compiler()
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        raise RuntimeError(
+            f"The C++ kernels could not be compiled: there is no {compiler} here. Install a C++20 compiler (g++ 11 or newer), or "
+            "name it by CXX; until then backend='torch' serves, with the same numbers."
+        )
     try:
         with TemporaryDirectory() as folder:
             load(
@@ -128,5 +136,8 @@ def _library() -> Path:
 
 
 if __name__ == "__main__":
-    extension(build=True)
+    try:
+        extension(build=True)
+    except RuntimeError as error:
+        sys.exit(f"fastkd: {error}")
     print("fastkd: the C++ kernels are compiled.")

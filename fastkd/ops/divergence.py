@@ -12,20 +12,23 @@ _MIXED = {"jsd": "beta", "skew_kl": "alpha", "skew_rkl": "alpha"}
 class Divergence:
     """A divergence D(p, q) between the teacher's distribution p and the student's q over the vocabulary.
 
-    ======================  ==========================================================================
-    `"forward_kl"`          KL(p || q)
-    `"reverse_kl"`          KL(q || p)
-    `"tvd"`                 1/2 sum |p - q|
-    `jsd(beta)`             beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
-    `skew_kl(alpha)`        KL(p || alpha p + (1 - alpha) q)                     (DistiLLM, arXiv:2402.03898)
-    `skew_rkl(alpha)`       KL(q || alpha q + (1 - alpha) p)                     (DistiLLM, arXiv:2402.03898)
-    ======================  ==========================================================================
+    - `"forward_kl"`: KL(p || q)
+    - `"reverse_kl"`: KL(q || p)
+    - `"tvd"`: 1/2 sum |p - q|
+    - `jsd(beta)`: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
+    - `skew_kl(alpha)`: KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv:2402.03898)
+    - `skew_rkl(alpha)`: KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv:2402.03898)
 
     The mixing weight lies strictly between 0 and 1: at the ends these are other divergences, or zero, so name the one you mean.
+
+    Raises:
+        ValueError: an unknown kind, a mixing weight that is missing or out of range, or one for a kind that takes none.
     """
 
     kind: str
+    """A name of the list, without its argument."""
     mixing: float | None = None
+    """beta or alpha; None for the first three."""
 
     def __post_init__(self) -> None:
         if self.kind in _MIXED:
@@ -45,19 +48,28 @@ class Divergence:
 
     @classmethod
     def jsd(cls, beta: float) -> Divergence:
+        """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1."""
         return cls("jsd", beta)
 
     @classmethod
     def skew_kl(cls, alpha: float) -> Divergence:
+        """KL(p || alpha p + (1 - alpha) q), 0 < alpha < 1 (DistiLLM, arXiv:2402.03898)."""
         return cls("skew_kl", alpha)
 
     @classmethod
     def skew_rkl(cls, alpha: float) -> Divergence:
+        """KL(q || alpha q + (1 - alpha) p), 0 < alpha < 1 (DistiLLM, arXiv:2402.03898)."""
         return cls("skew_rkl", alpha)
 
     @classmethod
     def parse(cls, value: str | Divergence) -> Divergence:
-        """A name from the table, its call form as configuration files write it (`"jsd(0.5)"`), or a Divergence."""
+        """What a `divergence` argument means: a name of the list, its call form as configuration files write it (`"jsd(0.5)"`), or a
+        Divergence.
+
+        Raises:
+            TypeError: neither a string nor a Divergence.
+            ValueError: an unknown name, or a mixing weight that is out of range or no number.
+        """
         if isinstance(value, Divergence):
             return value
         if not isinstance(value, str):

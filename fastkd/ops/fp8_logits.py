@@ -1,4 +1,4 @@
-"""A teacher's logits by an 8-bit product: half the time of a 16-bit one where the GPU has it, for a small error of the target."""
+"""A teacher's logits by an 8-bit product: half the time of a 16-bit one where the GPU has it; docs/numerics.md has its error."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Fp8Logits:
         self.buffer = weight.new_empty(rows, self.weight.shape[0], dtype=torch.float32)
 
     def logits(self, rows: slice) -> Tensor:
+        """(rows, V) in float32; see `TeacherSource`."""
         out = self.buffer[: rows.stop - rows.start]
         torch._scaled_mm(self.hidden[rows], self.weight.T, self.one, self.one, out_dtype=torch.float32, out=out)
         logits = out[:, : self.vocabulary].mul_(self.weight_scale).mul_(self.hidden_scale[rows])

@@ -33,17 +33,21 @@ class GivenLogits:
         self.gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format) if needs_grad else logits.new_empty(0)
 
     def logits(self, rows: slice) -> Tensor:
+        """(rows, V); see `TeacherSource`."""
         chunk = self.source[rows] if self.valid is None else self.source[self.valid[rows]]
         out = self.buffer[: rows.stop - rows.start]
         out.copy_(chunk if self.columns is None else chunk.index_select(1, self.columns))
         return out
 
     def gradient_target(self, rows: slice) -> Tensor:
+        """(rows, V): the place in the gradient itself, or with masked rows over the logits; see `StudentSource`."""
         return self.gradient[rows] if self.valid is None else self.buffer[: rows.stop - rows.start]
 
     def collect(self, rows: slice) -> None:
+        """Put the gradient of `rows` in its place, where it is not there already."""
         if self.valid is not None:
             self.gradient[self.valid[rows]] = self.buffer[: rows.stop - rows.start].to(self.gradient.dtype)
 
     def gradients(self) -> list[Tensor]:
+        """[(N, V)] in the logits' dtype."""
         return [self.gradient]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from .arguments import (
     check_vocab_index,
     divergence_options,
     leading_shape,
+    stats_options,
 )
 from .chunked import LossStats
 from .divergence import Divergence
@@ -39,13 +42,40 @@ def kl_div(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
-    return_stats: bool = False,
+    return_stats: bool | Literal["losses"] = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """T^2 D(softmax(z_t / T), softmax(z_s / T)) per token from logits, reduced over tokens.
 
-    `student_logits` (..., V_s), `teacher_logits` (..., V_t); no gradient flows to the teacher. `vocab_index` (V_s,) int64 picks the
-    teacher's columns. All other options, the result and the errors are those of `linear_kl_div`. Logits are read once in
-    forward and once in backward, where the gradient is written; beside it only a chunk of both is alive.
+    The options, the result and the errors are those of `linear_kl_div`. Logits are read once in forward and once in backward, where the
+    gradient is written, in the student's dtype; beside it only a chunk of both is alive.
+
+    Args:
+        student_logits: (..., V_s), any leading dims and floating dtype, as the head made them.
+        teacher_logits: (..., V_t), same leading dims, of its own dtype. No gradient ever flows to the teacher.
+        divergence: a name or a `Divergence`; p is the teacher, q the student.
+        temperature: T > 0.
+        mask: (...) bool, or float token weights >= 0.
+        vocab_index: (V_s,) int64, the teacher's column behind every student's; None: the teacher's first V_s.
+        labels: (...) int64 student ids of a cross-entropy at T = 1.
+        label_weight: of that cross-entropy.
+        ignore_index: the label of a token that has none.
+        student_softcap: what the student's model does after its head, if the logits are still without it.
+        teacher_softcap: the same of the teacher's.
+        student_logit_scale: the same, a factor before the soft-cap.
+        teacher_logit_scale: the same of the teacher's.
+        reduction: "mean", "sum" or "none".
+        denominator: number, or tensor of shape (), that replaces the mean's.
+        chunk_size: rows at a time; None: planned.
+        memory_budget: bytes of logits that may be alive beside the arguments, in place of chunk_size.
+        backend: "auto" or a backend's name.
+        return_stats: also return `LossStats`; "losses": of it the divergence and the cross-entropy alone, at no cost.
+
+    Returns:
+        The loss, () or with reduction="none" (...), in float32 (float64 for float64 logits); with return_stats the pair of it and
+        `LossStats`.
+
+    Raises:
+        ValueError, TypeError: before any work, naming the argument, what it got and what would do.
     """
     leading = leading_shape("student_logits", student_logits)
     if leading_shape("teacher_logits", teacher_logits) != leading:
@@ -71,7 +101,7 @@ def kl_div(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         backend=backend,
-        return_stats=return_stats,
+        **stats_options(return_stats),
     )
     mask, labels = check_row_tensors(leading, device, options, mask, labels)
     return chunked_loss(
@@ -106,7 +136,7 @@ def kl_div_reference(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
-    return_stats: bool = False,
+    return_stats: bool | Literal["losses"] = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """The same value by plain torch and autograd, all rows at once, in the inputs' dtype: the oracle in float64.
 
@@ -146,6 +176,8 @@ def kl_div_reference(
     if not return_stats:
         return loss
     present = (weight > 0).to(values.dtype)
+    if return_stats == "losses":
+        return loss, LossStats(values.detach() * present, None if cross_entropy is None else cross_entropy.detach() * present)
     student_entropy, teacher_entropy = (-(x.exp() * x).sum(-1) * present for x in (log_q.detach(), log_p))
     agreement = (log_q.argmax(-1) == log_p.argmax(-1)) * present
     cross_entropy = None if cross_entropy is None else cross_entropy.detach() * present

@@ -27,9 +27,28 @@ def linear_cross_entropy(
 ) -> Tensor:
     """-log softmax(z)[label] per token, with z = softcap(logit_scale (h W^T + b)), reduced over labelled tokens.
 
-    hidden (..., H), weight (V, H), bias (V,), labels (...) int64 with `ignore_index` where a token has none: those rows are packed
-    out before any GEMM. "mean" divides by the number of labelled tokens, or by `denominator`; "none" gives zeros where there is no
-    label. Result in float32 (float64 for float64 inputs); memory, chunking and errors as in `linear_kl_div`.
+    Only one chunk of logits exists at a time; gradients are made in the forward pass: three GEMMs in all.
+
+    Args:
+        hidden: (..., H) states before the head, any leading dims.
+        weight: (V, H) head; outside autocast in the dtype of `hidden`.
+        labels: (...) int64 ids below V.
+        bias: (V,).
+        ignore_index: the label of a token that has none; those rows are packed out before any GEMM.
+        softcap: c > 0 where the model soft-caps its logits, x -> c tanh(x / c); None: it does not.
+        logit_scale: what the model multiplies its logits by, before a soft-cap; not 0.
+        reduction: "mean" over labelled tokens, "sum", or "none" (one value per token, zero where there is no label).
+        denominator: number, or tensor of shape (), that replaces the mean's denominator.
+        chunk_size: rows of logits that are made at a time; None: planned (`fastkd.ops.plan.plan_chunks`).
+        memory_budget: bytes of logits that may be alive, in place of chunk_size; None: planned.
+        backend: "auto", "torch", "cpp" or "triton".
+
+    Returns:
+        The loss, () or with reduction="none" (...), in float32 (float64 for float64 inputs). Gradients accumulate in that dtype and
+        come back in each input's own. No labelled token: exact zeros with the graph connected.
+
+    Raises:
+        ValueError, TypeError: before any work, naming the argument, what it got and what would do.
     """
     leading = check_head("student", hidden, weight, bias)
     device = hidden.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .arguments import (
     check_vocab_index,
     divergence_options,
     leading_shape,
+    stats_options,
 )
 from .chunked import LossStats
 from .divergence import Divergence
@@ -51,7 +52,7 @@ def linear_kl_div(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
-    return_stats: bool = False,
+    return_stats: bool | Literal["losses"] = False,
     grad_filter: float | None = None,
     teacher_precision: str = "full",
     group: ProcessGroup | None = None,
@@ -66,7 +67,8 @@ def linear_kl_div(
         teacher_hidden: (..., H_t), same leading dims. No gradient ever flows to the teacher.
         teacher_weight: (V_t, H_t); None: the identity, and `teacher_hidden` holds the teacher's logits (..., V_t) already, in any
             floating dtype, from a cache or a service. They are read as they are, a chunk at a time.
-        student_bias, teacher_bias: (V_s,), (V_t,); no teacher_bias without a teacher_weight.
+        student_bias: (V_s,).
+        teacher_bias: (V_t,); none without a teacher_weight.
         divergence: a name or a `Divergence`; p is the teacher, q the student.
         temperature: T > 0. Value and gradient both carry T^2 (Hinton et al., arXiv:1503.02531).
         mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
@@ -74,12 +76,19 @@ def linear_kl_div(
             Each row at most once. None: same ids, a longer teacher is sliced to V_s rows.
         labels: (...) int64 student ids; adds label_weight times the cross-entropy of the same student logits at T = 1, averaged over
             its own unmasked labelled tokens (or over `denominator`).
-        student_softcap, teacher_softcap, student_logit_scale, teacher_logit_scale: what the model does after its head.
+        label_weight: finite, >= 0; above 0 it needs labels.
+        ignore_index: the label of a token that has none.
+        student_softcap: c > 0 where the student's model soft-caps its logits after the head, x -> c tanh(x / c); None: it does not.
+        teacher_softcap: the teacher's.
+        student_logit_scale: what the student's model multiplies its logits by after the head, before a soft-cap; not 0.
+        teacher_logit_scale: the teacher's.
         reduction: "mean" over the unmasked weight, "sum", or "none" (one value per token in the shape of the leading dims).
-        denominator: number or 0-dim tensor that replaces the mean's denominator (global token count of an optimizer step).
-        chunk_size, memory_budget: rows, or bytes of logits alive; None: planned (`fastkd.ops.plan`).
-        backend: "auto" or a backend's name.
-        return_stats: also return `LossStats`, per token and without gradient.
+        denominator: number, or tensor of shape (), that replaces the mean's denominator (global token count of an optimizer step).
+        chunk_size: rows of logits that are made at a time; None: planned (`fastkd.ops.plan.plan_chunks`).
+        memory_budget: bytes of logits that may be alive, in place of chunk_size; None: planned.
+        backend: "auto", or "torch", "cpp", "triton" or "cuda"; one that cannot serve here is refused.
+        return_stats: also return `LossStats`, per token and without gradient; "losses": of it the divergence and the cross-entropy
+            alone, which cost nothing.
         grad_filter: approximate, off by default. The two backward GEMMs run over those vocabulary columns alone in which the gradient
             of some token of the chunk exceeds this (before the division by the denominator); the others are replaced by their mean,
             token by token. `LossStats.columns_kept` and `.dropped_mass` say what it did. The value stays exact.
@@ -94,8 +103,9 @@ def linear_kl_div(
             teacher_precision="fp8" or compiled backends; under `torch.compile` the graph breaks here.
 
     Returns:
-        The loss in float32 (float64 for float64 inputs). Gradients accumulate in that dtype and come back in each input's own.
-        No tokens, or all masked: exact zeros with the graph connected.
+        The loss, () or with reduction="none" (...), in float32 (float64 for float64 inputs); with return_stats the pair of it and
+        `LossStats`. Logits and gradients accumulate in that dtype, and gradients come back in each input's own. No tokens, or all
+        masked: exact zeros with the graph connected.
 
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what would do.
@@ -122,7 +132,7 @@ def linear_kl_div(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         backend=backend,
-        return_stats=return_stats,
+        **stats_options(return_stats),
         grad_filter=grad_filter,
         teacher_precision=teacher_precision,
         operand_dtype=autocast_dtype(device),
@@ -167,7 +177,10 @@ def linear_kl_div_reference(
     teacher_bias: Tensor | None = None,
     **options: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """The same value by plain torch in the inputs' dtype, all logits at once: the oracle in float64."""
+    """The same value by plain torch in the inputs' dtype, all logits at once: the oracle in float64.
+
+    `options` are those of `linear_kl_div` but grad_filter, teacher_precision and group.
+    """
     student_logits = torch.nn.functional.linear(student_hidden, student_weight, student_bias)
     teacher_logits = teacher_hidden
     if teacher_weight is not None:
@@ -176,7 +189,11 @@ def linear_kl_div_reference(
 
 
 class LinearKLDivLoss(torch.nn.Module):
-    """Module form of `linear_kl_div`: options at construction, tensors (and per-batch mask, labels, denominator) at the call."""
+    """Module form of `linear_kl_div`: options at construction, tensors (and per-batch mask, labels, denominator) at the call.
+
+    Args:
+        options: keyword arguments of `linear_kl_div`, checked when the module is called.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -190,7 +207,20 @@ class LinearKLDivLoss(torch.nn.Module):
         teacher_weight: Tensor | None,
         **per_batch: Any,
     ) -> Tensor | tuple[Tensor, LossStats]:
+        """`linear_kl_div` of these tensors, with the module's options and those of this call, which come first.
+
+        Args:
+            student_hidden: (..., H_s).
+            student_weight: (V_s, H_s).
+            teacher_hidden: (..., H_t), or logits (..., V_t) with teacher_weight None.
+            teacher_weight: (V_t, H_t) or None.
+            per_batch: keyword arguments of `linear_kl_div`: mask (...), labels (...), denominator and others.
+
+        Returns:
+            What `linear_kl_div` does.
+        """
         return linear_kl_div(student_hidden, student_weight, teacher_hidden, teacher_weight, **{**self.options, **per_batch})
 
     def extra_repr(self) -> str:
+        """The options, as the module's repr shows them."""
         return ", ".join(f"{name}={value}" for name, value in self.options.items())

@@ -61,15 +61,18 @@ class LinearLogits:
             self.weight_sum = self.weight.sum(0, dtype=dtype)
 
     def logits(self, rows: slice) -> Tensor:
+        """(rows, V) in the compute dtype; see `TeacherSource`."""
         out = self.buffer[: rows.stop - rows.start]
         for columns, weight in self._tiles():
             mm_(out[:, columns], self.hidden[rows], weight.T)
         return out if self.bias is None else out.add_(self.bias)
 
     def gradient_target(self, rows: slice) -> Tensor:
+        """(rows, V), over the logits of these rows; see `StudentSource`."""
         return self.gradient_buffer[: rows.stop - rows.start]
 
     def collect(self, rows: slice) -> None:
+        """Add what the gradient of the logits of `rows` gives to hidden states, weight and bias; see `StudentSource`."""
         gradient = self.gradient_target(rows)
         wants_hidden, wants_weight, wants_bias = self.wanted
         if self.grad_filter is not None:
@@ -112,6 +115,7 @@ class LinearLogits:
             self.tail_bias += tail.sum()
 
     def gradients(self) -> list[Tensor]:
+        """Of hidden states (N, H), weight (V, H), and the bias (V,) if there is one, in the compute dtype; empty where not wanted."""
         results = [self.grad_hidden, self.grad_weight, self.grad_bias][: self.results]
         if self.first:  # no rows at all
             for gradient in results:

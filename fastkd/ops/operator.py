@@ -45,12 +45,14 @@ def chunked_loss(
     """
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in student]
     scalars = {name: getattr(options, name) for name in _SCALARS}
+    loss: Tensor
     loss, _, statistics, _ = _operator(student, teacher, vocab_index, mask, labels, denominator, None, needs_grad, **scalars)
     if options.reduction == "none":
         loss = loss.view(leading)
-    if not options.return_stats:
+    if not (options.return_stats or options.return_losses):
         return loss
-    is_dense, is_filtered = bool(teacher) and options.tail is None, options.grad_filter is not None
+    is_dense = options.return_stats and bool(teacher) and options.tail is None
+    is_filtered = options.return_stats and options.grad_filter is not None
     known = (bool(teacher), labels is not None, is_dense, is_dense, is_dense, is_filtered, is_filtered)
     rows = statistics.detach().view(len(STATISTICS), *leading)
     return loss, LossStats(*(row if is_known else None for row, is_known in zip(rows, known, strict=True)))
@@ -72,7 +74,7 @@ def _forward(
     needs_grad: Sequence[bool],
     **scalars: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Loss, `scale`, statistics, and gradients, which lack `scale` and the upstream gradient unless it is given."""
+    """Loss, `scale`, statistics, and gradients: without the upstream gradient unless it is given, and but for logits no `scale`."""
     options = LossOptions(**scalars)
     if upstream is None and _is_deferred(student, options.reduction):
         needs_grad = [False] * len(student)
@@ -131,8 +133,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_others: Any) -> tuple[Any, ..
     if ctx.deferred:
         saved = ctx.saved_tensors
         student, teacher, others = saved[:students], saved[students : students + teachers], saved[students + teachers :]
-        *_, made = _operator(list(student), list(teacher), *others, upstream.detach(), ctx.needs_grad, **ctx.scalars)
-        return finished_gradients(ctx, made, None), *nothing
+        _, scale, _, made = _operator(list(student), list(teacher), *others, upstream.detach(), ctx.needs_grad, **ctx.scalars)
+        return finished_gradients(ctx, made, None if students == 1 else scale), *nothing
     scale, *made = ctx.saved_tensors
     return finished_gradients(ctx, made, upstream * scale), *nothing
 

@@ -37,6 +37,7 @@ class Plan:
 
     @property
     def chunks(self) -> int:
+        """How many chunks there are."""
         return -(-self.tokens // self.chunk_rows)
 
     def slices(self) -> Iterator[slice]:
@@ -72,11 +73,22 @@ def plan_chunks(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> Plan:
-    """Plan `tokens` rows of logits of `vocabulary` elements of `element_size` bytes, with or without a teacher's beside them.
+    """Plan `tokens` rows of logits, with or without a teacher's beside them.
 
-    `chunk_size` (rows) decides alone if given. Otherwise as many rows as `memory_budget` bytes hold, at most `tokens`. Where the budget
-    is the default one, also at least the knee (512), and on a CPU at most 1024. Chunks are then equalised so that no tiny one is left
-    at the end.
+    Chunks are equalised so that no tiny one is left at the end.
+
+    Args:
+        tokens: rows.
+        vocabulary: elements of a row.
+        device: where the logits are made; the default budget and the number of parts depend on it.
+        element_size: bytes of an element.
+        has_teacher: whether a teacher's logits are made beside the student's.
+        chunk_size: rows of a chunk; if given, it decides alone.
+        memory_budget: bytes that may be alive: as many rows as they hold. None: `default_budget`, and then at least the knee (512
+            rows), and on a CPU at most 1024.
+
+    Returns:
+        The plan; printed, it says what is alive instead of what.
     """
     device, row_bytes = torch.device(device), max(1, element_size * vocabulary)
     budget = default_budget(device) if memory_budget is None else memory_budget

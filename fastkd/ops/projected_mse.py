@@ -37,21 +37,23 @@ def projected_mse(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    """mean_f (h_s W_s^T + b_s - h_t W_t^T - b_t)_f^2 per token, reduced over tokens.
+    """mean_f (h_s W_s^T + b_s - h_t W_t^T - b_t)_f^2 per token, reduced over tokens (TED, arXiv:2210.01351).
 
     Args:
         student_states: (..., d_s), any leading dims.
         student_weight: (d_f, d_s) filter, outside autocast in the dtype of `student_states`; None: the identity, with d_f = d_s.
         teacher_states: (..., d_t), same leading dims. No gradient ever flows to the teacher's states, weight and bias.
         teacher_weight: (d_f, d_t); None: the identity, with d_f = d_t.
-        student_bias, teacher_bias: (d_f,).
+        student_bias: (d_f,).
+        teacher_bias: (d_f,).
         mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
         reduction: "mean" over the unmasked weight, "sum" over tokens, or "none" (one value per token in the shape of the leading dims).
-        chunk_size, memory_budget: rows, or bytes of the residual alive; None: as much as a cache holds.
+        chunk_size: rows of the residual that are made at a time; None: as much as a cache holds.
+        memory_budget: bytes of the residual that may be alive, in place of chunk_size.
 
     Returns:
-        The loss in float32 (float64 for float64 states). Gradients accumulate in that dtype and come back in each input's own.
-        No tokens, or all masked: exact zeros with the graph connected.
+        The loss, () or with reduction="none" (...), in float32 (float64 for float64 states). Gradients accumulate in that dtype and
+        come back in each input's own. No tokens, or all masked: exact zeros with the graph connected.
 
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what would do.
@@ -74,6 +76,7 @@ def projected_mse(
     options = LossOptions(reduction=reduction, chunk_size=chunk_size, memory_budget=memory_budget, operand_dtype=autocast_dtype(device))
     mask, _ = check_row_tensors(leading, device, options, mask, None)
     student = (student_states, student_weight, student_bias)
+    loss: Tensor
     loss, _, _ = _operator(
         student_states.reshape(-1, student_states.shape[-1]),
         student_weight,
@@ -228,7 +231,11 @@ def projected_mse_reference(
 
 
 class ProjectedMSELoss(torch.nn.Module):
-    """Module form of `projected_mse`: options at construction, tensors (and a batch's mask and biases) at the call."""
+    """Module form of `projected_mse`: options at construction, tensors (and a batch's mask and biases) at the call.
+
+    Args:
+        options: keyword arguments of `projected_mse`, checked when the module is called.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -242,7 +249,20 @@ class ProjectedMSELoss(torch.nn.Module):
         teacher_weight: Tensor | None,
         **per_batch: Any,
     ) -> Tensor:
+        """`projected_mse` of these tensors, with the module's options and those of this call, which come first.
+
+        Args:
+            student_states: (..., d_s).
+            student_weight: (d_f, d_s), or None for the identity.
+            teacher_states: (..., d_t).
+            teacher_weight: (d_f, d_t), or None for the identity.
+            per_batch: keyword arguments of `projected_mse`: mask (...), biases (d_f,) and others.
+
+        Returns:
+            What `projected_mse` does.
+        """
         return projected_mse(student_states, student_weight, teacher_states, teacher_weight, **{**self.options, **per_batch})
 
     def extra_repr(self) -> str:
+        """The options, as the module's repr shows them."""
         return ", ".join(f"{name}={value}" for name, value in self.options.items())

@@ -18,22 +18,20 @@ FORMS = ("kl", "cross_entropy")
 
 @dataclass(frozen=True, eq=False)
 class RelationTarget:
-    """A relation that the student's is drawn to, and how strongly.
-
-    Fields:
-        q, k: (B, heads, S, d), the student's but for d; they may be one tensor. No gradient ever flows to them.
-        weight: a finite number >= 0 that multiplies this target's term. A 0-dim tensor where it changes from step to step under
-            torch.compile, which takes a number for a constant.
-        key_mask: (B, S) bool, True = keep. Masked keys are left out of both softmaxes of this term, the student's too.
-        query_mask: (B, S) bool, True = keep: the query rows that count for this target, beside the call's query_mask. The mean is
-            over the rows that the call's keeps, whatever this one says.
-    """
+    """A relation that the student's is drawn to, and how strongly."""
 
     q: Tensor
+    """(B, heads, S, d), the student's shape but for d. No gradient ever flows to it."""
     k: Tensor
+    """(B, heads, S, d); it may be the tensor `q`. No gradient ever flows to it."""
     weight: float | Tensor = 1.0
+    """A finite number >= 0 that multiplies this target's term. A tensor of shape () where it changes from step to step under
+    torch.compile, which takes a number for a constant."""
     key_mask: Tensor | None = None
+    """(B, S) bool, True = keep. Masked keys are left out of both softmaxes of this term, the student's too."""
     query_mask: Tensor | None = None
+    """(B, S) bool, True = keep: the query rows that count for this target, beside the call's query_mask. The mean is over the rows that
+    the call's keeps, whatever this one says."""
 
 
 def relation_kl(
@@ -57,22 +55,26 @@ def relation_kl(
     at a time; the gradients are made with it in the forward pass: two GEMMs for the student's, one for the scores of each model.
 
     Args:
-        student_q, student_k: (B, heads, S, d_s). One tensor given as both is its relation with itself (QQ, KK, VV), whose gradient
-            is two-sided: (G + G^T) x / sqrt(d_s), with G that of the softmax's input.
-        teacher_q, teacher_k: (B, heads, S, d_t): the first target, of weight 1. None, None: `targets` alone.
+        student_q: (B, heads, S, d_s), any floating dtype.
+        student_k: (B, heads, S, d_s). The tensor `student_q` again is its relation with itself (QQ, KK, VV), whose gradient is
+            two-sided: (G + G^T) x / sqrt(d_s), with G that of the softmax's input.
+        teacher_q: (B, heads, S, d_t): with teacher_k the first target, of weight 1. None for both: `targets` alone.
+        teacher_k: (B, heads, S, d_t). No gradient ever flows to the teacher.
         key_mask: (B, S) bool, True = keep: the teacher's. Masked keys are left out of both softmaxes, the student's too; where a row
             has no key left, it adds zero to the loss and to all gradients.
         query_mask: (B, S) bool, True = keep: the query rows that count, for every target.
-        targets: more targets of the same student relation, each with its own weight and masks. The loss is the sum of all terms, and
-            one pass makes it: the student's scores are computed once.
+        targets: `RelationTarget`s: more targets of the same student relation, each with its own weight and masks. The loss is the sum
+            of all terms, and one pass makes it: the student's scores are computed once.
         form: "kl", or "cross_entropy": KL plus the target's entropy, with the same gradient.
         reduction: "mean" over heads and unmasked query rows, "sum", or "none" (one value per row, (B, heads, S), zero where masked).
-        chunk_size, memory_budget: query rows of a tile, counted over heads, or bytes of tiles; None: planned.
+        chunk_size: query rows of a tile, counted over heads; None: planned.
+        memory_budget: bytes of tiles that may be alive, in place of chunk_size; None: planned.
         backend: "auto" or a backend's name. "triton" has no tiles in memory, short of float64 and of head sizes above 128.
 
     Returns:
-        The loss in float32 (float64 if any input is), in which scores and gradients are made too, under torch.autocast as well.
-        Gradients come back in each input's own dtype. No rows, or all masked: exact zeros with the graph connected.
+        The loss, () or with reduction="none" (B, heads, S), in float32 (float64 if any input is), in which scores and gradients are
+        made too, under torch.autocast as well. Gradients come back in each input's own dtype. No rows, or all masked: exact zeros with
+        the graph connected.
 
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what would do.
@@ -86,6 +88,7 @@ def relation_kl(
         raise ValueError(f"form={form!r} is not known; use one of {', '.join(map(repr, FORMS))}.")
     LossOptions(reduction=reduction, chunk_size=chunk_size, memory_budget=memory_budget, backend=backend)  # refuses what is not known
     none = student_q.new_empty(0, dtype=torch.bool)
+    loss: Tensor
     loss, _, _ = relation_pass(
         student_q,
         student_k,
@@ -150,7 +153,11 @@ def _log_relation(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
 
 
 class RelationKLLoss(torch.nn.Module):
-    """Module form of `relation_kl`: options at construction, tensors (and per-batch masks and targets) at the call."""
+    """Module form of `relation_kl`: options at construction, tensors (and per-batch masks and targets) at the call.
+
+    Args:
+        options: keyword arguments of `relation_kl`, checked when the module is called.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -159,9 +166,22 @@ class RelationKLLoss(torch.nn.Module):
     def forward(
         self, student_q: Tensor, student_k: Tensor, teacher_q: Tensor | None, teacher_k: Tensor | None, **per_batch: Any
     ) -> Tensor:
+        """`relation_kl` of these tensors, with the module's options and those of this call, which come first.
+
+        Args:
+            student_q: (B, heads, S, d_s).
+            student_k: (B, heads, S, d_s).
+            teacher_q: (B, heads, S, d_t) or None.
+            teacher_k: (B, heads, S, d_t) or None.
+            per_batch: keyword arguments of `relation_kl`: key_mask (B, S), query_mask (B, S), targets and others.
+
+        Returns:
+            What `relation_kl` does.
+        """
         return relation_kl(student_q, student_k, teacher_q, teacher_k, **{**self.options, **per_batch})
 
     def extra_repr(self) -> str:
+        """The options, as the module's repr shows them."""
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 

@@ -26,6 +26,7 @@ class LogitTransform:
     softcap: float | None = None
 
     def apply(self, raw: Tensor) -> Tensor:
+        """Raw head outputs of any shape -> logits, in their dtype."""
         scaled = raw if self.scale == 1.0 else raw * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 

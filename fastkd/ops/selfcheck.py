@@ -57,6 +57,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether all errors are within their tolerance."""
         return not self.wrong and not self.failure
 
 
@@ -72,6 +73,7 @@ class _Case:
 
 
 def main_device() -> torch.device:
+    """The GPU if torch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -88,7 +90,11 @@ def backends() -> dict[str, str]:
 
 
 def check_ops(problem: Problem) -> Iterator[Check]:
-    """Every public op against its float64 reference on the CPU, in every live backend: C++ on the CPU, the others on the GPU if any."""
+    """Every public op against its float64 reference on the CPU, in every live backend: C++ on the CPU, the others on the GPU if any.
+
+    Yields:
+        A `Check` for every op and backend. What a backend raises is its `failure`.
+    """
     live = [name for name, why_not in backends().items() if not why_not]
     if not cuda.fits(problem.vocabulary, getattr(torch, problem.dtype)):
         live = [name for name in live if name != "cuda"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_denominator, check_plain, check_row_tensors, check_teacher
+from .arguments import LossOptions, check_denominator, check_plain, check_row_tensors, check_teacher, stats_options
 from .chunked import LossStats
 from .linear_logits import autocast_dtype, check_head, flatten_head
 from .operator import chunked_loss
@@ -33,7 +35,7 @@ def topk_kl_div(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
-    return_stats: bool = False,
+    return_stats: bool | Literal["losses"] = False,
     grad_filter: float | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """T^2 D(teacher, student) per token, forward KL of what is known of the teacher, reduced over tokens.
@@ -44,14 +46,37 @@ def topk_kl_div(
         tail="renormalize"  sum_S p' (log p' - log q), p' = p / sum_S p: pulls mass onto S that the teacher has elsewhere
         tail="zero"         sum_S p (log p - log q): may be negative
 
+    Three GEMMs, all of them the student's.
+
     Args:
-        student_hidden, student_weight, student_bias: (..., H), (V, H), (V,), as in `linear_kl_div`.
+        student_hidden: (..., H) states before the head, any leading dims.
+        student_weight: (V, H) head; outside autocast in the dtype of `student_hidden`.
         topk_ids: (..., K) int64 student ids, each at most once a token; -1 where a token has fewer than K.
         topk_logprobs: (..., K) the teacher's log-probabilities of them, any floating dtype, AT temperature T.
         tail_logprob: (...) log of the mass of all other ids at temperature T, -inf for none; `tail="bucket"` needs it.
-        grad_filter and all else: as in `linear_kl_div`; three GEMMs, and one row of statistics less a model.
+        student_bias: (V,).
+        tail: "bucket", "renormalize" or "zero": what stands for the ids that are not listed.
+        temperature: T > 0. Value and gradient both carry T^2.
+        mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
+        labels: (...) int64 student ids of a cross-entropy at T = 1, as in `linear_kl_div`.
+        label_weight: of that cross-entropy.
+        ignore_index: the label of a token that has none.
+        student_softcap: what the student's model does after its head, as in `linear_kl_div`.
+        student_logit_scale: the same, a factor before the soft-cap.
+        reduction: "mean", "sum" or "none".
+        denominator: number, or tensor of shape (), that replaces the mean's.
+        chunk_size: rows of logits that are made at a time; None: planned.
+        memory_budget: bytes of logits that may be alive, in place of chunk_size; None: planned.
+        backend: "auto", "torch" or "triton".
+        return_stats: also return `LossStats`, without entropies and agreement; "losses": nor what grad_filter did.
+        grad_filter: approximate, off by default; as in `linear_kl_div`.
 
-    Returns and raises what `linear_kl_div` does; `LossStats` without entropies and agreement.
+    Returns:
+        The loss, () or with reduction="none" (...), in float32 (float64 for float64 states); with return_stats the pair of it and
+        `LossStats`. Gradients come back in each input's own dtype.
+
+    Raises:
+        ValueError, TypeError: before any work, naming the argument, what it got and what would do.
     """
     leading = check_head("student", student_hidden, student_weight, student_bias)
     device = student_hidden.device
@@ -83,7 +108,7 @@ def topk_kl_div(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         backend=backend,
-        return_stats=return_stats,
+        **stats_options(return_stats),
         grad_filter=grad_filter,
         operand_dtype=autocast_dtype(device),
     )
@@ -114,7 +139,10 @@ def topk_kl_div_reference(
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """The same value by plain torch in the inputs' dtype, all logits at once, without labels: the oracle in float64."""
+    """The same value by plain torch in the inputs' dtype, all logits at once: the oracle in float64.
+
+    Without labels, statistics, soft-cap and scale, which `linear_kl_div`'s reference has.
+    """
     logits = torch.nn.functional.linear(student_hidden, student_weight, student_bias)
     teacher = TopK(topk_ids.flatten(0, -2), topk_logprobs.flatten(0, -2), None if tail_logprob is None else tail_logprob.flatten())
     values = topk_kl_reference(logits.flatten(0, -2), teacher, tail, temperature=temperature).view(topk_ids.shape[:-1])

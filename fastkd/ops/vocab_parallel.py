@@ -11,9 +11,9 @@ that all processes have agreed on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from .operator import finished_gradients
 from .plan import Plan, plan_chunks
 from .rows import _CPU_BLOCK_ELEMENTS, _GPU_BLOCK_ELEMENTS, RowLosses, RowOptions, _value_and_coefficient, _weighted
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _LINEAR = ("forward_kl", "reverse_kl")
 """Divergences whose sums are taken before the normalisers are known."""
 
@@ -46,15 +48,18 @@ def check_group(group: Any, vocab_index: Tensor | None, options: LossOptions) ->
         )
     if options.backend not in ("auto", "torch"):
         raise ValueError(f"backend={options.backend!r} has no kernel for a shard of the vocabulary; use 'auto' or 'torch' with group=.")
-    if options.return_stats:
-        raise ValueError("return_stats=True is not available with group=; leave it out, or take reduction='none' for the losses.")
+    if options.return_stats or options.return_losses:
+        raise ValueError("return_stats is not available with group=; leave it out, or take reduction='none' for the losses.")
     if options.grad_filter is not None:
         raise ValueError(f"grad_filter={options.grad_filter} is not available with group=; leave it out.")
     if options.teacher_precision != "full":
         raise ValueError(f"teacher_precision={options.teacher_precision!r} is not available with group=; leave it at 'full'.")
 
 
-@torch.compiler.disable
+_uncompiled: Callable[[Callable[P, R]], Callable[P, R]] = torch.compiler.disable  # which says nothing of types
+
+
+@_uncompiled
 def vocab_parallel_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -68,7 +73,8 @@ def vocab_parallel_loss(
 ) -> Tensor:
     """What `linear_kl_div` returns with a `group`, from arguments that it has checked and flattened."""
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in student]
-    loss = _VocabParallel.apply(group, options, len(student), needs_grad, mask, labels, denominator, *student, *teacher)
+    apply: Callable[..., Tensor] = _VocabParallel.apply
+    loss = apply(group, options, len(student), needs_grad, mask, labels, denominator, *student, *teacher)
     return loss.view(leading) if options.reduction == "none" else loss
 
 
@@ -125,7 +131,7 @@ class _VocabParallel(torch.autograd.Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         if ctx.deferred:
-            made, factor = _deferred_gradients(ctx, upstream.detach()), None
+            factor, *made = _deferred_gradients(ctx, upstream.detach())
         else:
             scale, *made = ctx.saved_tensors
             factor = upstream * scale
@@ -138,7 +144,7 @@ class _VocabParallel(torch.autograd.Function):
 
 @torch.no_grad()
 def _deferred_gradients(ctx: Any, upstream: Tensor) -> list[Tensor]:
-    """The gradients with `upstream`, one number a token, multiplied in; no collective."""
+    """What the gradients are still to be multiplied by, and they, with `upstream`, one number a token, multiplied in; no collective."""
     mask, labels, denominator, *saved = ctx.saved_tensors
     norms, tensors = Norms(*saved[: len(Norms._fields)]), saved[len(Norms._fields) :]
     student, teacher = tensors[: ctx.students], tensors[ctx.students :]
@@ -146,8 +152,9 @@ def _deferred_gradients(ctx: Any, upstream: Tensor) -> list[Tensor]:
     weights = row_weights(ctx.options, student[0].shape[0], dtype, student[0].device, mask, labels, denominator)
     rows, operand_dtype = ctx.shard.plan.chunk_rows, ctx.options.operand_dtype
     source = LinearLogits(student, weights.valid, rows, dtype, operand_dtype, needs_grad=ctx.needs_grad)
-    _loop(source, teacher, ctx.shard, weights.times(upstream.to(dtype)), ctx.options, norms, True)
-    return source.gradients()
+    weights = weights.times(upstream.to(dtype), linear=True)
+    _loop(source, teacher, ctx.shard, weights, ctx.options, norms, True)
+    return [weights.scale, *source.gradients()]
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,7 @@ class Norms(NamedTuple):
     """sum of dD / d log q; see `_value_and_coefficient`"""
 
     def at(self, rows: slice) -> Norms:
+        """Those of some of the rows."""
         return Norms(*(x[rows] for x in self))
 
 

@@ -54,12 +54,13 @@ def _classes(text: str, second_text: str | None, names: str, *metrics: str, **op
     return TaskSpec("classification", text, second_text, tuple(names.split()), metrics, **options)
 
 
-_HUB_PATHS = {
+HUB_PATHS = {
     "glue": "nyu-mll/glue",
     "super_glue": "aps/super_glue",
     "squad": "rajpurkar/squad",
     "squad_v2": "rajpurkar/squad_v2",
 }
+"""The data set of each benchmark; all of them are English."""
 _STSB_RANGE = (0.0, 5.0)
 _SENTENCES = ("{sentence1}", "{sentence2}")
 _INFERENCE = ("{premise}", "{hypothesis}")
@@ -112,7 +113,7 @@ def load_task(name: str, path: str | os.PathLike[str] | None = None, *, bad_rows
         )
     spec = TASKS[name]
     benchmark, _, config = name.partition("/")
-    place = _HUB_PATHS[benchmark] if path is None else os.fspath(path)
+    place = HUB_PATHS[benchmark] if path is None else os.fspath(path)
     splits: dict[str, list[LabelledExample]] = {}
     for split in ("train", *spec.validation):
         rows, description = read_split(place, config or None, split, spec.columns)

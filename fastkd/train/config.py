@@ -220,6 +220,10 @@ class StageArguments:
     """Rows of similar length share a batch, so that little is padding."""
     logging_steps: int = 10
     """Steps between lines of the log."""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """tensorboard: the log's numbers go to STAGE/tensorboard too (extra: tensorboard)."""
+    profile_steps: int = 0
+    """Trace this many optimizer steps, behind two that warm up: STAGE/profile has the trace, and the shares of time are shown."""
     eval_steps: int | None = None
     """Steps between evaluations; null: once an epoch, or at the end when max_steps is set."""
     save_steps: int | None = None
@@ -248,6 +252,7 @@ class StageArguments:
             "save_total_limit",
             "max_skipped_steps",
         )
+        _at_least(0, self, "profile_steps")
         for name, probability in self.dropout.items():
             if not 0 <= probability < 1 or "drop" not in name:
                 raise ValueError(

@@ -18,7 +18,7 @@ import torch
 from ..methods.objective import Objective
 from ..models.language_model import LanguageModel
 from ..models.load import auto_class, load_config
-from ..models.truncate import keep_layers, parse_layers
+from ..models.truncate import keep_layers
 from ..ops.linear_kl import linear_kl_div
 from ..ops.plan import plan_chunks
 from ..ops.selfcheck import main_device
@@ -52,7 +52,7 @@ class Pair:
         with torch.device(device):
             student, teacher = (auto_class(config).from_config(config, dtype=torch.float32) for config in configs)
         if self.student_layers is not None:
-            student = keep_layers(student, parse_layers(self.student_layers, student))
+            student = keep_layers(student, self.student_layers)
         kind = _Skeleton if device == "meta" else LanguageModel
         return kind(student).train(), kind(teacher).eval().requires_grad_(False)
 

@@ -6,8 +6,6 @@ scores; with a teacher every other one is also compared with it.
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__
 from ..files import write_json_atomic
 from ..methods.comparison import Judged, judge
-from ..methods.kd import slot_bias
 from ..methods.stage_data import task_outputs
 from ..models.language_model import LanguageModel
 from ..models.load import check_padded_vocabulary, check_row_length, load_config, load_frozen, load_tokenizer
@@ -39,7 +35,7 @@ from .config import DatasetArguments, TextData
 from .curves import plot_bars, plot_curves
 from .data import eval_corpus, load_dataset, tokenized
 from .log import Progress
-from .output import RUN_FILE
+from .provenance import versions
 
 TEACHER = "teacher"
 RESULTS_FILE = "results.json"
@@ -207,10 +203,7 @@ def _load_language_model(name: str, source: str, tokenizer: Any) -> Judged:
     _check_words_head(name, source)
     model = load_frozen(source)
     check_padded_vocabulary(model, tokenizer, name)
-    bias = None
-    if model.vocab_map is not None and _answers_for_all_ids(source):
-        bias = slot_bias(model.vocab_map, len(tokenizer))
-    return Judged(model, bias)
+    return Judged(model)
 
 
 def _check_words_head(name: str, source: str) -> None:
@@ -225,13 +218,6 @@ def _check_words_head(name: str, source: str) -> None:
             f"The {name}, {source}, was saved as {', '.join(saved)}, which has no head for words to judge on text; evaluate it on its "
             "task, or give a masked or causal language model."
         )
-
-
-def _answers_for_all_ids(source: str) -> bool:
-    """Whether the student at OUTPUT_DIR/STAGE/student was trained by plain distillation, where a slot's logit stands for each of its
-    ids, so that a slot's probability is that of all of them."""
-    record = Path(source).absolute().parent.parent / RUN_FILE
-    return record.is_file() and json.loads(record.read_bytes())["run"]["method"] == "kd"
 
 
 def _shared_tokenizer(models: Mapping[str, str]) -> Any:
@@ -282,17 +268,10 @@ def _described(source: str, model: TaskModel | LanguageModel) -> dict[str, Any]:
 
 
 def _evaluation(data: dict[str, Any], settings: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
-    import transformers
-
     return {
         "data": data,
         "settings": settings,
         "calibration_error": f"expected calibration error of the likeliest prediction, {CALIBRATION_BINS} bins of equal width",
-        "versions": {
-            "fastkd": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "models": models,
     }

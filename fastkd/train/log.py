@@ -1,6 +1,9 @@
 """Floor 5, train: the run's log (one JSON object a line), the progress bar, and the memory figure."""
 
+from __future__ import annotations
+
 import json
+import logging
 import math
 import os
 import resource
@@ -13,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 LOG_FILE = "log.jsonl"
+log = logging.getLogger("fastkd")
 
 
 class RunLog:
@@ -23,16 +27,27 @@ class RunLog:
         stage: put into every line as `stage`.
         keep: `size` as it was at the point that the run resumes from. What the log holds beyond it is cut off: it is about to happen
             again. None keeps every line.
+        bar: shows the losses, the speed and the memory of every line.
+        report_to: "tensorboard" shows every line's numbers there too.
 
     A half line at the end, left by a killed process, is dropped in either case.
     """
 
-    def __init__(self, output_dir: str | Path | None, *, stage: str | None = None, keep: int | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path | None,
+        *,
+        stage: str | None = None,
+        keep: int | None = None,
+        bar: Progress | None = None,
+        report_to: str = "none",
+    ) -> None:
         path = Path(os.devnull) if output_dir is None else Path(output_dir) / LOG_FILE
-        self.stage = stage
+        self.stage, self._bar = stage, bar
         if path.is_file():
             os.truncate(path, sum(map(len, _whole_lines(path.read_bytes()[:keep]))))
         self._file = path.open("a", encoding="utf-8", buffering=1)  # line-buffered: one write per line
+        self._board = None if output_dir is None or report_to == "none" else TensorBoard(Path(output_dir) / "tensorboard", _steps(path))
 
     @property
     def size(self) -> int:
@@ -43,11 +58,17 @@ class RunLog:
         """Append a line such as `{"step": 10, "loss": 2.1}`. NaN and infinities are written as "nan", "inf", "-inf"."""
         stage = {} if self.stage is None else {"stage": self.stage}
         self._file.write(json.dumps(_strict({**stage, **values}), allow_nan=False) + "\n")
+        if self._board is not None:
+            self._board.write(values)
+        if self._bar is not None and "loss" in values:
+            self._bar.show(values)
 
     def close(self) -> None:
         self._file.close()
+        if self._board is not None:
+            self._board.close()
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,6 +89,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
+def _steps(path: Path) -> int:
+    """The last step that a log tells of."""
+    return max((line.get("step", 0) for line in read_log(path)), default=0) if path.is_file() else 0
+
+
 def _whole_lines(content: bytes) -> list[bytes]:
     """The lines that were written to their end; JSON escapes line breaks, so a half line never holds one."""
     return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
@@ -84,11 +110,55 @@ def _strict(value: Any) -> Any:
     return value
 
 
+class TensorBoard:
+    """The log's numbers as TensorBoard's scalars. It is a view of the log: whatever fails in it is told once, and training goes on."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        """steps: the last one in the log; what an earlier process has shown beyond it is hidden, as it is about to happen again."""
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=steps + 1)
+        except ImportError:
+            log.warning(
+                "report_to is tensorboard, which is not installed: pip install 'fastkd[tensorboard]'. %s has the log.", LOG_FILE
+            )
+        except Exception as error:
+            self._give_up(error)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            return
+        try:
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._writer.add_scalar(name, value, values["step"])
+            self._writer.flush()
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning("TensorBoard cannot be written (%s); training goes on without it.", error)
+        self._writer = None
+
+
 class Progress(tqdm):
-    """tqdm's bar when stderr is a terminal and it is to be `shown`, and not one character otherwise."""
+    """tqdm's bar, with the time left, when stderr is a terminal and it is to be `shown`, and not one character otherwise."""
 
     def __init__(self, total: int, *, initial: int = 0, description: str | None = None, shown: bool = True) -> None:
         super().__init__(total=total, initial=initial, desc=description, disable=None if shown else True, dynamic_ncols=True)
+
+    def show(self, values: Mapping[str, Any]) -> None:
+        """Put a line of the log behind the bar: the loss and its terms, speed and memory, as far as the line has them."""
+        shown = [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in values.items() if name.startswith("loss")]
+        for name, unit in (("tokens_per_second", "tokens/s"), ("peak_memory_mb", "MB")):
+            shown += [f"{values[name]:,.0f} {unit}"] if name in values else []
+        self.set_postfix_str(", ".join(shown))
 
 
 def peak_memory_mb() -> float:

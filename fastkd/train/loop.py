@@ -22,6 +22,7 @@ from .checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint, on
 from .config import StageArguments
 from .log import Progress, RunLog, peak_memory_mb
 from .parallel import Engine, gradient_norm
+from .profile import BETWEEN, StepProfiler, section
 from .ranks import Ranks
 from .schedule import learning_rate_factor, resolve_warmup
 from .signals import Preempted, SignalFlag
@@ -49,7 +50,8 @@ class Progressed:
     best_step: int = -1
     best: dict[str, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
-    window_loss: float = 0.0
+    window: dict[str, float] = field(default_factory=dict)
+    """Sums of the loss and its terms since the last line of the log."""
     log_bytes: int = 0
     seconds: float = 0.0
     tokens: int = 0
@@ -118,16 +120,25 @@ class StageTrainer:
         self._resume()
         with (
             contextlib.nullcontext(self.flag) if self.flag is not None else SignalFlag(ranks) as flag,
-            RunLog(self.folder if ranks.is_main else None, stage=stage.name, keep=self.at.log_bytes) as lines,
             Progress(self.total_steps, initial=self.at.step, description=stage.name, shown=ranks.is_main) as bar,
+            RunLog(
+                self.folder if ranks.is_main else None,
+                stage=stage.name,
+                keep=self.at.log_bytes,
+                bar=bar,
+                report_to=self.arguments.report_to,
+            ) as lines,
+            StepProfiler(self.arguments.profile_steps if ranks.is_main else 0, self.folder / "profile", stage.objective) as profiler,
             contextlib.closing(self.writer),
         ):
             try:
                 if stage.evaluate_first and self.at.evaluated_step < 0:
                     self._evaluate(lines, flag)
                 while self.at.step < self.total_steps:
-                    self._catch_up(lines, flag)
+                    with section(BETWEEN):
+                        self._catch_up(lines, flag)
                     bar.update(self._step(lines, flag))
+                    profiler.step()
                 self._catch_up(lines, flag)
             except Preempted:
                 self._save(lines, is_last=True)
@@ -151,8 +162,10 @@ class StageTrainer:
         arguments, objective, ranks, at = self.arguments, self.stage.objective, self.ranks, self.at
         started = time.perf_counter()
         indices = self._own_micro_batches()
-        batches = [self._micro_batch(i) for i in indices]
-        denominator, tokens = self._counts(batches, flag)
+        with section("data"):
+            batches = [self._micro_batch(i) for i in indices]
+            denominator, tokens = self._counts(batches, flag)
+        objective.terms.clear()
         objective.begin_step(self._position())
         losses = []
         for index, batch in zip(indices, batches, strict=True):
@@ -165,43 +178,51 @@ class StageTrainer:
                     loss = self.engine(objective, batch.to(ranks.device), denominator)
                 self.engine.backward(self.scaler.scale(loss), last=last)
             losses.append(loss.detach())
-        self.scaler.unscale_(self.optimizer)
-        norm = gradient_norm(list(self.names), arguments.max_grad_norm)
-        total = torch.stack(losses).sum()
+        with section("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            norm = gradient_norm(list(self.names), arguments.max_grad_norm)
+        names = ["loss", *(f"loss_{name}" for name in objective.terms)]
+        sums = torch.stack([torch.stack(losses).sum(), *objective.terms.values()]).to(torch.float64)
         if ranks.world_size > 1:
-            dist.all_reduce(total)
-        step_loss, step_norm = torch.stack([total, norm.to(total.dtype)]).tolist()  # the one time that the host waits for the device
+            dist.all_reduce(sums)
+        # The one time that the host waits for the device.
+        step_loss, *terms, step_norm = torch.cat([sums, norm[None].to(sums)]).tolist()
         if not (math.isfinite(step_loss) and math.isfinite(step_norm)):
             self._skip(lines, step_loss, step_norm, indices, losses)
             return False
         rate = arguments.learning_rate * self._rate_factor()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        objective.end_step()
+        with section("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            objective.end_step()
         at.step += 1
         at.skipped_in_a_row = 0
         at.tokens += tokens
         at.seconds += time.perf_counter() - started
-        at.window_loss += step_loss
+        at.window = {name: at.window.get(name, 0.0) + value for name, value in zip(names, [step_loss, *terms], strict=True)}
         if at.step % arguments.logging_steps == 0 or at.step == self.total_steps:
-            window = (at.step - 1) % arguments.logging_steps + 1
-            lines.write(
-                {
-                    "step": at.step,
-                    "epoch": round((at.step + at.skipped) * self.micro_batches / self.order.batches_per_epoch, 4),
-                    "loss": at.window_loss / window,
-                    "grad_norm": step_norm,
-                    "learning_rate": rate,
-                    "tokens_per_second": round(at.tokens / max(at.seconds, 1e-9), 1),
-                    "peak_memory_mb": round(peak_memory_mb(), 1),
-                    "seconds": round(at.seconds, 3),
-                }
-            )
-            at.window_loss = 0.0
+            self._log(lines, step_norm, rate)
         return True
+
+    def _log(self, lines: RunLog, norm: float, rate: float) -> None:
+        at = self.at
+        steps = (at.step - 1) % self.arguments.logging_steps + 1
+        lines.write(
+            {
+                "step": at.step,
+                "epoch": round((at.step + at.skipped) * self.micro_batches / self.order.batches_per_epoch, 4),
+                **{name: value / steps for name, value in at.window.items()},
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "tokens_per_second": round(at.tokens / max(at.seconds, 1e-9), 1),
+                "peak_memory_mb": round(peak_memory_mb(), 1),
+                "seconds": round(at.seconds, 3),
+            }
+        )
+        at.window = {}
 
     def _skip(self, lines: RunLog, loss: float, norm: float, indices: Sequence[int], losses: Sequence[Tensor]) -> None:
         """Leave the weights as they are: go on with the next rows, or stop. All ranks come here together, as they see the same sums."""

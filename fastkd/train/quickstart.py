@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ..files import write_json_atomic
-from ..methods.kd import slot_bias
 from ..methods.perplexity import perplexity
 from ..models.load import load_frozen, load_language_model, load_tokenizer
 from ..models.student import count_parameters
@@ -67,9 +66,8 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     scores = {"teacher": perplexity(teacher, batches, fold=kept)}
     kept_scores = {"teacher": perplexity(teacher, batches, kept_only=kept)}
     for name in STUDENTS:
-        student = load_language_model(results[name]["student_dir"])
-        # Plain KD's student answers for every id of the teacher, so a slot's probability is that of all ids that share it.
-        scores[name] = perplexity(student, batches, slot_bias=slot_bias(kept, VOCABULARY) if name == "student_kd" else None)
+        student = load_frozen(results[name]["student_dir"])
+        scores[name] = perplexity(student, batches)
         kept_scores[name] = perplexity(student, batches, kept_only=kept)
     summary = {
         "method": "glmd",

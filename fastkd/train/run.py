@@ -16,8 +16,9 @@ import numpy as np
 from ..files import new_folder, remove_folder, write_json_atomic
 from ..methods.cached import CachedLesson
 from ..methods.objective import Share, Stage
-from ..methods.registry import METHODS, Data, LessonInputs, Model, StageInputs, StageSpec, build_stage
+from ..methods.registry import METHODS, Data, LessonInputs, StageInputs, StageSpec, build_stage
 from ..methods.stage_data import DatasetRows, Rows, train_sequences
+from ..methods.teaching import Model
 from ..models.language_model import LanguageModel
 from ..models.load import check_row_length, check_same_tokenizer, is_decoder, load_tokenizer, save_model
 from ..models.task_model import TaskHead
@@ -33,6 +34,7 @@ from .loop import StageResult, StageTrainer
 from .output import prepare_output_dir
 from .parallel import WholeCopy, place
 from .preflight import DOINGS, MemoryEstimate, check_disk, check_memory, explaining_shortage, memory_estimate
+from .provenance import PROVENANCE_FILE, provenance
 from .ranks import Ranks
 from .run_models import RESULT_FILE, RunModels
 from .schema import ConfigError, from_mapping, load_yaml
@@ -43,7 +45,7 @@ FILTERS_FOLDER = "filters"
 # These change what is kept or shown of a run, not what it computes.
 _COSMETIC = frozenset(
     {
-        *("output_dir", "overwrite_output_dir", "cache_dir", "logging_steps"),
+        *("output_dir", "overwrite_output_dir", "cache_dir", "logging_steps", "report_to", "profile_steps"),
         *("save_steps", "save_total_limit", "async_save", "save_failure"),
         *("fsdp", "fsdp_teacher", "ddp_timeout"),
     }
@@ -63,7 +65,7 @@ def distill(config: RunConfig | Mapping[str, Any] | str | Path, *, only_stage: s
     of a YAML file or of a recipe.
 
     What `fastkd train` calls; started by torchrun, or by anything that sets its environment, every rank calls it and gets the same
-    results. The last stage's student is in output_dir/<stage>/student. Everything that can be refused is refused before the first
+    results. The last stage's student is in `output_dir/STAGE/student`. Everything that can be refused is refused before the first
     download or step.
     """
     if isinstance(config, (str, Path)):
@@ -323,6 +325,7 @@ class Run:
                 made.save(unfinished)
             else:
                 save_model(made, self.tokenizer, unfinished)
+            write_json_atomic(unfinished / PROVENANCE_FILE, provenance(self.config, planned, result, self.ranks, self.output_dir))
         _draw(folder)
         write_json_atomic(folder / RESULT_FILE, {**asdict(result), f"{name}_dir": str(folder / name)})
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..files import new_folder
-from ..methods.registry import METHODS, Model, StageSpec
+from ..methods.registry import METHODS, StageSpec
+from ..methods.teaching import Model
 from ..models.language_model import LanguageModel
 from ..models.load import VOCAB_MAP_FOLDER, check_padded_vocabulary, load_config, load_frozen, load_language_model
 from ..models.student import build_student, prune_model, student_config

@@ -58,16 +58,22 @@ class TokenCounts:
         return int(self.counts.sum())
 
     def coverage(self, kept_ids: Tensor | Sequence[int]) -> float:
-        """The share of the corpus' tokens whose id is in `kept_ids`."""
+        """The share of the corpus' tokens whose id is in `kept_ids`, (V_k,) integers."""
         kept = torch.isin(torch.arange(self.counts.numel()), torch.as_tensor(kept_ids).cpu())
         return int(self.counts[kept].sum()) / self.tokens
 
     def save(self, directory: str | Path) -> None:
+        """Write a finished count, `token_counts.json` and the tensors it names, atomically."""
         _save(self, directory, finished=True)
 
     @classmethod
     def load(cls, directory: str | Path) -> TokenCounts:
-        """Read a finished count. Errors: `FileNotFoundError`, `ValueError` (an unfinished count or a changed file)."""
+        """Read a finished count.
+
+        Raises:
+            FileNotFoundError: there is none in the directory.
+            ValueError: an unfinished count or a changed file.
+        """
         counts, finished = _load(directory)
         if not finished:
             raise ValueError(
@@ -99,9 +105,17 @@ def count_tokens(
     gives the counts of an uninterrupted one; once finished, it returns the saved counts.
 
     Args:
+        corpus: rows in a fixed order, with a fingerprint.
+        tokenizer: a fast one; its truncation and padding are not used.
+        output_dir: where the running count is, and the finished one will be.
         num_proc: processes that tokenize. 1: this process, on the tokenizer's own threads; more: that many spawned
             processes of one thread each.
+        batch_size: rows that are tokenized at once.
+        save_every: batches from one save to the next.
         poll: called after every batch. What it raises ends the call; the count is saved before.
+
+    Returns:
+        The finished count; its `counts` are (V,) int64.
 
     Raises:
         ValueError: a corpus without tokens, or an `output_dir` that holds the count of another corpus or tokenizer.

@@ -79,6 +79,7 @@ class VocabMap:
             counts: frequencies of the tokenizer's n ids, `TokenCounts` or (n,) integers.
             keep: a ratio of n (0 < keep < 1, floor(keep * n) ids) or a number of ids (an int >= 1).
             protected: ids kept whatever their frequency (special tokens, verbalizers).
+            multiple_of: V_k is rounded up to a multiple of it.
             requires: ids that must be kept whenever the key is (for BPE the two parents of a merge), applied
                 transitively. Down the order above, a token enters together with what it still requires if all of it
                 fits, else it is passed over, until V_k is full.
@@ -117,17 +118,17 @@ class VocabMap:
 
     @property
     def num_kept(self) -> int:
-        """V_k."""
+        """V_k, the number of slots."""
         return self.kept_ids.numel()
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of ids."""
         return self.id_to_slot.numel()
 
     @cached_property
     def is_kept(self) -> Tensor:
-        """(V,) bool."""
+        """(V,) bool: whether the id has a slot of its own."""
         return torch.zeros_like(self.id_to_slot, dtype=torch.bool).index_fill_(0, self.kept_ids, True)
 
     @cached_property
@@ -137,7 +138,7 @@ class VocabMap:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over both tensors."""
+        """sha256 over both tensors, the same on every device."""
         digest = hashlib.sha256(f"{self.num_kept},{self.vocab_size};".encode())
         for tensor in (self.kept_ids, self.id_to_slot):
             digest.update(tensor.cpu().numpy().astype("<i8").tobytes())
@@ -154,12 +155,17 @@ class VocabMap:
         """A new map in which every dropped id has the slot of its most similar kept id (ties: the lowest slot).
 
         Args:
-            embedding: (V, H), rows of the teacher's embedding; not used by "unk", which takes None.
+            embedding: (V, H), rows of the teacher's embedding in any floating dtype, on any device; not used by "unk", which takes
+                None.
             similarity: "dot" (GLMD's), "cosine" or "euclidean", as in `fastkd.vocab.stand_ins.nearest_kept`; "unk":
                 every dropped id is read as `unk_id`.
             unk_id: used by "unk" only; a kept id.
             exclude: ids that may not stand in for another. Default none, as in the authors' code: a dropped id may be
                 read as a special token.
+
+        Raises:
+            ValueError: an unknown similarity, an embedding of another length or with values that are not finite, an `unk_id` that is
+                not kept, or no kept id left to stand in.
         """
         if similarity not in (*get_args(Similarity), "unk"):
             raise ValueError(f"similarity must be 'dot', 'cosine', 'euclidean' or 'unk', got {similarity!r}.")
@@ -183,10 +189,19 @@ class VocabMap:
         return VocabMap(self.kept_ids, self.id_to_slot.index_copy(0, dropped_ids, stand_ins))
 
     def map_ids(self, ids: Tensor, ignore_index: int | None = None) -> Tensor:
-        """The slots of ids of any shape, int64; `ignore_index` (the -100 of labels), if given, stays as it is.
+        """The slots by which ids are read.
 
-        Ids must lie in [0, V). CPU tensors are checked (`ValueError`); elsewhere the check is the device's own
-        assertion, because reading the result back would make every step wait for the device.
+        Args:
+            ids: (...) integers in [0, V), on the map's device. CPU tensors are checked; elsewhere the check is the device's own
+                assertion, because reading the result back would make every step wait for the device.
+            ignore_index: a value of `ids` that stays as it is (the -100 of labels); None: there is none.
+
+        Returns:
+            (...) int64 slots.
+
+        Raises:
+            TypeError: ids that are no integers.
+            ValueError: an id out of range, another device, or dropped ids without a stand-in.
         """
         if not self.has_stand_ins:
             missing = int((self.id_to_slot < 0).sum())
@@ -197,11 +212,11 @@ class VocabMap:
         return _look_up(self.id_to_slot, ids.masked_fill(ignored, 0), "ids").masked_fill(ignored, ignore_index)
 
     def decode_ids(self, slots: Tensor) -> Tensor:
-        """The ids behind slots of any shape, int64; checked as `map_ids` does."""
+        """(...) int64, the ids behind `slots` (...), integers in [0, V_k); checked as `map_ids` does."""
         return _look_up(self.kept_ids, slots, "slots")
 
     def shard(self, rank: int, world_size: int) -> Tensor:
-        """The slots of process `rank` of `world_size`, int64: rank, rank + world_size, ..., its rows of a student's head.
+        """(n,) int64, the slots of process `rank` of `world_size`: rank, rank + world_size, ..., its rows of a student's head.
 
         `from_counts` puts slots in the order of falling frequency, so every process gets frequent and rare tokens alike, and shards
         differ by at most one slot; split by contiguous original ids, most kept tokens would often fall to one process. The rows of the
@@ -209,6 +224,9 @@ class VocabMap:
 
         `linear_kl_div` with a `group` counts labels through the shards one behind the other. Of a slot that position is
         `torch.cat([m.shard(r, world_size) for r in range(world_size)]).argsort()[slot]`.
+
+        Raises:
+            ValueError: no such rank, or more processes than slots.
         """
         if not 0 <= rank < world_size <= self.num_kept:
             raise ValueError(
@@ -217,6 +235,7 @@ class VocabMap:
         return torch.arange(rank, self.num_kept, world_size, device=self.kept_ids.device)
 
     def to(self, device: torch.device | str) -> VocabMap:
+        """The same map with both tensors on `device`."""
         return VocabMap(self.kept_ids.to(device), self.id_to_slot.to(device))
 
     def save(self, directory: str | Path) -> None:
@@ -226,7 +245,12 @@ class VocabMap:
 
     @classmethod
     def load(cls, directory: str | Path) -> VocabMap:
-        """Errors: `FileNotFoundError`, `ValueError` (a file that was changed since it was saved)."""
+        """The map that `save` wrote to `directory`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: a file that was changed since it was saved.
+        """
         tensors, _ = load_record(directory, _KIND)
         return cls(tensors["kept_ids"], tensors["id_to_slot"])
 

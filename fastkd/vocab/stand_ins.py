@@ -26,12 +26,13 @@ def nearest_kept(
 
     Args:
         embedding: (V, H), floating point, on any device; the ids lie there too, and so does the result.
-        dropped_ids: (D,) ids.
-        kept_ids: (K,) ids, K >= 1.
+        dropped_ids: (D,) int64 ids.
+        kept_ids: (K,) int64 ids, K >= 1.
+        similarity: "dot", "cosine" or "euclidean".
         memory_budget: bytes that may be alive at once beside the arguments and the result.
 
     Returns:
-        (D,) int64.
+        (D,) int64 positions in `kept_ids`.
 
     Raises:
         ValueError: a score that is not finite.
@@ -41,7 +42,7 @@ def nearest_kept(
     # rows, one of which needs as much again while it is made.
     chunk = max(1, (math.isqrt(9 * hidden_size**2 + memory_budget) - 3 * hidden_size) // 2)
     nearest = torch.zeros_like(dropped_ids)
-    for block_ids, block_nearest in zip(dropped_ids.split(chunk), nearest.split(chunk), strict=True):
+    for block_ids, block_nearest in zip(torch.split(dropped_ids, chunk), torch.split(nearest, chunk), strict=True):
         dropped = _rows(embedding, block_ids, similarity)
         best = torch.full(block_ids.shape, -torch.inf, dtype=torch.float32, device=embedding.device)
         for start in range(0, kept_ids.numel(), chunk):

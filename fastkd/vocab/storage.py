@@ -19,6 +19,7 @@ from fastkd.files import write_bytes_atomic, write_json_atomic
 
 
 def record_exists(directory: str | Path, kind: str) -> bool:
+    """Whether `directory` holds a record `kind`, whole or not."""
     return _manifest_path(directory, kind).exists()
 
 

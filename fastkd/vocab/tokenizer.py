@@ -104,7 +104,7 @@ def token_requirements(tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[in
 
 
 def prune_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: torch.Tensor | Sequence[int]) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows only the tokens of `kept_ids` (V_k,), where token `kept_ids[slot]` has the id `slot`.
+    """A tokenizer that knows only the tokens of `kept_ids` (V_k,), integers, where token `kept_ids[slot]` has the id `slot`.
 
     It is a plain `PreTrainedTokenizerFast`, also for a model-specific tokenizer class: those rebuild parts of the backend
     from hard-wired defaults when they are opened, the plain class takes `tokenizer.json` as it stands. Special tokens,
@@ -140,6 +140,15 @@ def check_pruned_tokenizer(
     lines: Iterable[str],
 ) -> PrunedAgreement:
     """Hold `pruned` to the contract of this module on `lines`, special tokens included.
+
+    Args:
+        tokenizer: the teacher's.
+        pruned: what `prune_tokenizer` made of it.
+        kept_ids: (V_k,) integers, those it was made with.
+        lines: text; each is tokenized by both.
+
+    Returns:
+        How far they agree, over all lines.
 
     Raises:
         ValueError: a fully kept line is tokenized differently; the message shows the line and both lists of tokens.
@@ -279,6 +288,6 @@ def _open(tokenizer: PreTrainedTokenizerBase, spec: Spec) -> PreTrainedTokenizer
         for name in ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
             config[name] = getattr(tokenizer, name)
         config_file.write_text(json.dumps(config), encoding="utf-8")
-        pruned = PreTrainedTokenizerFast.from_pretrained(directory)
+        pruned: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(directory)
     pruned.name_or_path = tokenizer.name_or_path
     return pruned

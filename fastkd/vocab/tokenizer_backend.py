@@ -29,7 +29,7 @@ def read_spec(tokenizer: PreTrainedTokenizerBase) -> Spec:
             f"tokenizer is a {type(tokenizer).__name__}, which has no `tokenizers` backend to prune; convert it to a "
             "fast tokenizer first, or keep the full vocabulary."
         )
-    spec = json.loads(backend.to_str())
+    spec: Spec = json.loads(backend.to_str())
     model = spec["model"]
     if model["type"] not in ("BPE", "WordPiece", "Unigram", "WordLevel"):
         raise ValueError(f"The tokenizer's model is of type {model['type']!r}; BPE, WordPiece, Unigram and WordLevel can be pruned.")
@@ -48,7 +48,8 @@ def model_tokens(model: Spec) -> list[str]:
 
 def unk_id(model: Spec) -> int | None:
     """Id of the model's unknown token, if it has one."""
-    return model["unk_id"] if model["type"] == "Unigram" else model["vocab"].get(model["unk_token"])
+    number: int | None = model["unk_id"] if model["type"] == "Unigram" else model["vocab"].get(model["unk_token"])
+    return number
 
 
 def id_fields(spec: Spec) -> Iterator[tuple[Any, Any]]:

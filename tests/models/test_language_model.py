@@ -8,6 +8,7 @@ import transformers
 
 import fastkd
 from fastkd.models.language_model import LanguageModel
+from fastkd.models.load import load_language_model
 from fastkd.vocab.map import VocabMap
 from tests import tiny
 from tests.oracle import assert_close
@@ -88,6 +89,20 @@ def test_an_unknown_operation_after_the_head_is_refused():
     model.__class__ = Doubled
     with pytest.raises(ValueError, match="does not know"):
         LanguageModel(model)
+
+
+def test_weights_that_are_not_numbers_are_refused_by_the_models_name(tmp_path):
+    model = tiny.bert()
+    torch.nn.init.constant_(model.bert.encoder.layer[1].output.dense.bias, float("nan"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"logits of BertForMaskedLM {tmp_path} are not finite: weights hold NaN or infinity"):
+        load_language_model(str(tmp_path))
+
+
+def test_an_encoder_decoder_is_refused_as_what_it_is():
+    small = {"vocab_size": 60, "d_model": 8, "d_ff": 8, "d_kv": 8, "num_layers": 1, "num_heads": 1}
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration is an encoder-decoder; give a masked or a causal"):
+        LanguageModel(transformers.T5ForConditionalGeneration(transformers.T5Config(**small)))
 
 
 def test_ids_become_slots_and_back():

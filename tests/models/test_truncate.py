@@ -108,7 +108,7 @@ def test_settings():
     ("layers", "message"),
     [
         ([], "empty"),
-        ([0], r"layers=\[0\]: the model has layers 1 to 4"),
+        ([0], r"^student_layers=\[0\]: the model has layers 1 to 4"),
         ([1, 5], r"layers=\[5\]"),
         ([1, 1], "each layer once"),
         ([2, 1], "ascending"),

@@ -246,6 +246,20 @@ def test_small_and_large_divergence_in_float32(kl):
     assert_close(value_gradient, true_gradient, 1e-4 if kl < 1e-3 else 2e-5)
 
 
+def test_float16_keeps_the_gradients_of_many_tokens_apart_from_their_mean():
+    """The gradient of a logit, divided by the number of tokens, would be below what float16 holds."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, near = (torch.randn(2048, 8, generator=generator).half() for _ in range(2))
+    weight = (torch.randn(12000, 8, generator=generator) * 0.3).half()
+    student, head = near.requires_grad_(), weight.clone().requires_grad_()
+    gradients = torch.autograd.grad(fastkd.linear_kl_div(student, head, hidden, weight, reduction="none").mean(), [student, head])
+    exact = [x.detach().double().requires_grad_() for x in (student, head)]
+    truth = torch.autograd.grad(fastkd.reference.linear_kl_div(*exact, hidden.double(), weight.double()), exact)
+    # The student's own gradient comes back in float16, where it is as small as its dtype has it.
+    assert_close(gradients[1], truth[1], 5e-3)
+    assert_close(gradients[0], truth[0].half(), 5e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [37, 9001])
 def test_16_bit_inputs_keep_float32_logits(dtype, vocabulary):
@@ -289,6 +303,21 @@ def test_stats_equal_the_reference_and_carry_no_gradient():
         assert_close(getattr(stats, name), getattr(truth, name), 1e-12, name)
         assert not getattr(stats, name).requires_grad
     assert loss.requires_grad
+
+
+@pytest.mark.parametrize("function", [fastkd.linear_kl_div, fastkd.reference.linear_kl_div], ids=["fast", "reference"])
+def test_the_losses_alone_are_those_of_the_statistics(function):
+    options = {"mask": MASK, "labels": LABELS, "temperature": 2.0}
+    loss, stats = function(**make_inputs(), return_stats="losses", **options)
+    value, whole = function(**make_inputs(), return_stats=True, **options)
+    assert torch.equal(loss, value)
+    assert torch.equal(stats.divergence, whole.divergence) and torch.equal(stats.cross_entropy, whole.cross_entropy)
+    assert stats.student_entropy is stats.teacher_entropy is stats.top1_agreement is None
+
+
+def test_statistics_are_all_or_the_losses():
+    with pytest.raises(ValueError, match="return_stats='entropy' is not known; use True, False or 'losses'"):
+        fastkd.linear_kl_div(**make_inputs(), return_stats="entropy")
 
 
 def test_identical_models_give_zero():

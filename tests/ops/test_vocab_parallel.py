@@ -353,7 +353,7 @@ SENTENCES = {
     "tokens differ": "[23, 22] tokens",
     "label beyond all shards": "outside the vocabulary of 37",
     "vocab_index": "teacher_weight[vocab_index[shard]]",
-    "return_stats": "return_stats=True is not available",
+    "return_stats": "return_stats is not available",
     "grad_filter": "grad_filter=0.1 is not available",
     "fp8": "teacher_precision='fp8' is not available",
     "backend": "backend='cpp' has no kernel",

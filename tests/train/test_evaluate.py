@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 import fastkd
 from fastkd.methods.comparison import by_position
+from fastkd.models.language_model import LanguageModel
 from fastkd.models.load import load_language_model, load_tokenizer
 from fastkd.tasks.glue import load_task
 from fastkd.train.config import DatasetArguments, TextData
@@ -224,7 +226,21 @@ def test_perplexity_is_that_of_the_run(tmp_path, make, method):
     result = next(iter(fastkd.distill(config).values()))
     evaluation = evaluate_on_text({"student": result["student_dir"]}, dev_text(tmp_path), batch_size=16, use_cpu=True)
     assert scores_of(evaluation)["perplexity"] == pytest.approx(result["scores"]["perplexity"], rel=1e-6)
+    copied = shutil.copytree(result["student_dir"], tmp_path / "copied")
+    again = evaluate_on_text({"student": str(copied)}, dev_text(tmp_path), batch_size=16, use_cpu=True)
+    assert scores_of(again) == scores_of(evaluation)
     assert set(scores_of(evaluation)) == {"perplexity", "calibration_error"}
+
+
+def test_each_model_runs_once_a_batch(tmp_path, monkeypatch):
+    runs_of: list[torch.nn.Module] = []
+    forward = LanguageModel.forward
+    monkeypatch.setattr(LanguageModel, "forward", lambda self, *given: runs_of.append(self) or forward(self, *given))
+    models = {"teacher": runs.llama_teacher(tmp_path), "student": runs.llama_teacher(tmp_path)}
+    runs.write_text(tmp_path)
+    evaluation = evaluate_on_text(models, dev_text(tmp_path), batch_size=5, use_cpu=True)
+    batches = math.ceil(evaluation["data"]["rows"] / 5)
+    assert batches > 1 and [runs_of.count(model) for model in dict.fromkeys(runs_of)] == [batches, batches]
 
 
 def refused_models(case: str, folder: Path) -> dict[str, str]:

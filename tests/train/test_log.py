@@ -116,3 +116,64 @@ def test_peak_memory_is_in_mebibytes():
     block = np.ones(2**24)  # 128 MiB
     assert 100 < peak_memory_mb() < 100_000
     assert peak_memory_mb() >= before and block[0] == 1
+
+
+def scalars(folder):
+    """{name: [(step, value)]} as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def board(folder, numbers, keep=None):
+    with RunLog(folder, keep=keep, report_to="tensorboard") as lines:
+        sizes = [lines.size]
+        for step in numbers:
+            lines.write({"step": step, "loss": 1 / step, "rows": [1], "grad_norm": math.inf})
+            sizes.append(lines.size)
+    return sizes
+
+
+def test_tensorboard_shows_the_log_and_hides_what_happens_again(tmp_path):
+    pytest.importorskip("tensorboard")
+    sizes = board(tmp_path, [1, 2, 3, 4])
+    assert scalars(tmp_path) == {name: [(step, value(step)) for step in (1, 2, 3, 4)] for name, value in SHOWN.items()}
+    board(tmp_path, [3, 4, 5], keep=sizes[2])  # resumed from step 2
+    assert scalars(tmp_path) == {name: [(step, value(step)) for step in (1, 2, 3, 4, 5)] for name, value in SHOWN.items()}
+
+
+SHOWN = {"loss": lambda step: 1 / step, "grad_norm": lambda step: math.inf}
+
+
+def test_a_board_that_fails_is_told_once_and_stops_nothing(tmp_path, monkeypatch, caplog):
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(writer, "add_scalar", full)
+    board(tmp_path, [1, 2, 3])
+    assert steps(tmp_path / "log.jsonl") == [(None, 1), (None, 2), (None, 3)]
+    assert [record.message for record in caplog.records] == [
+        "TensorBoard cannot be written (No space left on device); training goes on without it."
+    ]
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    board(tmp_path, [1])
+    assert steps(tmp_path / "log.jsonl") == [(None, 1)] and "fastkd[tensorboard]" in caplog.text
+
+
+def test_the_bar_shows_losses_speed_and_memory(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(10, description="kd") as bar, RunLog(tmp_path, bar=bar) as lines:
+        line = {"step": 1, "loss": 2.0, "loss_labels": 0.51234, "grad_norm": 1.0, "tokens_per_second": 12345.6, "peak_memory_mb": 812.3}
+        lines.write(line)
+        bar.update(1)
+        lines.write({"step": 1, "eval_loss": 3.0})
+    shown = terminal.getvalue()
+    assert "loss 2, labels 0.5123, 12,346 tokens/s, 812 MB" in shown and "eval" not in shown

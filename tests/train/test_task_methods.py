@@ -84,6 +84,29 @@ def test_glmd_takes_a_step_on_every_architecture(tmp_path, architecture):
     assert results["pretrain"]["steps"] == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "stage", "options", "terms"),
+    [
+        ("ted", "distill", TED, {"labels", "divergence", "states"}),
+        ("ted", "distill", {**TED, "layerwise": "none"}, {"labels", "divergence"}),
+        ("crild", "ild", {"objects": "AHQKV"}, {"attention", "hidden", "queries", "keys", "values"}),
+        ("crild", "ild", {"objects": "P", "consistency_weight": 0.0}, {"summary"}),
+        ("crild", "kd", {"label_weight": 0.5}, {"divergence", "labels"}),
+        ("crild", "kd", {}, set()),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
+)
+def test_the_log_tells_the_terms_of_a_loss_apart(tmp_path, method, stage, options, terms):
+    accumulation = {"gradient_accumulation_steps": 2, "logging_steps": 2, "max_steps": 4}
+    fastkd.distill(config(tmp_path, method, saved(tmp_path, "bert"), options=options, **accumulation))
+    lines = [line for line in log_lines(tmp_path / "run" / stage) if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        found = {name.removeprefix("loss_"): value for name, value in line.items() if name.startswith("loss_")}
+        assert found.keys() == terms and all(value > 0 for value in found.values())
+        assert not terms or sum(found.values()) == pytest.approx(line["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", ["crild", "ted"])
 def test_every_kind_of_task(tmp_path, method, task):

@@ -1,0 +1,327 @@
+"""Floor 5, train: the model card (README.md) of an exported student. It tells what was recorded or measured, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import __version__
+from ..methods.registry import METHODS
+from ..models.language_model import LanguageModel
+from ..models.onnx_export import ONNX_FILE
+from ..models.student import count_parameters
+from ..models.task_model import TaskModel
+from ..tasks.glue import HUB_PATHS
+from .evaluate import TITLES
+from .provenance import source, versions
+
+CARD_FILE = "README.md"
+NOT_RECORDED = "not recorded"
+_TEXT = '"Some text."'
+_PAIR = '"A question?", "A text that has the answer."'
+
+
+def read_evaluation(path: Path, student: str) -> dict[str, Any]:
+    """A results.json of `fastkd eval` that judges this `student`; any other file is refused by `ValueError`."""
+    try:
+        evaluation = json.loads(path.read_bytes())
+        data, judged = evaluation["data"], evaluation["models"]["student"]
+        judged_name = judged["model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"results {str(path)!r} is no file that `fastkd eval --output_dir` writes: {error!r}.") from error
+    if Path(judged_name).resolve() != Path(student).resolve():
+        raise ValueError(
+            f"results {str(path)!r} judges {judged_name} on {data.get('task') or data.get('text')}, and the card is of {student}. Give "
+            f"results of `fastkd eval {student}`."
+        )
+    return evaluation
+
+
+def model_card(
+    student: LanguageModel | TaskModel,
+    name: str,
+    *,
+    provenance: Mapping[str, Any] | None,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    onnx_difference: float | None = None,
+) -> str:
+    """The card of `student`, exported to a folder called `name`.
+
+    Args:
+        provenance: what `read_provenance` finds beside the student; without it the card says that it is not recorded.
+        evaluations: results of `fastkd eval` (`read_evaluation`).
+        onnx_difference: of the ONNX file in the folder, if there is one.
+    """
+    sections = {
+        "Use": _use(student, name, onnx_difference),
+        "Origin": _origin(student, provenance),
+        "Training": _training(provenance),
+        "Results": _results(student, provenance, evaluations),
+        "Limits": _limits(student),
+        "Versions": _versions(provenance),
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    tags = [*_tags(provenance), *(["onnx"] if onnx_difference is not None else [])]
+    metadata = _metadata(student, name, tags, provenance, evaluations)
+    return f"---\n{metadata}\n---\n\n# {name}\n\n{_summary(student, provenance)}\n\n{body}\n"
+
+
+def _metadata(
+    student: LanguageModel | TaskModel,
+    name: str,
+    tags: list[str],
+    provenance: Mapping[str, Any] | None,
+    evaluations: Sequence[Mapping[str, Any]],
+) -> str:
+    """The front matter, as the hub reads it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = _auto_class(student)[1]
+    stages = provenance["stages"] if provenance else []
+    measured: list[tuple[dict[str, Any], Mapping[str, float]]] = []
+    if stages:
+        measured.append((_hub_data(_judged_on(stages[-1]["data"])), stages[-1]["scores"]))
+    for each in evaluations:
+        place = source(each["data"].get("text") or each["settings"].get("path"))
+        told = {**each["data"], "path": place, "name": each["settings"].get("name"), "eval_split": each["data"]["split"]}
+        measured.append((_hub_data(told), each["models"]["student"]["scores"]))
+    results = [
+        EvalResult(task_type=task, metric_type=metric, metric_name=TITLES.get(metric, metric), metric_value=value, **data)
+        for data, scores in measured
+        for metric, value in scores.items()
+    ]
+    known = [stage["data"] for stage in stages]
+    on_hub = [data["path"]["hub"] if "path" in data else _benchmark(data) is not None for data in known]
+    datasets = [_hub_data(data)["dataset_type"] for data, is_there in zip(known, on_hub, strict=True) if is_there]
+    return ModelCardData(
+        base_model=_base_model(provenance),
+        datasets=_unique(datasets),
+        language="en" if any(_benchmark(data) for data in known) else None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=tags,
+        metrics=_unique(result.metric_type for result in results),
+        model_name=name,
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def _hub_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an `EvalResult` that say what was judged on."""
+    place, config = data.get("path"), data.get("name")
+    if place is None:
+        config = data["task"].partition("/")[2] or None
+    kind = place["name"] if place else _benchmark(data) or data["task"]
+    fields = {"dataset_type": kind, "dataset_name": data.get("task") or kind, "dataset_config": config}
+    return {**fields, "dataset_split": data.get("eval_split")}
+
+
+def _judged_on(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's data as its scores are of them: those of `eval_path`, where there is one, whose split is not recorded."""
+    return {**data, "path": data["eval_path"], "eval_split": None} if "eval_path" in data else {**data}
+
+
+def _benchmark(data: Mapping[str, Any]) -> str | None:
+    """The hub's name of a benchmark's data."""
+    return HUB_PATHS.get(str(data.get("task")).partition("/")[0])
+
+
+def _base_model(provenance: Mapping[str, Any] | None) -> str | None:
+    """What the student started from, else its teacher, if that is on the hub. One alone: several are taken for a merge."""
+    if provenance is None:
+        return None
+    candidates = (provenance["student"]["from"], provenance["stages"][-1]["teacher"])
+    first = next((found for found in candidates if found is not None), None)
+    return first["name"] if first is not None and first["hub"] else None
+
+
+def _tags(provenance: Mapping[str, Any] | None) -> list[str]:
+    if provenance is None:
+        return ["fastkd"]
+    taught = METHODS[provenance["method"]].paper is not None
+    return ["fastkd", *(["knowledge-distillation"] if taught else []), provenance["method"]]
+
+
+def _summary(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | None) -> str:
+    config = student.model.config
+    shape = ", ".join(
+        f"{label} {value}"
+        for label, key in (("layers", "num_hidden_layers"), ("width", "hidden_size"), ("vocabulary", "vocab_size"))
+        if (value := getattr(config, key, None)) is not None
+    )
+    trained = f", trained by {METHODS[provenance['method']].title}" if provenance else ""
+    model = f"`{type(student.model).__name__}` with {count_parameters(student):,} parameters ({shape}){trained}"
+    return f"{model}, exported by fastkd {__version__}."
+
+
+def _auto_class(student: LanguageModel | TaskModel) -> tuple[str, str]:
+    """The class of transformers that opens it, and the hub's name for what it does."""
+    if isinstance(student, LanguageModel):
+        return ("AutoModelForCausalLM", "text-generation") if student.causal else ("AutoModelForMaskedLM", "fill-mask")
+    if student.kind == "question_answering":
+        return "AutoModelForQuestionAnswering", "question-answering"
+    return "AutoModelForSequenceClassification", "text-classification"
+
+
+def _use(student: LanguageModel | TaskModel, name: str, onnx_difference: float | None) -> str:
+    auto, task = _auto_class(student)
+    text = _PAIR if task == "question-answering" else _TEXT
+    outputs = "model.generate(**inputs, max_new_tokens=20)" if task == "text-generation" else "model(**inputs)"
+    plain = f"""With plain transformers; `{name}` stands for where this folder is, here or on the hub.
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
+inputs = tokenizer({text}, return_tensors="pt")
+outputs = {outputs}
+```"""
+    if onnx_difference is None:
+        return plain
+    return f"""{plain}
+
+`{ONNX_FILE}` is the same model for ONNX Runtime, batch and sequence of any size. On random batches of two shapes it differs from
+torch by {onnx_difference:.1e} (2-norm, relative).
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{name}/{ONNX_FILE}")
+inputs = tokenizer({text}, return_tensors="np")
+outputs = session.run(None, {{given.name: inputs[given.name] for given in session.get_inputs()}})
+```"""
+
+
+def _origin(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | None) -> str:
+    facts = dict.fromkeys(("Student", "Teacher", "Data", "Method", "Paper"), NOT_RECORDED)
+    if provenance is not None:
+        method, stages = METHODS[provenance["method"]], provenance["stages"]
+        start = provenance["student"]["from"]
+        facts["Student"] = "new weights" if start is None else f"from {_place(start)}"
+        facts["Teacher"] = "; ".join(_unique(_place(stage["teacher"]) for stage in stages if stage["teacher"]) or ["none"])
+        facts["Data"] = "; ".join(_unique(_data_name(stage["data"]) for stage in stages) or [])
+        facts["Method"] = f"{method.title}: {', '.join(stage['stage'] for stage in stages)}"
+        facts["Paper"] = "none"
+        if (paper := method.paper) is not None:
+            link = f"[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
+            facts["Paper"] = f"{paper.authors}, *{paper.title}*, {paper.venue}, {link}"
+    if student.vocab_map is not None:
+        kept, whole = student.vocab_map.num_kept, student.vocab_map.vocab_size
+        facts["Vocabulary"] = f"{kept:,} tokens of the teacher's {whole:,}"
+    return "\n".join(f"- {fact}: {value}" for fact, value in facts.items())
+
+
+def _place(place: Mapping[str, Any]) -> str:
+    if not place["hub"]:
+        return f"`{place['name']}` (a local folder)"
+    return f"[{place['name']}](https://huggingface.co/{place['name']})"
+
+
+def _data_name(data: Mapping[str, Any]) -> str:
+    place, parts = data.get("path"), []
+    if data["kind"] == "dataset":
+        parts.append(f"`{data['task']}`" + (" from a copy," if place else ""))
+    if place:
+        hub = f"[{place['name']}](https://huggingface.co/datasets/{place['name']})"
+        parts.append(hub if place["hub"] else f"`{place['name']}`")
+    return " ".join(parts)
+
+
+def _training(provenance: Mapping[str, Any] | None) -> str:
+    if provenance is None:
+        return f"{NOT_RECORDED.capitalize()}."
+    stages = provenance["stages"]
+    rows = [
+        [
+            stage["stage"],
+            stage["trains"],
+            stage["steps"],
+            stage["kept_step"],
+            f"{stage['tokens']:,}",
+            f"{stage['seconds']:.1f}",
+            f"{stage['peak_memory_mb']:.0f}",
+            stage["device"] + (f", {stage['processes']} processes" if stage["processes"] > 1 else ""),
+        ]
+        for stage in stages
+    ]
+    table = _table(["stage", "trains", "steps", "step kept", "tokens", "seconds", "peak memory, MiB", "on"], rows)
+    settings: dict[str, Any] = {"seed": provenance["seed"], "student": provenance["student"]}
+    settings["stages"] = {stage["stage"]: {key: stage[key] for key in ("teacher", "data", "options", "training")} for stage in stages}
+    shown = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True, width=120)
+    return f"{table}\n\nSeconds and tokens are of training alone. The settings:\n\n```yaml\n{shown}```"
+
+
+def _results(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | None, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    scores = [
+        [stage["stage"], stage["trains"], _data_name(_judged_on(stage["data"])), metric, _shown(value)]
+        for stage in (provenance["stages"] if provenance else [])
+        for metric, value in stage["scores"].items()
+    ]
+    if scores:
+        caption = "At the end of each stage, on its evaluation split; where the best step is kept, this split has chosen it."
+        parts.append(f"{caption}\n\n{_table(['stage', 'of the', 'data', 'metric', 'value'], scores)}")
+    for each in evaluations:
+        metrics = _unique(metric for model in each["models"].values() for metric in model["scores"]) or []
+        rows = [
+            [model, *(_shown(judged["scores"].get(metric)) for metric in metrics), f"{judged['parameters']:,}"]
+            for model, judged in each["models"].items()
+        ]
+        table = _table(["model", *(TITLES.get(metric, metric) for metric in metrics), "parameters"], rows)
+        parts.append(f"{_evaluation_name(each)}\n\n{table}")
+    if parts and student.vocab_map is not None:
+        parts.append(
+            "All of this was measured with the teacher's tokenizer, where a token that the student does not keep is read as a similar "
+            "one. The tokenizer of this folder splits such a word into kept tokens, so where there are some its figures may differ."
+        )
+    return "\n\n".join(parts) or f"{NOT_RECORDED.capitalize()}."
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _evaluation_name(evaluation: Mapping[str, Any]) -> str:
+    data, used = evaluation["data"], evaluation["versions"]
+    judged = f"{data['examples']} examples" if "examples" in data else f"{data['predictions']} {data['predicted']} as {data['events']}"
+    name = data.get("task") or (source(data["text"]) or {})["name"]
+    return f"`fastkd eval` {used['fastkd']} on `{name}`, split {data['split']}: {judged} (torch {used['torch']})."
+
+
+def _limits(student: LanguageModel | TaskModel) -> str:
+    limits = ["Nothing beyond the results above has been measured: neither bias, nor safety, nor other domains or languages."]
+    if student.vocab_map is not None:
+        limits.append(
+            "Its tokenizer knows only the kept tokens, with ids of its own: ids of the teacher's tokenizer mean something else to it, "
+            "and words that were rare where the vocabulary was counted take more tokens."
+        )
+    limits.append("No licence is recorded; those of the teacher and of the data may bind.")
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _versions(provenance: Mapping[str, Any] | None) -> str:
+    rows = [[stage["stage"], *stage["versions"].values()] for stage in (provenance["stages"] if provenance else [])]
+    return _table(["", *versions()], [*rows, ["export", *versions().values()]])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _plain(value: Any) -> Any:
+    """Settings as YAML shows them: without those that say nothing, and places by their names."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"name", "hub"}:
+            return value["name"]
+        return {key: _plain(inner) for key, inner in value.items() if inner not in (None, {}, [], ())}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _unique(values: Iterable[str]) -> list[str] | None:
+    return list(dict.fromkeys(values)) or None

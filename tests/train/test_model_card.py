@@ -1,0 +1,161 @@
+"""Model cards: front matter that the hub reads, facts that were recorded, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from fastkd.methods.registry import METHODS
+from fastkd.models.language_model import LanguageModel
+from fastkd.models.task_model import TaskModel
+from fastkd.train.model_card import model_card, read_evaluation
+from fastkd.vocab.map import VocabMap
+from tests import tiny
+
+VERSIONS = {"fastkd": "0.1.0", "python": "3.12.1", "torch": "2.11.0", "transformers": "5.17.0"}
+PROVENANCE = {
+    "method": "crild",
+    "seed": 7,
+    "student": {"from": {"name": "org/small", "hub": True}, "layers": "first:2", "settings": {}, "vocabulary": None},
+    "stages": [
+        {
+            "stage": "kd",
+            "steps": 1200,
+            "kept_step": 900,
+            "scores": {"accuracy": 0.6875},
+            "seconds": 61.25,
+            "tokens": 1234567,
+            "peak_memory_mb": 812.4,
+            "trains": "student",
+            "teacher": {"name": "org/large", "hub": True},
+            "data": {"kind": "dataset", "task": "glue/rte", "max_length": 128, "few_sample": None, "text_columns": ["text"]},
+            "options": {"preset": "paper_script", "temperature": 2.0},
+            "training": {"rows_per_step": 32, "precision": "bf16", "learning_rate": 3e-5, "dropout": {}},
+            "device": "NVIDIA H100",
+            "processes": 4,
+            "versions": VERSIONS,
+        }
+    ],
+}
+EVALUATION = {
+    "data": {"task": "glue/rte", "split": "validation", "examples": 277},
+    "settings": {"path": None},
+    "versions": VERSIONS,
+    "models": {
+        "teacher": {"scores": {"accuracy": 0.75}, "parameters": 9000},
+        "student": {"scores": {"accuracy": 0.7, "teacher_agreement": 0.9}, "parameters": 4000, "model_name_or_path": "runs/x/student"},
+    },
+}
+
+
+def classifier() -> TaskModel:
+    return TaskModel(tiny.transformer("bert"))
+
+
+def test_the_front_matter_is_the_hubs():
+    card = ModelCard(model_card(classifier(), "small", provenance=PROVENANCE, evaluations=[EVALUATION], onnx_difference=2e-7))
+    data = card.data
+    assert data.base_model == "org/small" and data.library_name == "transformers" and data.pipeline_tag == "text-classification"
+    assert data.datasets == ["nyu-mll/glue"] and data.language == "en" and data.metrics == ["accuracy", "teacher_agreement"]
+    assert data.tags == ["fastkd", "knowledge-distillation", "crild", "onnx"] and data.model_name == "small"
+    found = [(r.dataset_type, r.dataset_config, r.dataset_split, r.metric_type, r.metric_value) for r in data.eval_results]
+    assert sorted(found, key=str) == [
+        ("nyu-mll/glue", "rte", "validation", "accuracy", 0.7),
+        ("nyu-mll/glue", "rte", "validation", "teacher_agreement", 0.9),
+        ("nyu-mll/glue", "rte", None, "accuracy", 0.6875),
+    ]
+
+
+def test_the_facts_are_those_that_were_recorded():
+    student = classifier()
+    text = model_card(student, "small", provenance=PROVENANCE, evaluations=[EVALUATION])
+    size = sum(parameter.numel() for parameter in student.parameters())
+    for fact in (
+        f"`BertForSequenceClassification` with {size:,} parameters (layers 4, width 32, vocabulary 200), trained by CR-ILD",
+        "- Student: from [org/small](https://huggingface.co/org/small)\n",
+        "- Teacher: [org/large](https://huggingface.co/org/large)\n",
+        "- Data: `glue/rte`\n",
+        "Findings of EACL 2023, [arXiv:2302.01530](https://arxiv.org/abs/2302.01530)",
+        "| kd | student | 1200 | 900 | 1,234,567 | 61.2 | 812 | NVIDIA H100, 4 processes |",
+        "| kd | student | `glue/rte` | accuracy | 0.6875 |",
+        "`fastkd eval` 0.1.0 on `glue/rte`, split validation: 277 examples (torch 2.11.0).",
+        "| teacher | 0.75 | - | 9,000 |\n| student | 0.7 | 0.9 | 4,000 |",
+        "| kd | 0.1.0 | 3.12.1 | 2.11.0 | 5.17.0 |",
+    ):
+        assert fact in text, fact
+    shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert shown["seed"] == 7 and shown["student"] == {"from": "org/small", "layers": "first:2"}
+    assert shown["stages"]["kd"]["options"] == {"preset": "paper_script", "temperature": 2.0}
+    assert shown["stages"]["kd"]["data"] == {"kind": "dataset", "task": "glue/rte", "max_length": 128, "text_columns": ["text"]}
+    assert "onnx" not in text and "kept tokens" not in text
+
+
+def test_what_is_not_known_is_not_guessed():
+    text = model_card(classifier(), "found", provenance=None)
+    for fact in ("Student", "Teacher", "Data", "Method", "Paper"):
+        assert f"- {fact}: not recorded\n" in f"{text}\n"
+    assert "## Training\n\nNot recorded.\n" in text and "## Results\n\nNot recorded.\n" in text
+    data = ModelCard(text).data
+    assert data.base_model is None and data.datasets is None and data.language is None and data.eval_results is None
+    assert data.tags == ["fastkd"] and data.pipeline_tag == "text-classification"
+
+
+def test_folders_of_a_machine_are_neither_base_models_nor_datasets():
+    provenance = copy.deepcopy(PROVENANCE)
+    provenance["student"]["from"] = {"name": "mine", "hub": False}
+    places = {"path": {"name": "train.txt", "hub": False}, "eval_path": {"name": "dev.txt", "hub": False}}
+    provenance["stages"][0]["data"] = {"kind": "text", **places}
+    text = model_card(classifier(), "small", provenance=provenance)
+    data = ModelCard(text).data
+    assert data.base_model is None and data.datasets is None and data.language is None
+    assert "- Student: from `mine` (a local folder)" in text and "- Data: `train.txt`" in text
+    assert "| kd | student | `dev.txt` | accuracy" in text and data.eval_results[0].dataset_name == "dev.txt"
+    provenance["student"]["from"] = None
+    provenance["stages"][0]["data"]["path"] = {"name": "org/corpus", "hub": True}
+    text = model_card(classifier(), "small", provenance=provenance)
+    assert ModelCard(text).data.base_model == "org/large" and ModelCard(text).data.datasets == ["org/corpus"]
+    assert "- Student: new weights" in text
+
+
+def test_a_kept_vocabulary_is_told_with_its_limits():
+    chosen = VocabMap.from_counts(torch.arange(600, 0, -1), 0.5, multiple_of=8).assign_stand_ins(torch.eye(600))
+    student = LanguageModel(tiny.bert(chosen.num_kept), chosen)
+    text = model_card(student, "small", provenance=PROVENANCE)
+    assert "- Vocabulary: 304 tokens of the teacher's 600" in text and "with ids of its own" in text
+    assert "measured with the teacher's tokenizer" in text and "from transformers import AutoModelForMaskedLM, AutoTokenizer" in text
+    assert ModelCard(text).data.pipeline_tag == "fill-mask"
+
+
+@pytest.mark.parametrize(("head", "task"), [("CausalLM", "text-generation"), ("QuestionAnswering", "question-answering")])
+def test_other_heads(head, task):
+    model = tiny.transformer("llama" if head == "CausalLM" else "bert", head)
+    student = LanguageModel(model) if head == "CausalLM" else TaskModel(model, "question_answering")
+    text = model_card(student, "small", provenance=None)
+    assert f"AutoModelFor{head}.from_pretrained" in text and ModelCard(text).data.pipeline_tag == task
+
+
+def test_every_distillation_method_names_its_paper():
+    for name, method in METHODS.items():
+        assert method.title and (method.paper is None) == (name in ("lm", "finetune"))
+        provenance = {**PROVENANCE, "method": name}
+        tags = ModelCard(model_card(classifier(), "small", provenance=provenance)).data.tags
+        assert ("knowledge-distillation" in tags) == (method.paper is not None) and name in tags
+
+
+def test_only_results_of_this_student_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(EVALUATION))
+    assert read_evaluation(file, "runs/x/student/") == EVALUATION
+    assert read_evaluation(file, str(tmp_path / "runs/x/student")) == EVALUATION
+    with pytest.raises(ValueError, match="judges runs/x/student on glue/rte, and the card is of runs/y/student"):
+        read_evaluation(file, "runs/y/student")
+    for content in ("{}", "[]", "half {", json.dumps({**EVALUATION, "models": {"teacher": {}}})):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="is no file that `fastkd eval --output_dir` writes"):
+            read_evaluation(file, "runs/x/student")

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numbers>
 #include <optional>
 #include <type_traits>
 
@@ -29,7 +30,7 @@ namespace {
 
 enum Kind : int64_t { none, forward_kl, reverse_kl, tvd, jsd, skew_kl, skew_rkl, simple_forward_kl };
 
-// logits = softcap * tanh(scale * raw / softcap); softcap 0: scale * raw.
+// logits = softcap * tanh(scale * (raw + bias) / softcap); softcap 0: scale * (raw + bias).
 struct Transform {
   double scale, softcap;
 };
@@ -50,13 +51,21 @@ struct Call {
   Kind kind;
   double mixing, temperature;
   Transform student_transform, teacher_transform;
+  const T *student_bias, *teacher_bias;  // null: none
   const T* row_weight;
   const int64_t* labels;  // null: no labels
   const T* label_weight;  // null: cross-entropy without gradient
   T *divergence, *cross_entropy, *student_entropy, *teacher_entropy, *top1_agreement;  // entropies and agreement may be null
 };
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 1024, kPart = 64;
+constexpr size_t kLine = 64;  // bytes
+
+// What forward_kl_row keeps of a block: its references, and then its factors; sums.
+template <typename T>
+struct Block {
+  T max_s, max_t, sum_s, sum_t, cross;
+};
 
 template <typename From, typename T>
 INLINED T* raise(From* row, int64_t n, T* scratch) {
@@ -130,6 +139,45 @@ INLINED void transform_row(T* row, int64_t n, Transform transform, T inverse_tem
   }
 }
 
+// 2^x for x of at most zero, or above it by rounding: what softmax asks for. float: 2^k 2^r, where adding 1.5 * 2^23 leaves the whole
+// number k nearest to x in the low bits, and 2^r = exp(r log 2) is its Taylor polynomial, within 2 units in the last place for |r| of
+// at most a half. Denormal results are zero, NaN stays. Written out, because calls of the library's vector exp cost twice as much.
+template <typename T>
+INLINED T exp2_of_negative(T x) {
+  if constexpr (std::is_same_v<T, float>) {
+    constexpr float shift = 12582912.0f;
+    const float shifted = x + shift, r = x - (shifted - shift);
+    float y = 1.54035304e-4f;
+    y = y * r + 1.33335581e-3f;
+    y = y * r + 9.61812911e-3f;
+    y = y * r + 5.55041087e-2f;
+    y = y * r + 2.40226507e-1f;
+    y = y * r + 6.93147181e-1f;
+    y = y * r + 1.0f;
+    const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3F800000u);
+    return x < -125.0f ? 0.0f : y * power;
+  } else {
+    return std::exp2(x);
+  }
+}
+
+template <typename T>
+INLINED T exp_of_negative(T x) {
+  if constexpr (std::is_same_v<T, float>) return exp2_of_negative(x * std::numbers::log2e_v<T>);
+  return std::exp(x);
+}
+
+// to = row + bias, without a bias (null) a copy; `to` may be `row`.
+template <typename T>
+INLINED void add_bias(const T* row, const T* bias, int64_t n, T* to) {
+  if (bias) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) to[j] = row[j] + bias[j];
+  } else if (to != row) {
+    std::memcpy(to, row, n * sizeof(T));
+  }
+}
+
 template <typename T>
 INLINED T row_max(const T* row, int64_t n) {
   T largest = -std::numeric_limits<T>::infinity();
@@ -143,7 +191,7 @@ template <typename T>
 INLINED T log_sum_exp(const T* row, int64_t n, T largest, T factor) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += std::exp(factor * (row[j] - largest));
+  for (int64_t j = 0; j < n; ++j) sum += exp_of_negative(factor * (row[j] - largest));
   return factor * largest + std::log(sum);
 }
 
@@ -157,7 +205,7 @@ INLINED int64_t first_max(const T* row, int64_t n, T largest) {
 // One vocabulary entry: its part of D(p, q), and c = dD / d log q with log q treated as free. 0 * (anything) = 0.
 template <typename T, Kind kind>
 INLINED void entry(T log_p, T log_q, T mixing, T log_own, T log_other, T& value, T& coefficient) {
-  const T p = std::exp(log_p), q = std::exp(log_q);
+  const T p = exp_of_negative(log_p), q = exp_of_negative(log_q);
   if constexpr (kind == forward_kl) {
     value = p == 0 ? T(0) : p * (log_p - log_q);
     coefficient = -p;
@@ -172,45 +220,84 @@ INLINED void entry(T log_p, T log_q, T mixing, T log_own, T log_other, T& value,
     // log m in log space: both probabilities may underflow.
     const T a = (kind == skew_rkl ? log_q : log_p) + log_own, b = (kind == skew_rkl ? log_p : log_q) + log_other;
     const T high = a > b ? a : b, low = a > b ? b : a;
-    const T log_m = high + std::log(1 + std::exp(low - high));
+    const T log_m = high + std::log(1 + exp_of_negative(low - high));
     if constexpr (kind == jsd) {
       const T student = q == 0 ? T(0) : q * (log_q - log_m);
       value = (p == 0 ? T(0) : mixing * p * (log_p - log_m)) + (1 - mixing) * student;
       coefficient = (1 - mixing) * student;
     } else if constexpr (kind == skew_kl) {
       value = p == 0 ? T(0) : p * (log_p - log_m);
-      coefficient = p == 0 ? T(0) : -p * std::exp(log_q - log_m + log_other);
+      coefficient = p == 0 ? T(0) : -p * exp_of_negative(log_q - log_m + log_other);
     } else {
       value = q == 0 ? T(0) : q * (log_q - log_m);
-      coefficient = q == 0 ? T(0) : value + q * (1 - std::exp(log_q - log_m + log_own));
+      coefficient = q == 0 ? T(0) : value + q * (1 - exp_of_negative(log_q - log_m + log_own));
     }
   }
 }
 
-// Forward KL in three passes with one exponential an element and model: the exponentials stay in the rows. The gradient is written to
-// `g`, which may be `s`; null: not wanted.
+// Forward KL in two passes with one exponential an element and model. The first goes from block to block, each in the first-level cache:
+// exponentials, which stay, are relative to the largest logit up to their block, and what is summed of a block is brought to the row's
+// largest at the end. Tempered logits are (row + bias) times `of_student` or `of_teacher`, which are positive. The student's exponentials
+// are written to `s`, the teacher's to `e`: a row that stays in the cache, so that `t` is not written back to memory; it may be `t`.
+// `blocks` has room for every block. The gradient is written to `g`, which may be `s`; null: not wanted.
 template <typename T>
-INLINED void forward_kl_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
+INLINED void forward_kl_row(const Call<T>& call, int64_t row, T* s, const T* t, T* e, T* g, T of_student, T of_teacher,
+                            Block<T>* blocks) {
   const int64_t n = call.vocabulary;
-  const T max_s = row_max(s, n), max_t = row_max(t, n);
-  T sum_s = 0, sum_t = 0, cross = 0;
+  // Exponents are of two: a product less an element.
+  const T two_s = of_student * std::numbers::log2e_v<T>, two_t = of_teacher * std::numbers::log2e_v<T>;
+  // Lowest, not -infinity: where a block and all before it are -infinity, their distance to it still is.
+  T max_s = std::numeric_limits<T>::lowest(), max_t = max_s;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t size = std::min(kBlock, n - start);
+    T *const s_block = s + start, *const t_block = e + start;
+    add_bias(s_block, call.student_bias ? call.student_bias + start : nullptr, size, s_block);
+    add_bias(t + start, call.teacher_bias ? call.teacher_bias + start : nullptr, size, t_block);
+    max_s = std::max(max_s, row_max(s_block, size));
+    max_t = std::max(max_t, row_max(t_block, size));
+    T sum_s = 0, sum_t = 0, cross = 0;
+    for (int64_t part = 0; part < size; part += kPart) {
+      // The next block is fetched while this one is computed.
+      for (int64_t j = part; j < part + kPart; j += kLine / sizeof(T)) {
+        __builtin_prefetch(s_block + kBlock + j);
+        __builtin_prefetch(t + start + kBlock + j);
+      }
+      const int64_t end = std::min(part + kPart, size);
 #pragma omp simd reduction(+ : sum_s, sum_t, cross)
-  for (int64_t j = 0; j < n; ++j) {
-    const T a = s[j] - max_s, b = t[j] - max_t;
-    const T e_s = std::exp(a), e_t = std::exp(b);
-    sum_s += e_s;
-    sum_t += e_t;
-    cross += e_t == 0 ? T(0) : e_t * (b - a);  // differences first: the sum stays of the size of the divergence
-    s[j] = e_s;
-    t[j] = e_t;
+      for (int64_t j = part; j < end; ++j) {
+        const T a = two_s * (s_block[j] - max_s), b = two_t * (t_block[j] - max_t);
+        const T e_s = exp2_of_negative(a), e_t = exp2_of_negative(b);
+        sum_s += e_s;
+        sum_t += e_t;
+        cross += e_t == 0 ? T(0) : e_t * (b - a);  // differences first: the sum stays of the size of the divergence
+        s_block[j] = e_s;
+        t_block[j] = e_t;
+      }
+    }
+    blocks[start / kBlock] = {max_s, max_t, sum_s, sum_t, cross};
+  }
+  T sum_s = 0, sum_t = 0, cross = 0;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    Block<T>& block = blocks[start / kBlock];
+    const T a = two_s * (block.max_s - max_s), b = two_t * (block.max_t - max_t);
+    block.max_s = exp2_of_negative(a);
+    block.max_t = exp2_of_negative(b);
+    sum_s += block.max_s * block.sum_s;
+    sum_t += block.max_t * block.sum_t;
+    cross += block.max_t == 0 ? T(0) : block.max_t * (block.cross + block.sum_t * (b - a));
   }
   const T temperature = call.temperature;
-  call.divergence[row] = temperature * temperature * (cross / sum_t + std::log(sum_s) - std::log(sum_t));
+  // One logarithm: of two large sums, as a high temperature makes them, the difference would be left to rounding.
+  call.divergence[row] = temperature * temperature * (cross / sum_t * std::numbers::ln2_v<T> + std::log(sum_s / sum_t));
   if (!g) return;
   const T factor = temperature * call.row_weight[row] * T(call.student_transform.scale);
-  const T of_s = factor / sum_s, of_t = factor / sum_t;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const Block<T>& block = blocks[start / kBlock];
+    const T of_s = factor / sum_s * block.max_s, of_t = factor / sum_t * block.max_t;
+    const int64_t end = std::min(start + kBlock, n);
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) g[j] = s[j] * of_s - t[j] * of_t;
+    for (int64_t j = start; j < end; ++j) g[j] = s[j] * of_s - e[j] * of_t;
+  }
 }
 
 template <typename T, Kind kind>
@@ -229,7 +316,7 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
       T entropy_s = 0, entropy_t = 0;
 #pragma omp simd reduction(+ : entropy_s, entropy_t)
       for (int64_t j = 0; j < n; ++j) {
-        const T log_q = s[j] - log_z_s, log_p = t[j] - log_z_t, q = std::exp(log_q), p = std::exp(log_p);
+        const T log_q = s[j] - log_z_s, log_p = t[j] - log_z_t, q = exp_of_negative(log_q), p = exp_of_negative(log_p);
         entropy_s -= q == 0 ? T(0) : q * log_q;
         entropy_t -= p == 0 ? T(0) : p * log_p;
       }
@@ -271,8 +358,8 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     T gradient = 0;
-    if constexpr (kind != none) gradient = weight * (t[j] - std::exp(s[j] - log_z_s) * coefficients);
-    if (label_factor != 0) gradient += label_factor * std::exp(temperature * s[j] - log_z_1);
+    if constexpr (kind != none) gradient = weight * (t[j] - exp_of_negative(s[j] - log_z_s) * coefficients);
+    if (label_factor != 0) gradient += label_factor * exp_of_negative(temperature * s[j] - log_z_1);
     g[j] = gradient * slope(s[j]);
   }
   if (label_factor != 0) g[label] -= at_label;
@@ -283,18 +370,32 @@ INLINED void rows(const Call<T>& call, int64_t begin, int64_t end) {
   constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
   const int64_t n = call.vocabulary;
   const T inverse_temperature = T(1) / T(call.temperature);
-  const bool simple = call.kind == forward_kl && call.student_transform.softcap == 0 && !call.labels && !call.student_entropy;
+  const T of_student = T(call.student_transform.scale) * inverse_temperature;
+  const T of_teacher = T(call.teacher_transform.scale) * inverse_temperature;
+  const bool is_linear = call.student_transform.softcap == 0 && call.teacher_transform.softcap == 0 && of_student > 0 && of_teacher > 0;
+  const bool may_be_simple = call.kind == forward_kl && is_linear && !call.student_entropy;
   const bool has_scratch = call.student.type != type || (call.teacher.data && call.teacher.type != type);
-  const auto scratch = std::make_unique_for_overwrite<T[]>(has_scratch ? 2 * n : 0);
+  const auto scratch = std::make_unique_for_overwrite<T[]>(has_scratch || may_be_simple ? 2 * n : 0);
+  const auto blocks = std::make_unique_for_overwrite<Block<T>[]>(may_be_simple ? (n + kBlock - 1) / kBlock : 0);
   const bool rounds = call.gradient.data && call.gradient.type != type;
   for (int64_t row = begin; row < end; ++row) {
     T* s = load(call.student, row, n, scratch.get());
     T* t = call.teacher.data ? load(call.teacher, row, n, scratch.get() + n) : nullptr;
     T* g = !call.gradient.data ? nullptr : rounds ? s : call.gradient.template row<T>(row);
-    transform_row(s, n, call.student_transform, inverse_temperature);
-    if (t) transform_row(t, n, call.teacher_transform, inverse_temperature);
-    switch (simple ? simple_forward_kl : call.kind) {
-      case simple_forward_kl: forward_kl_row(call, row, s, t, g); break;
+    const bool has_label = call.labels && call.labels[row] >= 0;
+    const bool is_simple = may_be_simple && !has_label;
+    if (is_simple) {
+      if (call.labels) call.cross_entropy[row] = 0;
+    } else {
+      add_bias(s, call.student_bias, n, s);
+      transform_row(s, n, call.student_transform, inverse_temperature);
+      if (t) {
+        add_bias(t, call.teacher_bias, n, t);
+        transform_row(t, n, call.teacher_transform, inverse_temperature);
+      }
+    }
+    switch (is_simple ? simple_forward_kl : call.kind) {
+      case simple_forward_kl: forward_kl_row(call, row, s, t, scratch.get() + n, g, of_student, of_teacher, blocks.get()); break;
       case none: any_row<T, none>(call, row, s, t, g); break;
       case forward_kl: any_row<T, forward_kl>(call, row, s, t, g); break;
       case reverse_kl: any_row<T, reverse_kl>(call, row, s, t, g); break;
@@ -333,13 +434,13 @@ Matrix matrix(const Optional& tensor, const at::Tensor& shaped_like) {
 
 // Matrices (rows, V) with stride 1 along V; vectors (rows,) of one dtype, float or double, and labels int64.
 void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, double mixing, double temperature, double student_scale,
-                         double student_softcap, double teacher_scale, double teacher_softcap, at::Tensor row_weight, Optional labels,
-                         Optional label_weight, std::vector<Optional> out, Optional gradient) {
+                         double student_softcap, double teacher_scale, double teacher_softcap, Optional student_bias,
+                         Optional teacher_bias, at::Tensor row_weight, Optional labels, Optional label_weight, std::vector<Optional> out, Optional gradient) {
   const auto launch = [&]<typename T>(void (*run)(const Call<T>&, int64_t, int64_t)) {
     const Call<T> call{matrix(student, student), matrix(teacher, student), matrix(gradient, student), student.size(1), Kind(kind),
-                       mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap}, data<T>(row_weight),
-                       data<int64_t>(labels), data<T>(label_weight), data<T>(out[0]), data<T>(out[1]), data<T>(out[2]),
-                       data<T>(out[3]), data<T>(out[4])};
+                       mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap},
+                       data<T>(student_bias), data<T>(teacher_bias), data<T>(row_weight), data<int64_t>(labels), data<T>(label_weight),
+                       data<T>(out[0]), data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])};
     at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
   };
   row_weight.scalar_type() == at::kFloat ? launch(rows_float) : launch(rows_double);

@@ -42,6 +42,11 @@ def row_kernel(backend: str, device: torch.device) -> RowKernel:
     return triton.softmax_divergence_
 
 
+def takes_bias(kernel: RowKernel) -> bool:
+    """Whether a row kernel adds biases itself, `student_bias` and `teacher_bias`, which saves a pass over the logits."""
+    return kernel is cpp.softmax_divergence_
+
+
 def topk_kernel(backend: str, device: torch.device) -> RowKernel:
     """The same for a sparse teacher, whose kernels are torch's and Triton's."""
     if backend in ("auto", "torch"):

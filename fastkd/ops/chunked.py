@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .arguments import LossOptions, check_index_values, check_row_values, check_topk_values, compute_dtype
-from .backends import row_kernel, topk_kernel
+from .backends import RowKernel, row_kernel, takes_bias, topk_kernel
 from .fp8_logits import Fp8Logits
 from .given_logits import GivenLogits
 from .grad_filter import GradFilter
@@ -47,6 +47,9 @@ STATISTICS = tuple(field.name for field in fields(LossStats))
 
 class TeacherSource(Protocol):
     """Rows of logits that are made a few at a time."""
+
+    late_bias: Tensor | None
+    """(V,) that the row kernel is to add to the logits."""
 
     def logits(self, rows: slice) -> Tensor:
         """The logits of `rows`, (rows, V), in a buffer of the source's own that the next call overwrites."""
@@ -153,15 +156,18 @@ def chunked_pass(
         memory_budget=options.memory_budget,
     )
     statistics = torch.zeros(len(STATISTICS), plan.tokens, dtype=dtype, device=device)
-    source = _student_source(student, weights.valid, plan, dtype, needs_grad, options, statistics)
-    teacher_source = _teacher_source(teacher, vocab_index, weights.valid, plan, dtype, options)
-    losses = _loop(source, teacher_source, weights, plan, options, statistics, any(needs_grad))
+    kernel = (row_kernel if options.tail is None else topk_kernel)(options.backend, device)
+    adds_bias = not takes_bias(kernel)
+    source = _student_source(student, weights.valid, plan, dtype, needs_grad, options, statistics, adds_bias)
+    teacher_source = _teacher_source(teacher, vocab_index, weights.valid, plan, dtype, options, adds_bias)
+    losses = _loop(kernel, source, teacher_source, weights, plan, options, statistics, any(needs_grad))
     total = weights.total(losses)
     loss = weights.spread(total, tokens) if options.reduction == "none" else total.sum() * weights.scale
     return Result(loss, weights.scale, weights.spread(statistics, tokens), source.gradients())
 
 
 def _loop(
+    kernel: RowKernel,
     student: StudentSource,
     teacher: TeacherSource | TopK | None,
     weights: RowWeights,
@@ -171,10 +177,10 @@ def _loop(
     wants_gradient: bool,
 ) -> RowLosses:
     """Fill the rows of `statistics` that the call asks for, and the student's gradients if wanted."""
-    select = topk_kernel if isinstance(teacher, TopK) else row_kernel
-    kernel = select(options.backend, statistics.device)
     row_options = options.row_options(has_teacher=teacher is not None)
     is_dense = teacher is not None and not isinstance(teacher, TopK)
+    late = {"student_bias": student.late_bias, "teacher_bias": getattr(teacher, "late_bias", None)}
+    biases = {name: bias for name, bias in late.items() if bias is not None}
     asked = [teacher is not None, weights.labels is not None, *[is_dense and options.return_stats] * 3]
     losses = [row if is_asked else None for row, is_asked in zip(statistics, asked, strict=False)]
     for chunk in plan.slices():
@@ -191,6 +197,7 @@ def _loop(
                 labels=_at(weights.labels, part),
                 label_weight=_at(weights.label, part),
                 gradient=_at(gradient, inside),
+                **biases,
             )
         if wants_gradient:
             student.collect(chunk)
@@ -209,13 +216,15 @@ def _student_source(
     needs_grad: Sequence[bool],
     options: LossOptions,
     statistics: Tensor,
+    adds_bias: bool,
 ) -> StudentSource:
     if len(student) == 1:
         return GivenLogits(student[0], valid, plan.chunk_rows, dtype, needs_grad=needs_grad[0])
     grad_filter = None
     if options.grad_filter is not None:
         grad_filter = GradFilter(options.grad_filter, statistics[-2:] if options.return_stats else None)
-    return LinearLogits(student, valid, plan.chunk_rows, dtype, options.operand_dtype, needs_grad=needs_grad, grad_filter=grad_filter)
+    kept = {"needs_grad": needs_grad, "grad_filter": grad_filter, "adds_bias": adds_bias}
+    return LinearLogits(student, valid, plan.chunk_rows, dtype, options.operand_dtype, **kept)
 
 
 def _teacher_source(
@@ -225,6 +234,7 @@ def _teacher_source(
     plan: Plan,
     dtype: torch.dtype,
     options: LossOptions,
+    adds_bias: bool,
 ) -> TeacherSource | TopK | None:
     """The teacher over the student's vocabulary: what it lists, the rows that `vocab_index` names, or the first V."""
     if not teacher:
@@ -240,7 +250,7 @@ def _teacher_source(
     head = [x[: plan.vocabulary] if vocab_index is None else x.index_select(0, vocab_index) for x in head]
     if options.teacher_precision == "fp8":
         return Fp8Logits(hidden, head, valid, plan.teacher_rows, dtype)
-    return LinearLogits([hidden, *head], valid, plan.teacher_rows, dtype, options.operand_dtype)
+    return LinearLogits([hidden, *head], valid, plan.teacher_rows, dtype, options.operand_dtype, adds_bias=adds_bias)
 
 
 def row_weights(

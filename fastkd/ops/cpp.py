@@ -40,8 +40,10 @@ def softmax_divergence_(
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
     gradient: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
 ) -> None:
-    """`fastkd.ops.rows.softmax_divergence_` in one compiled pass a row."""
+    """`fastkd.ops.rows.softmax_divergence_` in one compiled pass a row, to which biases (V,) are added first."""
     extension(build=True).softmax_divergence_(
         student_logits,
         teacher_logits,
@@ -49,6 +51,8 @@ def softmax_divergence_(
         options.temperature,
         *scale_and_softcap(options.student),
         *scale_and_softcap(options.teacher),
+        student_bias,
+        teacher_bias,
         row_weight.contiguous(),
         None if labels is None else labels.contiguous(),
         None if label_weight is None else label_weight.contiguous(),

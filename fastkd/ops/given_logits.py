@@ -15,6 +15,8 @@ class GivenLogits:
     in `dtype`. `valid`: the rows that are meant, None for all. `columns`: the vocabulary columns that are meant, None for all.
     """
 
+    late_bias = None
+
     def __init__(
         self,
         logits: Tensor,

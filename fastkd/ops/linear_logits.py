@@ -33,7 +33,9 @@ class LinearLogits:
         *,
         needs_grad: Sequence[bool] = (),
         grad_filter: GradFilter | None = None,
+        adds_bias: bool = True,
     ) -> None:
+        """adds_bias: the bias is in the logits; else it is left to the row kernel, as `late_bias`."""
         hidden, weight, *bias = tensors
         vocabulary, width = weight.shape
         operand = operand_dtype or weight.dtype
@@ -42,7 +44,8 @@ class LinearLogits:
         packed = hidden if valid is None else hidden.index_select(0, valid)
         self.hidden = packed.to(operand).to(dtype if raises else operand)
         self.weight = weight.to(operand)
-        self.bias = bias[0].to(dtype) if bias else None
+        own_bias = bias[0].to(dtype) if bias else None
+        self.bias, self.late_bias = (own_bias, None) if adds_bias else (None, own_bias)
         self.tile = weight.new_empty(min(_TILE_ROWS, vocabulary), width, dtype=dtype) if raises else None
         buffer = row_buffer(rows, vocabulary, dtype, weight.device)
         self.buffer = buffer[:, :vocabulary]

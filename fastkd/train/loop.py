@@ -392,6 +392,7 @@ def _adamw(names: dict[nn.Parameter, str], arguments: StageArguments) -> torch.o
         lr=arguments.learning_rate,
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
+        fused=True,
     )
 
 

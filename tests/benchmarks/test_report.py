@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkd.benchmarks import CLAIMS
-from fastkd.benchmarks.report import BEGIN, END, main, page, read_records, readme_table, with_table
+from fastkd.benchmarks.report import BEGIN, END, SECTIONS, main, page, read_records, readme_table, with_table
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -58,7 +57,20 @@ def others() -> list[dict]:
         record("accuracy", results=[judged, {**judged, "kl": 1.0}], left_out={}),
         record("relation_kl", results=[{"targets": n, **row} for n in (1, 3) for row in beside_eager("q", "k")], left_out={}),
         record("projected_mse", results=beside_eager("states", "bias")[1:], left_out={"eager": "the process was killed"}),
+        record("train_throughput", results=[train_throughput()], profile=PROFILE),
     ]
+
+
+PROFILE = {"case": "kd", "steps": 6, "sections": {"optimizer": {"seconds_per_step": 0.02, "share": 0.0123}}}
+
+
+def train_throughput() -> dict:
+    ours, theirs = (
+        {"implementation": name, "tokens_per_second": speed, "peak_bytes": peak, "peak_bytes_above": peak - 4e8, "losses": [2.0, 1.25]}
+        for name, speed, peak in (("fastkd", 3000.0, 6e8), ("Trainer", 1000.0, 24e8))
+    )
+    compared = {"speedup": 3.0, "peak_ratio": 0.25, "peak_ratio_above": 0.1, "loss_difference": 2e-6}
+    return {"title": "KD", "sides": [ours, theirs], **compared}
 
 
 def beside_eager(*gradients: str) -> list[dict]:
@@ -91,7 +103,7 @@ def test_everything_is_written(folder):
     assert "Some CPU AVX2, 2 threads, Python 3.12.1, torch 2.13.0, commit abc1234, 2030-01-02; tokens 4096" in text
     assert "| 2.44e-04 | 25.0% | 1.5 | 0.75 | 1.0e-03 |" in text
     assert "tokens 1024, vocabulary 262144: peak not measured MB" in text
-    assert all(f"## {name}\n\n{sentence}" in text for name, sentence in CLAIMS.items())
+    assert all(f"## {name}\n\n{sentence}" in text for name, sentence in SECTIONS.items())
     for head in ("| targets: 1 | seconds |", "| targets: 3 | seconds |"):
         assert head in text
     assert text.count("| fastkd | 3 | 1.50 | 0.38 | 50 | 0.025 | 1.0e-07 | 3.0e-07 | 3.0e-07 |\n") == 2
@@ -99,8 +111,11 @@ def test_everything_is_written(folder):
     assert "of eager's peak | error, value | error, states | error, bias |\n" in text
     assert "| fastkd | 3 | 1.50 | 0.38 | 50 | not measured | 1.0e-07 | 3.0e-07 | 3.0e-07 |\n" in text
     assert "| eager (the process was killed) | not measured |" in text
-    # Nothing was measured on a GPU, and on the CPU six claims.
-    assert text.count("not measured.\n") == len(CLAIMS) + len(CLAIMS) - 6
+    assert "| KD | fastkd | 3000 | 3.00 | 600 | 0.25 | 200 | 0.10 | 1.25 | 2.0e-06 |\n" in text
+    assert "|  | Trainer | 1000 |  | 2400 |  | 2000 |  | 1.25 |  |\n" in text
+    assert "in case `kd`" in text and "| optimizer | 20.0 | 1.2 |\n" in text
+    # Nothing was measured on a GPU, and on the CPU seven claims.
+    assert text.count("not measured.\n") == len(SECTIONS) + len(SECTIONS) - 7
     for name in ("linear_kl_cpu", "scaling_cpu", "grad_filter_cpu", "accuracy_cpu"):
         assert (folder / "docs" / "img" / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"(img/{name}.png)" in text
     readme = (folder / "README.md").read_text()

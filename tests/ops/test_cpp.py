@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import cpp
-from fastkd.ops.rows import RowOptions
+from fastkd.ops.divergence import Divergence
+from fastkd.ops.rows import LogitTransform, RowOptions, softmax_divergence_
 from tests.oracle import assert_close
 from tests.row_kernels import make_logits, make_losses
 
@@ -108,3 +109,57 @@ def test_logits_that_do_not_fit_are_refused():
         cpp.softmax_divergence_(
             student, teacher, RowOptions(), losses, row_weight=weight, gradient=torch.zeros(3, 8, dtype=torch.int32)
         )
+
+
+LONG = 2500  # more than two of the blocks that forward KL goes by
+LABELS = torch.tensor([-1, 7, -1, 2400])
+
+
+def both(student: Tensor, teacher: Tensor, options: RowOptions, biases: dict[str, Tensor], **settings) -> list[tuple[Tensor, Tensor]]:
+    """Divergence and gradient of the kernel with these biases, and of torch in float64 on logits that have them."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    results = []
+    for kernel, kind in ((cpp.softmax_divergence_, dtype), (softmax_divergence_, torch.float64)):
+        inside = kernel is cpp.softmax_divergence_
+        rows = [
+            x.clone() if inside else x.double() + biases[f"{side}_bias"].double()
+            for side, x in (("student", student), ("teacher", teacher))
+        ]
+        own = {name: x if x.dtype == torch.int64 else x.to(kind) for name, x in settings.items()}
+        late = {name: bias.to(kind) for name, bias in biases.items()} if inside else {}
+        losses = make_losses(len(student), kind, True, "labels" in settings, False)
+        gradient = torch.empty(student.shape, dtype=kind)
+        kernel(*rows, options, losses, row_weight=torch.linspace(0.5, 2, len(student), dtype=kind), gradient=gradient, **own, **late)
+        results.append((losses.divergence, gradient))
+    return results
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("scale", [1.0, -0.7], ids="scale={}".format)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_biases_are_added_first(dtype, divergence, scale, labels):
+    student, teacher = (x.to(dtype) for x in make_logits(4, LONG))
+    generator = torch.Generator().manual_seed(5)
+    biases = {f"{side}_bias": torch.randn(LONG, generator=generator) for side in ("student", "teacher")}
+    options = RowOptions(Divergence.parse(divergence), 2.0, LogitTransform(scale), LogitTransform(1.5))
+    settings = {"labels": LABELS, "label_weight": torch.full((4,), 0.3)} if labels else {}
+    (value, gradient), (truth, true_gradient) = both(student, teacher, options, biases, **settings)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    assert_close(value, truth, tolerance)
+    assert_close(gradient, true_gradient, tolerance)
+
+
+@pytest.mark.parametrize("where", ["beginning", "middle", "end"])
+def test_blocks_that_no_probability_is_in(where):
+    """A masked stretch of the vocabulary, longer than a block, and large logits before or behind it."""
+    student, teacher = make_logits(4, LONG)
+    hidden = {"beginning": slice(0, 1100), "middle": slice(700, 2100), "end": slice(1300, LONG)}[where]
+    for logits, sign in ((student, 1), (teacher, -1)):
+        logits += sign * torch.linspace(-60, 60, LONG)
+        logits[:, hidden] = -torch.inf
+    none = {f"{side}_bias": torch.zeros(LONG) for side in ("student", "teacher")}
+    (value, gradient), (truth, true_gradient) = both(student.float(), teacher.float(), RowOptions(), none)
+    assert_close(value, truth, 2e-5)
+    assert_close(gradient, true_gradient, 2e-5)
+    assert not gradient[:, hidden].any()

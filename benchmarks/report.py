@@ -280,8 +280,8 @@ which share rows of similar length. The authors' loops are rewritten after their
 Tokens are counted without pads. "above" is the peak over what the process held before its first step; x is fastkd over the other;
 difference is the largest relative one between the losses of a step.
 
-Where fastkd's time goes in case `{profile["case"]}`, by `profile_steps` over {profile["steps"]} steps; the matrix products of its losses are
-the head's four:
+Where fastkd's time goes in case `{profile["case"]}`, by `profile_steps` over {profile["steps"]} steps; the matrix products are the
+head's four:
 
 {markdown(["section of a step", "ms", "% of a step"], shares)}"""
 

@@ -223,8 +223,16 @@ def _student_source(
     grad_filter = None
     if options.grad_filter is not None:
         grad_filter = GradFilter(options.grad_filter, statistics[-2:] if options.return_stats else None)
-    kept = {"needs_grad": needs_grad, "grad_filter": grad_filter, "adds_bias": adds_bias}
-    return LinearLogits(student, valid, plan.chunk_rows, dtype, options.operand_dtype, **kept)
+    return LinearLogits(
+        student,
+        valid,
+        plan.chunk_rows,
+        dtype,
+        options.operand_dtype,
+        needs_grad=needs_grad,
+        grad_filter=grad_filter,
+        adds_bias=adds_bias,
+    )
 
 
 def _teacher_source(

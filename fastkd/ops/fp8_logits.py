@@ -20,7 +20,7 @@ class Fp8Logits:
     The rounding is about 4 % of the logits' standard deviation; the student's side and its gradient are computed as ever.
     """
 
-    late_bias = None
+    late_bias: Tensor | None = None
 
     def __init__(self, hidden: Tensor, head: Sequence[Tensor], valid: Tensor | None, rows: int, dtype: torch.dtype) -> None:
         weight, *bias = head

@@ -15,7 +15,7 @@ class GivenLogits:
     in `dtype`. `valid`: the rows that are meant, None for all. `columns`: the vocabulary columns that are meant, None for all.
     """
 
-    late_bias = None
+    late_bias: Tensor | None = None
 
     def __init__(
         self,

@@ -45,7 +45,8 @@ class LinearLogits:
         self.hidden = packed.to(operand).to(dtype if raises else operand)
         self.weight = weight.to(operand)
         own_bias = bias[0].to(dtype) if bias else None
-        self.bias, self.late_bias = (own_bias, None) if adds_bias else (None, own_bias)
+        self.bias = own_bias if adds_bias else None
+        self.late_bias = None if adds_bias else own_bias
         self.tile = weight.new_empty(min(_TILE_ROWS, vocabulary), width, dtype=dtype) if raises else None
         buffer = row_buffer(rows, vocabulary, dtype, weight.device)
         self.buffer = buffer[:, :vocabulary]

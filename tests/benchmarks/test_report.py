@@ -158,6 +158,17 @@ def test_the_documents_are_those_of_the_results():
     assert with_table(readme, readme_table(records["linear_kl"]), ROOT / "README.md") == readme, "run `fastkd bench report`"
 
 
+def test_the_readme_tells_the_measured_throughput():
+    (record,) = read_records(ROOT / "benchmarks" / "results")["train_throughput"]
+    results = {result["case"]: result for result in record["results"]}
+    main_case, readme = results["kd"], " ".join((ROOT / "README.md").read_text().split())
+    difference = f"the same loss curve to {main_case['loss_difference']:.0e}"
+    assert f"{main_case['speedup']:.1f} x the tokens a second" in readme and difference in readme
+    assert f"{main_case['peak_ratio']:.2f} x its peak of memory" in readme
+    for name, title in (("glmd", "GLMD"), ("crild", "CR-ILD"), ("ted", "TED")):
+        assert f"{title} {results[name]['speedup']:.1f} x" in readme
+
+
 def test_results_name_no_machine():
     """A committed record holds no absolute path."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))

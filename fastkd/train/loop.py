@@ -182,7 +182,7 @@ class StageTrainer:
             self.scaler.unscale_(self.optimizer)
             norm = gradient_norm(list(self.names), arguments.max_grad_norm)
         names = ["loss", *(f"loss_{name}" for name in objective.terms)]
-        sums = torch.stack([torch.stack(losses).sum(), *objective.terms.values()]).to(torch.float64)
+        sums = torch.stack([torch.stack(losses).sum(), *objective.terms.values()])
         if ranks.world_size > 1:
             dist.all_reduce(sums)
         # The one time that the host waits for the device.

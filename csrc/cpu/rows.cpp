@@ -10,7 +10,6 @@
 #include <torch/extension.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -19,12 +18,13 @@
 #include <optional>
 #include <type_traits>
 
+#include "row_math.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONED
 #endif
-#define INLINED inline __attribute__((always_inline))
 
 namespace {
 
@@ -89,19 +89,6 @@ INLINED T* load(const Matrix& logits, int64_t row, int64_t n, T* scratch) {
   }
 }
 
-// To nearest, ties to even; NaN stays. c10's own bfloat16 branches on NaN, which keeps the loop from being vectorised.
-template <typename To, typename T>
-INLINED To rounded(T value) {
-  if constexpr (std::is_same_v<To, at::BFloat16>) {
-    const float single = static_cast<float>(value);
-    const uint32_t bits = std::bit_cast<uint32_t>(single);
-    const uint32_t nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return {static_cast<uint16_t>(single != single ? 0x7FC0 : nearest), at::BFloat16::from_bits()};
-  } else {
-    return static_cast<To>(value);
-  }
-}
-
 // `to` may begin where `from` does if its type is narrower: a block is wholly read before it is written, and element j of `to` lies
 // over no element of `from` past j. memcpy, because that memory holds both types.
 template <typename T, typename To>
@@ -137,34 +124,6 @@ INLINED void transform_row(T* row, int64_t n, Transform transform, T inverse_tem
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) row[j] *= factor;
   }
-}
-
-// 2^x for x of at most zero, or above it by rounding: what softmax asks for. float: 2^k 2^r, where adding 1.5 * 2^23 leaves the whole
-// number k nearest to x in the low bits, and 2^r = exp(r log 2) is its Taylor polynomial, within 2 units in the last place for |r| of
-// at most a half. Denormal results are zero, NaN stays. Written out, because calls of the library's vector exp cost twice as much.
-template <typename T>
-INLINED T exp2_of_negative(T x) {
-  if constexpr (std::is_same_v<T, float>) {
-    constexpr float shift = 12582912.0f;
-    const float shifted = x + shift, r = x - (shifted - shift);
-    float y = 1.54035304e-4f;
-    y = y * r + 1.33335581e-3f;
-    y = y * r + 9.61812911e-3f;
-    y = y * r + 5.55041087e-2f;
-    y = y * r + 2.40226507e-1f;
-    y = y * r + 6.93147181e-1f;
-    y = y * r + 1.0f;
-    const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3F800000u);
-    return x < -125.0f ? 0.0f : y * power;
-  } else {
-    return std::exp2(x);
-  }
-}
-
-template <typename T>
-INLINED T exp_of_negative(T x) {
-  if constexpr (std::is_same_v<T, float>) return exp2_of_negative(x * std::numbers::log2e_v<T>);
-  return std::exp(x);
 }
 
 // to = row + bias, without a bias (null) a copy; `to` may be `row`.
@@ -435,7 +394,8 @@ Matrix matrix(const Optional& tensor, const at::Tensor& shaped_like) {
 // Matrices (rows, V) with stride 1 along V; vectors (rows,) of one dtype, float or double, and labels int64.
 void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, double mixing, double temperature, double student_scale,
                          double student_softcap, double teacher_scale, double teacher_softcap, Optional student_bias,
-                         Optional teacher_bias, at::Tensor row_weight, Optional labels, Optional label_weight, std::vector<Optional> out, Optional gradient) {
+                         Optional teacher_bias, at::Tensor row_weight, Optional labels, Optional label_weight, std::vector<Optional> out,
+                         Optional gradient) {
   const auto launch = [&]<typename T>(void (*run)(const Call<T>&, int64_t, int64_t)) {
     const Call<T> call{matrix(student, student), matrix(teacher, student), matrix(gradient, student), student.size(1), Kind(kind),
                        mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap},

@@ -100,7 +100,8 @@ class KnowledgeDistillation(Objective):
                 denominator=tokens,
                 **student.logit_options("student"),
             )
-            if options.label_weight > 0 and stats.divergence is not None and stats.cross_entropy is not None:
+            if options.label_weight > 0:
+                assert stats.divergence is not None and stats.cross_entropy is not None
                 self.term("divergence", stats.divergence.sum() / tokens)
                 self.term("labels", options.label_weight * stats.cross_entropy.sum() / max(labelled, 1.0))
             return loss

@@ -51,8 +51,8 @@ def softmax_divergence_(
         options.temperature,
         *scale_and_softcap(options.student),
         *scale_and_softcap(options.teacher),
-        student_bias,
-        teacher_bias,
+        None if student_bias is None else student_bias.contiguous(),
+        None if teacher_bias is None else teacher_bias.contiguous(),
         row_weight.contiguous(),
         None if labels is None else labels.contiguous(),
         None if label_weight is None else label_weight.contiguous(),
@@ -125,17 +125,17 @@ def _compile(library: Path) -> None:
         raise RuntimeError(f"The C++ kernels could not be compiled: {error} Use backend='torch', or install a compiler.") from error
 
 
-def _sources() -> list[Path]:
+def _sources(pattern: str = "*.cpp") -> list[Path]:
     from .. import csrc
 
-    return sorted((Path(csrc.__path__[0]) / "cpu").glob("*.cpp"))
+    return sorted((Path(csrc.__path__[0]) / "cpu").glob(pattern))
 
 
 @functools.cache
 def _library() -> Path:
     """Where the library for these sources, compiler flags, Python and torch lies, or will."""
     stamp = f"{torch.__version__} {sys.implementation.cache_tag} {_COMPILE_FLAGS} {_LINK_FLAGS}"
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _sources()) + stamp.encode())
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _sources("*.*")) + stamp.encode())
     return cache_folder() / f"fastkd_cpu_{digest.hexdigest()[:16]}.so"
 
 

@@ -139,7 +139,8 @@ class StageTrainer:
                         self._catch_up(lines, flag)
                     bar.update(self._step(lines, flag))
                     profiler.step()
-                self._catch_up(lines, flag)
+                with section(BETWEEN):
+                    self._catch_up(lines, flag)
             except Preempted:
                 self._save(lines, is_last=True)
                 raise

@@ -72,6 +72,8 @@ class StepProfiler:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._profiler is not None:
+            if error is not None:
+                self._profiler.on_trace_ready = None  # the step that was interrupted is none, and what interrupted it goes on
             self._profiler.__exit__(kind, error, trace)
         self._unhook()
 
@@ -82,9 +84,13 @@ class StepProfiler:
     def _finish(self, profiler: Any) -> None:
         """Also of a run that ends before it has made all steps."""
         self._unhook()
+        steps = self._made - _WARM_UP
+        if steps < 1:
+            log.info("No optimizer step was traced: the stage ended with the %d that warm up.", _WARM_UP)
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / TRACE_FILE))
-        times, steps = section_seconds(profiler.events()), self._made - _WARM_UP
+        times = section_seconds(profiler.events())
         total = sum(times.values())
         shares = {name: {"seconds_per_step": seconds / steps, "share": seconds / total} for name, seconds in times.items()}
         write_json_atomic(self.folder / SHARES_FILE, {"steps": steps, "sections": shares})

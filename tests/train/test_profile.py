@@ -130,3 +130,28 @@ def test_a_trace_changes_no_bit_and_is_shown(tmp_path: Path, caplog: pytest.LogC
 
 def test_a_section_costs_nothing_where_nothing_is_traced() -> None:
     assert type(section("data")).__name__ == "nullcontext"
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_ends_before_a_step_is_traced_ends_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], steps: int
+) -> None:
+    with caplog.at_level(logging.INFO, logger="fastkd"):
+        result = fastkd.distill({**settings, "output_dir": str(tmp_path / "run"), "max_steps": steps})
+    assert result["distill"]["steps"] == steps
+    assert not (tmp_path / "run" / "distill" / "profile").exists()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_error_is_not_hidden_by_the_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], step: int
+) -> None:
+    made = iter(range(1, 9))
+
+    def breaks(*_: Any) -> None:
+        if next(made) == step:
+            raise RuntimeError("this one")
+
+    monkeypatch.setattr(loop.StageTrainer, "_log", breaks)
+    with pytest.raises(RuntimeError, match="this one"):
+        shares(settings, tmp_path / "run")

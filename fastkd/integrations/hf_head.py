@@ -72,6 +72,8 @@ def _with_fused_loss(own: type, causal: bool, transform: LogitTransform) -> type
             return forward(self, *positional, **named)
         if targets is None:
             targets = shifted(labels) if causal else labels
+        if count is not None:  # a step may be without labels; its sums are zero, whatever they are divided by
+            count = count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
         head = self.get_output_embeddings()
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

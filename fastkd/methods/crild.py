@@ -32,6 +32,7 @@ from ..models.layer_map import LayerMap, layer_map
 from ..models.load import is_decoder
 from ..models.task_model import TaskModel
 from ..models.teacher_cache import CachedTeacher
+from ..ops.arguments import check_temperature
 from ..ops.projected_mse import projected_mse
 from ..ops.relation_kl import RelationTarget, relation_kl
 from .mixup import MixedBatch, partners
@@ -109,8 +110,7 @@ class CRILDOptions:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1); the authors use 0.999.")
         if self.relation_heads is not None and self.relation_heads < 1:
             raise ValueError(f"relation_heads={self.relation_heads} must be at least 1, or null for the models' own heads.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be > 0; the authors use 2.")
+        check_temperature(self.temperature)
         if not self.label_weight >= 0:
             raise ValueError(f"label_weight={self.label_weight} must be >= 0.")
 

@@ -24,6 +24,7 @@ from ..models.cloze_scores import choice_scores, verbalizer_scores
 from ..models.language_model import LanguageModel
 from ..models.task_model import TaskModel
 from ..models.teacher_cache import CachedTeacher
+from ..ops.arguments import check_temperature
 from ..ops.divergence import Divergence
 from ..tasks.cloze import ClozeBatch
 from ..tasks.cloze_task import ClozeTask
@@ -52,8 +53,7 @@ class GLMDOptions:
     def __post_init__(self) -> None:
         Divergence.parse(self.divergence)
         check_mask_probability(self.mask_probability)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be > 0; the authors use 15, short runs do better with 1 to 2.")
+        check_temperature(self.temperature)
 
 
 class WordPrediction(Objective):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.language_model import LanguageModel
 from ..models.teacher_cache import CachedTeacher
+from ..ops.arguments import check_temperature
 from ..ops.divergence import Divergence
 from ..tasks.text import IGNORE_INDEX
 from .language_modeling import check_mask_probability
@@ -34,8 +35,7 @@ class KDOptions:
     def __post_init__(self) -> None:
         Divergence.parse(self.divergence)
         check_mask_probability(self.mask_probability)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be > 0.")
+        check_temperature(self.temperature)
         if not self.label_weight >= 0:
             raise ValueError(f"label_weight={self.label_weight} must be >= 0.")
 

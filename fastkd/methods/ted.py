@@ -31,6 +31,7 @@ from ..models.language_model import LanguageModel
 from ..models.layer_map import LayerMap, intervals, layer_map
 from ..models.task_model import TaskModel
 from ..models.teacher_cache import CachedTeacher
+from ..ops.arguments import check_temperature
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.projected_mse import projected_mse
 from ..tasks.labelled import Kind
@@ -92,8 +93,7 @@ class TEDOptions:
         for name in ("kl_alpha", "mse_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number >= 0; 0 leaves its term out.")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be a finite number > 0; the authors use 2.")
+        check_temperature(self.temperature)
         for name in ("filter_interval", "teacher_filter_interval", "filter_output_dim"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")

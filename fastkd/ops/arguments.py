@@ -7,11 +7,14 @@ the operator.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import BACKENDS
 from .divergence import Divergence
@@ -19,6 +22,11 @@ from .rows import LogitTransform, RowOptions
 
 REDUCTIONS = ("mean", "sum", "none")
 TEACHER_PRECISIONS = ("full", "fp8")
+# What a stored distribution's mass may be above one: 16-bit logarithms that were cast to float32 are off by so much.
+_MASS_ROUNDING = 0.01
+SMALLEST_TEMPERATURE = 1e-6
+LARGEST_TEMPERATURE = 32.0
+"""Up to here every backend's float32 holds the KL divergence of models whose logits are some nats apart to 1e-4 of its value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +57,19 @@ class LossOptions:
     operand_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _check_positive("temperature", self.temperature)
-        if not 0 <= self.label_weight < math.inf:
-            raise ValueError(f"label_weight={self.label_weight} must be a finite number >= 0.")
+        check_temperature(self.temperature)
+        check_number("label_weight", self.label_weight, may_be_zero=True)
+        check_whole("ignore_index", self.ignore_index)
         for side in ("student", "teacher"):
-            softcap, scale = getattr(self, f"{side}_softcap"), getattr(self, f"{side}_logit_scale")
-            if softcap is not None:
-                _check_positive(f"{side}_softcap", softcap)
-            if not 0 < abs(scale) < math.inf:
-                raise ValueError(f"{side}_logit_scale={scale} must be finite and not zero.")
+            check_transform(f"{side}_", getattr(self, f"{side}_logit_scale"), getattr(self, f"{side}_softcap"))
         if self.grad_filter is not None:
-            _check_positive("grad_filter", self.grad_filter)
+            check_number("grad_filter", self.grad_filter)
         for name, known in (("reduction", REDUCTIONS), ("backend", BACKENDS), ("teacher_precision", TEACHER_PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(map(repr, known))}.")
+            check_choice(name, getattr(self, name), known)
         for name, unit in (("chunk_size", "rows"), ("memory_budget", "bytes")):
             count = getattr(self, name)
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise ValueError(f"{name}={count!r} must be a whole number >= 1 ({unit}).")
+            if count is not None:
+                check_whole(name, count, least=1, unit=unit)
 
     def row_options(self, has_teacher: bool) -> RowOptions:
         """What the row kernels are told. has_teacher: whether there is one, dense or (with `tail`) sparse."""
@@ -82,7 +85,7 @@ class LossOptions:
 
 def stats_options(return_stats: bool | Literal["losses"]) -> dict[str, Any]:
     """A public `return_stats` argument as `LossOptions` holds it: the losses alone are there in any case, the rest costs time."""
-    if return_stats not in (True, False, "losses"):
+    if not isinstance(return_stats, bool) and (not isinstance(return_stats, str) or return_stats != "losses"):
         raise ValueError(f"return_stats={return_stats!r} is not known; use True, False or 'losses'.")
     return {"return_stats": return_stats is True, "return_losses": return_stats == "losses"}
 
@@ -93,16 +96,28 @@ def divergence_options(divergence: str | Divergence) -> dict[str, Any]:
     return {"divergence": parsed.kind, "mixing": parsed.mixing}
 
 
-def leading_shape(name: str, tensor: Tensor) -> torch.Size:
-    """Check that `tensor` is a plain floating tensor of at least two dims; return all of its dims but the last."""
+def leading_shape(name: str, tensor: Tensor, *, may_be_empty: bool = False) -> torch.Size:
+    """Check that `tensor` is a plain floating tensor of at least two dims, the last not empty; return all of its dims but the last."""
     check_plain(name, tensor)
     if tensor.dim() < 2:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs at least one leading dim: (..., features).")
+    if not may_be_empty and tensor.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, nothing in its last dim; it needs at least one feature (or logit).")
     return tensor.shape[:-1]
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
-    """Refuse (TypeError) what is no tensor, a DTensor, or a tensor of no floating dtype."""
+    """Refuse (TypeError) a tensor of no floating dtype, and what `check_tensor` does."""
+    check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; give a floating tensor.")
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse (TypeError) what is no tensor, or a DTensor, and (NotImplementedError) forward-mode AD and torch.func transforms.
+
+    The operators have no forward-mode derivative, and torch would take theirs for zero.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor.")
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
@@ -110,8 +125,15 @@ def check_plain(name: str, tensor: Tensor) -> None:
             f"{name} is a DTensor. Call the loss inside the head module's own forward, where FSDP has gathered the weight into a "
             "plain tensor, or pass tensor.full_tensor() with grad_placements=[Partial()]."
         )
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {tensor.dtype}; give a floating tensor.")
+    # A compiler traces the first question, and refuses the other transforms itself.
+    if forward_ad.unpack_dual(tensor).tangent is not None or (  # type: ignore[no-untyped-call]
+        not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    ):
+        raise NotImplementedError(
+            f"{name} is inside a transform that fastkd's losses do not support: forward-mode AD (torch.func.jvp, "
+            "torch.autograd.forward_ad), torch.func.grad or torch.vmap. Take reverse mode (loss.backward(), torch.autograd.grad), or "
+            "the plain function of the same name in fastkd.reference."
+        )
 
 
 def check_teacher(name: str, tensor: Tensor | None) -> None:
@@ -130,6 +152,7 @@ def check_row_tensors(
     for name, tensor in (("mask", mask), ("labels", labels)):
         if tensor is None:
             continue
+        check_tensor(name, tensor)
         if tensor.shape != leading:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must match the leading dims {tuple(leading)}.")
         if tensor.device != device:
@@ -151,12 +174,20 @@ def check_denominator(denominator: float | Tensor | None, reduction: str, device
     if reduction != "mean":
         raise ValueError(f"denominator replaces the mean's denominator, but reduction={reduction!r}; use reduction='mean'.")
     if isinstance(denominator, Tensor):
-        if denominator.dim() != 0:
-            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; give a number or a 0-dim tensor.")
+        check_tensor("denominator", denominator)
+        if denominator.dim() != 0 or denominator.dtype == torch.bool or denominator.is_complex():
+            given = f"shape {tuple(denominator.shape)} and dtype {denominator.dtype}"
+            raise ValueError(f"denominator has {given}; give a number, or one in a 0-dim tensor.")
+        if not torch.compiler.is_compiling():
+            _check_denominator_value(denominator)
         return denominator.detach().to(device, torch.float64)
-    if not 0 <= denominator < math.inf:
-        raise ValueError(f"denominator={denominator} must be a finite number >= 0 (0 gives a loss of zero).")
+    check_number("denominator", denominator)
     return torch.full((), denominator, dtype=torch.float64, device=device)
+
+
+def _check_denominator_value(denominator: Tensor) -> None:
+    if denominator.device.type == "cpu":
+        check_number("denominator", float(denominator))
 
 
 def check_vocab_index(vocab_index: Tensor | None, student_vocabulary: int, teacher_vocabulary: int, device: torch.device) -> None:
@@ -168,6 +199,7 @@ def check_vocab_index(vocab_index: Tensor | None, student_vocabulary: int, teach
                 "without a teacher row have no target. Pass vocab_index (the teacher row of every student row) or slice the student."
             )
         return
+    check_tensor("vocab_index", vocab_index)
     if vocab_index.dtype != torch.int64 or vocab_index.shape != (student_vocabulary,):
         raise ValueError(
             f"vocab_index has dtype {vocab_index.dtype} and shape {tuple(vocab_index.shape)}; give torch.int64 of shape "
@@ -177,8 +209,12 @@ def check_vocab_index(vocab_index: Tensor | None, student_vocabulary: int, teach
         raise ValueError(f"vocab_index is on {vocab_index.device} and the student is on {device}; move it there.")
 
 
-def check_row_values(options: LossOptions, vocabulary: int, mask: Tensor | None, labels: Tensor | None) -> None:
+def check_row_values(
+    options: LossOptions, vocabulary: int, mask: Tensor | None, labels: Tensor | None, denominator: Tensor | None = None
+) -> None:
     """What only the numbers tell. On the CPU alone, here and below: a GPU's would make the host wait for them."""
+    if denominator is not None:
+        _check_denominator_value(denominator)
     if mask is not None and not mask.is_cuda and mask.is_floating_point() and not bool(((mask >= 0) & mask.isfinite()).all()):
         raise ValueError("mask holds negative or non-finite weights; float token weights must be finite and >= 0.")
     if labels is not None and not labels.is_cuda:
@@ -210,7 +246,7 @@ def check_index_values(vocab_index: Tensor | None, teacher_vocabulary: int) -> N
             )
 
 
-def check_topk_values(ids: Tensor, vocabulary: int) -> None:
+def check_topk_ids(ids: Tensor, vocabulary: int) -> None:
     """Refuse (ValueError) `ids` (N, K) outside of [-1, vocabulary), or a token that a row lists twice."""
     if ids.is_cuda or not ids.numel():
         return
@@ -227,11 +263,73 @@ def check_topk_values(ids: Tensor, vocabulary: int) -> None:
         raise ValueError(f"topk_ids lists a token twice at row {int(twice[0, 0])}; its probability would be counted twice.")
 
 
+def check_topk_masses(ids: Tensor, log_probabilities: Tensor, log_tail: Tensor | None = None) -> None:
+    """Refuse (ValueError) logarithms above zero and rows of more mass than one, by more than rounding.
+
+    ids, log_probabilities: (N, K); those of id -1 are ignored. log_tail: (N,). NaN passes, and shows in the loss. A logarithm's
+    rounding in its dtype is taken off before the sum, which may be above one by `_MASS_ROUNDING`.
+    """
+    if ids.is_cuda or not ids.numel():
+        return
+    parts = [("topk_logprobs", log_probabilities.masked_fill(ids < 0, -math.inf))]
+    if log_tail is not None:
+        parts.append(("tail_logprob", log_tail[:, None]))
+    mass = torch.zeros(len(ids), dtype=torch.float64)
+    for name, logs in parts:
+        above = (logs > _MASS_ROUNDING).nonzero()
+        if above.numel():
+            row, entry = above[0].tolist()
+            raise ValueError(f"{name} holds {float(logs[row, entry])} at row {row}; give logarithms of probabilities, <= 0.")
+        mass += (logs.double() * (1 + torch.finfo(logs.dtype).eps)).exp().sum(-1)
+    heavy = (mass > 1 + _MASS_ROUNDING).nonzero()
+    if heavy.numel():
+        row = int(heavy[0, 0])
+        names = " and ".join(name for name, _ in parts)
+        raise ValueError(
+            f"{names} hold probabilities that sum to {float(mass[row]):.6g} at row {row}; a distribution has 1. Give the "
+            "teacher's log_softmax of all its logits, and for the tail the mass of the others alone."
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse (ValueError) what is no number in [SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE]."""
+    check_number("temperature", temperature)
+    if not SMALLEST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature={temperature!r} must be from {SMALLEST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g}: beyond, float32 does not "
+            "hold T^2 times the divergence. The limit for large T is half the mean squared distance of the centred logits."
+        )
+
+
+def check_transform(prefix: str, logit_scale: float, softcap: float | None) -> None:
+    """Check what a model does to its logits; `prefix` begins the arguments' names."""
+    check_number(f"{prefix}logit_scale", logit_scale, may_be_negative=True)
+    if softcap is not None:
+        check_number(f"{prefix}softcap", softcap)
+
+
+def check_number(name: str, value: Any, *, may_be_zero: bool = False, may_be_negative: bool = False) -> None:
+    """Refuse (ValueError) what is no finite number > 0; or >= 0; or, with `may_be_negative`, other than 0."""
+    if not isinstance(value, bool) and isinstance(value, Real):
+        size: Any = abs(value) if may_be_negative else value
+        if 0 < size < math.inf or (may_be_zero and size == 0):
+            return
+    wanted = "other than 0" if may_be_negative else ">= 0" if may_be_zero else "> 0"
+    raise ValueError(f"{name}={value!r} must be a finite number {wanted}.")
+
+
+def check_whole(name: str, value: Any, *, least: int | None = None, unit: str = "") -> None:
+    """Refuse (ValueError) what is no int, or one below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        raise ValueError(f"{name}={value!r} must be a whole number" + ("." if least is None else f" >= {least} ({unit})."))
+
+
+def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    """Refuse (ValueError) what is none of the `known` names."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, known))}.")
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32: logits are never rounded to 16 bits."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a finite number > 0.")

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_index_values, check_row_values, check_topk_values, compute_dtype
+from .arguments import LossOptions, check_index_values, check_row_values, check_topk_ids, check_topk_masses, compute_dtype
 from .backends import RowKernel, row_kernel, takes_bias, topk_kernel
 from .fp8_logits import Fp8Logits
 from .given_logits import GivenLogits
@@ -141,7 +141,7 @@ def chunked_pass(
     """
     tokens, device = student[0].shape[0], student[0].device
     vocabulary = student[0].shape[1] if len(student) == 1 else student[1].shape[0]
-    check_row_values(options, vocabulary, mask, labels)
+    check_row_values(options, vocabulary, mask, labels, denominator)
     dtype = compute_dtype(student[0], *teacher[:1])
     weights = row_weights(options, tokens, dtype, device, mask, labels, denominator)
     if upstream is not None:
@@ -248,8 +248,10 @@ def _teacher_source(
     if not teacher:
         return None
     if options.tail is not None:
-        check_topk_values(teacher[0], plan.vocabulary)
-        return TopK(*(x if valid is None else x.index_select(0, valid) for x in teacher))
+        check_topk_ids(teacher[0], plan.vocabulary)
+        known = [x if valid is None else x.index_select(0, valid) for x in teacher]
+        check_topk_masses(*known)
+        return TopK(*known)
     check_index_values(vocab_index, teacher[0].shape[1] if len(teacher) == 1 else teacher[1].shape[0])
     if len(teacher) == 1:
         logits = teacher[0] if vocab_index is not None else teacher[0][:, : plan.vocabulary]
@@ -303,4 +305,5 @@ def row_weights(
 
 
 def _inverse_or_zero(total: Tensor) -> Tensor:
-    return torch.where(total > 0, 1.0 / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+    """1 / total, 0 for 0. Of a NaN it is NaN: on a GPU nothing else tells of it."""
+    return torch.where(total <= 0, 0.0, 1.0 / total.clamp_min(torch.finfo(total.dtype).tiny))

@@ -31,9 +31,11 @@ class Divergence:
     """beta or alpha; None for the first three."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, str):
+            raise TypeError(f"kind is a {type(self.kind).__name__}; give a divergence's name.")
         if self.kind in _MIXED:
             name = _MIXED[self.kind]
-            if not isinstance(self.mixing, (int, float)) or not 0.0 < self.mixing < 1.0:
+            if isinstance(self.mixing, bool) or not isinstance(self.mixing, (int, float)) or not 0.0 < self.mixing < 1.0:
                 raise ValueError(
                     f"Divergence.{self.kind}({name}={self.mixing}) needs 0 < {name} < 1. At the ends it is another divergence "
                     "or zero: pass divergence='forward_kl' or 'reverse_kl' if that is what you mean."

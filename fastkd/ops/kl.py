@@ -53,7 +53,7 @@ def kl_div(
         student_logits: (..., V_s), any leading dims and floating dtype, as the head made them.
         teacher_logits: (..., V_t), same leading dims, of its own dtype. No gradient ever flows to the teacher.
         divergence: a name or a `Divergence`; p is the teacher, q the student.
-        temperature: T > 0.
+        temperature: 1e-6 <= T <= 32, as in `linear_kl_div`.
         mask: (...) bool, or float token weights >= 0.
         vocab_index: (V_s,) int64, the teacher's column behind every student's; None: the teacher's first V_s.
         labels: (...) int64 student ids of a cross-entropy at T = 1.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_denominator, check_row_tensors
+from .arguments import LossOptions, check_denominator, check_row_tensors, check_tensor, check_transform
 from .linear_logits import autocast_dtype, check_head, flatten_head
 from .operator import chunked_loss
 
@@ -50,7 +50,9 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what would do.
     """
-    leading = check_head("student", hidden, weight, bias)
+    leading = check_head("", hidden, weight, bias)
+    check_tensor("labels", labels)
+    check_transform("", logit_scale, softcap)
     device = hidden.device
     options = LossOptions(
         label_weight=1.0,
@@ -63,13 +65,14 @@ def linear_cross_entropy(
         backend=backend,
         operand_dtype=autocast_dtype(device),
     )
-    mask, flat_labels = check_row_tensors(leading, device, options, labels != ignore_index, labels)
+    _, flat_labels = check_row_tensors(leading, device, options, None, labels)
+    assert flat_labels is not None
     loss = chunked_loss(
         flatten_head(hidden, weight, bias),
         [],
         options,
         leading,
-        mask=mask,
+        mask=flat_labels != ignore_index,
         labels=flat_labels,
         denominator=check_denominator(denominator, reduction, device),
     )

@@ -70,7 +70,8 @@ def linear_kl_div(
         student_bias: (V_s,).
         teacher_bias: (V_t,); none without a teacher_weight.
         divergence: a name or a `Divergence`; p is the teacher, q the student.
-        temperature: T > 0. Value and gradient both carry T^2 (Hinton et al., arXiv:1503.02531).
+        temperature: 1e-6 <= T <= 32. Value and gradient both carry T^2 (Hinton et al., arXiv:1503.02531). Above 32, T^2 times float32's
+            rounding of the divergence, a few 1e-7 nats, is too much of the value.
         mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
         vocab_index: (V_s,) int64, the teacher row behind every student row: the teacher's softmax is taken over those rows alone.
             Each row at most once. None: same ids, a longer teacher is sliced to V_s rows.
@@ -110,8 +111,9 @@ def linear_kl_div(
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what would do.
     """
-    leading = check_head("student", student_hidden, student_weight, student_bias)
-    if _check_teacher_side(teacher_hidden, teacher_weight, teacher_bias, teacher_precision) != leading:
+    is_shard = group is not None
+    leading = check_head("student_", student_hidden, student_weight, student_bias, is_shard=is_shard)
+    if _check_teacher_side(teacher_hidden, teacher_weight, teacher_bias, teacher_precision, is_shard=is_shard) != leading:
         raise ValueError(
             f"student_hidden has leading dims {tuple(leading)} and teacher_hidden {tuple(teacher_hidden.shape[:-1])}; "
             "both models must have seen the same tokens."
@@ -149,11 +151,11 @@ def linear_kl_div(
     return chunked_loss(student, teacher, options, leading, vocab_index=vocab_index, mask=mask, labels=labels, denominator=denominator)
 
 
-def _check_teacher_side(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, precision: str) -> torch.Size:
+def _check_teacher_side(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, precision: str, *, is_shard: bool) -> torch.Size:
     """Check a head with its hidden states, or logits that exist; return the leading dims."""
     if weight is not None:
-        return check_head("teacher", hidden, weight, bias)
-    leading = leading_shape("teacher_hidden", hidden)
+        return check_head("teacher_", hidden, weight, bias, is_shard=is_shard)
+    leading = leading_shape("teacher_hidden", hidden, may_be_empty=is_shard)
     check_teacher("teacher_hidden", hidden)
     if bias is not None:
         raise ValueError(

@@ -150,27 +150,37 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.Size:
-    """Check that hidden (..., H), weight (V, H) and bias (V,) belong together; return the leading dims."""
-    leading = leading_shape(f"{side}_hidden", hidden)
-    check_plain(f"{side}_weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, is_shard: bool = False) -> torch.Size:
+    """Check that hidden (..., H), weight (V, H) and bias (V,) belong together; return the leading dims.
+
+    Args:
+        prefix: what the arguments' names begin with: "student_", "teacher_" or nothing.
+        hidden: (..., H), H > 0.
+        weight: (V, H).
+        bias: (V,) or None.
+        is_shard: V may be 0, which all processes of a group must refuse together.
+    """
+    leading = leading_shape(f"{prefix}hidden", hidden)
+    check_plain(f"{prefix}weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or (weight.shape[0] == 0 and not is_shard):
         raise ValueError(
-            f"{side}_weight has shape {tuple(weight.shape)} and {side}_hidden has width {hidden.shape[-1]}; "
-            f"the weight must be (vocabulary, {hidden.shape[-1]})."
+            f"{prefix}weight has shape {tuple(weight.shape)} and {prefix}hidden has width {hidden.shape[-1]}; "
+            f"the weight must be (vocabulary, {hidden.shape[-1]}), with at least one vocabulary row."
         )
     if bias is not None:
-        check_plain(f"{side}_bias", bias)
+        check_plain(f"{prefix}bias", bias)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{side}_bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), one value a vocabulary row.")
+            raise ValueError(
+                f"{prefix}bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},), one value a vocabulary row."
+            )
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{side}_{name} is on {tensor.device} and {side}_hidden on {hidden.device}; move them together.")
-        if side == "teacher":
-            check_teacher(f"{side}_{name}", tensor)
+            raise ValueError(f"{prefix}{name} is on {tensor.device} and {prefix}hidden on {hidden.device}; move them together.")
+        if prefix == "teacher_":
+            check_teacher(f"{prefix}{name}", tensor)
     if weight.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
         raise TypeError(
-            f"{side}_hidden has dtype {hidden.dtype} and {side}_weight {weight.dtype}; cast one of them, or call under torch.autocast."
+            f"{prefix}hidden has dtype {hidden.dtype} and {prefix}weight {weight.dtype}; cast one, or call under torch.autocast."
         )
     return leading
 

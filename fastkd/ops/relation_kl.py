@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_plain, check_teacher
-from .relation_pass import relation_pass
+from .arguments import LossOptions, check_choice, check_number, check_plain, check_teacher, check_tensor
+from .relation_pass import kept_rows, relation_pass
 
 FORMS = ("kl", "cross_entropy")
 
@@ -84,8 +84,7 @@ def relation_kl(
     for prefix, target in named.items():
         _check_target(prefix, target, student_q)
     _check_mask("query_mask", query_mask, student_q)
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is not known; use one of {', '.join(map(repr, FORMS))}.")
+    check_choice("form", form, FORMS)
     LossOptions(reduction=reduction, chunk_size=chunk_size, memory_budget=memory_budget, backend=backend)  # refuses what is not known
     none = student_q.new_empty(0, dtype=torch.bool)
     loss: Tensor
@@ -130,8 +129,12 @@ def relation_kl_reference(
     """
     rows = student_q.new_zeros(student_q.shape[:3])
     for target in _named_targets(teacher_q, teacher_k, key_mask, targets).values():
-        log_q = _log_relation(student_q, student_k, target.key_mask)
-        log_p = _log_relation(target.q.detach(), target.k.detach(), target.key_mask)
+        # What masks leave out is zero, so that not even NaN there has a part in a product.
+        masks = (query_mask, target.query_mask), (target.key_mask,)
+        log_q, log_p = (
+            _log_relation(kept_rows(q, *masks[0]), kept_rows(k, *masks[1]), target.key_mask)
+            for q, k in ((student_q, student_k), (target.q.detach(), target.k.detach()))
+        )
         p = log_p.exp()
         terms = p * (log_p - log_q if form == "kl" else -log_q)
         # Masked keys have p = 0, rows without a key p = NaN: neither adds anything.
@@ -189,6 +192,8 @@ def _named_targets(
     teacher_q: Tensor | None, teacher_k: Tensor | None, key_mask: Tensor | None, targets: Sequence[RelationTarget]
 ) -> dict[str, RelationTarget]:
     """All targets, the teacher first, under what their arguments' names begin with."""
+    if not isinstance(targets, (list, tuple)):
+        raise TypeError(f"targets is a {type(targets).__name__}; give a list of fastkd.RelationTarget.")
     named = {}
     if teacher_q is not None and teacher_k is not None:
         named["teacher_"] = RelationTarget(teacher_q, teacher_k, key_mask=key_mask)
@@ -210,7 +215,7 @@ def _check_pair(prefix: str, q: Tensor, k: Tensor) -> None:
     for name, tensor in ((f"{prefix}q", q), (f"{prefix}k", k)):
         check_plain(name, tensor)
         if tensor.dim() != 4 or tensor.shape[-1] == 0:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (batch, heads, sequence, head size).")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (batch, heads, sequence, head size), head size >= 1.")
     if k.shape != q.shape:
         raise ValueError(
             f"{prefix}k has shape {tuple(k.shape)} and {prefix}q {tuple(q.shape)}; they must be the same. Repeat grouped keys so that "
@@ -246,6 +251,7 @@ def _check_mask(name: str, mask: Tensor | None, student_q: Tensor) -> None:
         raise TypeError(
             f"{name} has {given}; give a torch.bool tensor, True = keep (an attention mask of ones and zeros: mask.bool())."
         )
+    check_tensor(name, mask)
     batch, _, length, _ = student_q.shape
     if mask.shape != (batch, length):
         raise ValueError(f"{name} has shape {tuple(mask.shape)}; it must be (batch, sequence) = {(batch, length)}.")
@@ -256,9 +262,11 @@ def _check_mask(name: str, mask: Tensor | None, student_q: Tensor) -> None:
 def _weight(prefix: str, weight: float | Tensor, device: torch.device) -> Tensor:
     """As a 0-dim tensor on `device`, made there without a copy from the host; a tensor's value is checked in the pass."""
     if isinstance(weight, Tensor):
-        if weight.dim() != 0:
-            raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}; give a number or a 0-dim tensor.")
+        check_tensor(f"{prefix}weight", weight)
+        if weight.dim() != 0 or weight.dtype == torch.bool or weight.is_complex():
+            raise ValueError(
+                f"{prefix}weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; give a number, or one in a 0-dim tensor."
+            )
         return weight.detach().to(device, torch.float64)
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"{prefix}weight={weight} must be a finite number >= 0.")
+    check_number(f"{prefix}weight", weight, may_be_zero=True)
     return torch.full((), weight, dtype=torch.float64, device=device)

@@ -111,18 +111,28 @@ def _forward(
         needs_grad = [False, False]
     counted = student_q.new_ones(batch, length, dtype=dtype) if query_mask is None else query_mask.to(dtype)
     row_weights = student_q.new_empty(len(target_q), batch, heads, length, dtype=dtype)
+    target_q, target_k = list(target_q), list(target_k)
     kept_keys: list[Tensor | None] = []
+    queries: list[Tensor | None] = []
+    keys: list[Tensor | None] = []
     for index, (key_mask, own_query_mask, weight) in enumerate(zip(key_masks, query_masks, weights.to(dtype), strict=True)):
-        row_weight = weight * counted
+        row_weight, kept_queries = weight * counted, query_mask
         if own_query_mask.numel():
             row_weight = row_weight * own_query_mask
+            kept_queries = own_query_mask if kept_queries is None else kept_queries & own_query_mask
         if key_mask.numel():
             # A batch entry without a key is compared as if it had them all, with weight zero: no softmax is over nothing.
             has_key = key_mask.any(-1, keepdim=True)
             row_weight = row_weight * has_key
-            key_mask = key_mask | ~has_key
-        kept_keys.append(key_mask if key_mask.numel() else None)
+            kept_queries = has_key.expand_as(key_mask) if kept_queries is None else kept_queries & has_key
+            kept_keys.append(key_mask | ~has_key)
+        else:
+            kept_keys.append(None)
+        keys.append(key_mask if key_mask.numel() else None)
+        queries.append(kept_queries)
+        target_q[index], target_k[index] = kept_rows(target_q[index], kept_queries), kept_rows(target_k[index], keys[-1])
         row_weights[index] = row_weight[:, None]
+    student_q, student_k = kept_rows(student_q, _any(queries)), kept_rows(student_k, _any(keys))
     if upstream is not None:
         row_weights *= upstream
     values = torch.empty_like(row_weights)
@@ -137,6 +147,24 @@ def _forward(
     scale = 1 / (heads * counted.sum()).clamp_min(1) if reduction == "mean" else counted.new_ones(())
     loss = per_row if reduction == "none" else per_row.sum() * scale
     return loss, scale, [counted.new_empty(0) if gradient is None else gradient for gradient in made]
+
+
+def kept_rows(x: Tensor, *masks: Tensor | None) -> Tensor:
+    """Put zeros where masks (B, S), True = keep, leave rows of `x` (B, heads, S, d) out: 0 * NaN would have a part in every product."""
+    for mask in masks:
+        if mask is not None:
+            x = x.masked_fill(~mask[:, None, :, None], 0.0)
+    return x
+
+
+def _any(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """What some mask keeps; None: everything, as a mask that is None does."""
+    kept: Tensor | None = None
+    for mask in masks:
+        if mask is None:
+            return None
+        kept = mask if kept is None else kept | mask
+    return kept
 
 
 def _fill(

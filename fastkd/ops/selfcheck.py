@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from . import cpp, cuda, triton
+from .arguments import LARGEST_TEMPERATURE, SMALLEST_TEMPERATURE
 from .kl import kl_div
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl_div
@@ -41,8 +42,9 @@ class Problem:
         for name in ("vocabulary", "student_hidden", "teacher_hidden", "tokens"):
             if getattr(self, name) < 8:
                 raise ValueError(f"{name} is {getattr(self, name)}; the ops are checked from 8 on.")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be a finite number > 0.")
+        if not SMALLEST_TEMPERATURE <= self.temperature <= LARGEST_TEMPERATURE:
+            limits = f"{SMALLEST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g}"
+            raise ValueError(f"temperature is {self.temperature}; it must be a number from {limits}.")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_denominator, check_plain, check_row_tensors, check_teacher, stats_options
+from .arguments import LossOptions, check_denominator, check_plain, check_row_tensors, check_teacher, check_tensor, stats_options
 from .chunked import LossStats
 from .linear_logits import autocast_dtype, check_head, flatten_head
 from .operator import chunked_loss
@@ -52,11 +52,12 @@ def topk_kl_div(
         student_hidden: (..., H) states before the head, any leading dims.
         student_weight: (V, H) head; outside autocast in the dtype of `student_hidden`.
         topk_ids: (..., K) int64 student ids, each at most once a token; -1 where a token has fewer than K.
-        topk_logprobs: (..., K) the teacher's log-probabilities of them, any floating dtype, AT temperature T.
+        topk_logprobs: (..., K) the teacher's log-probabilities of them, any floating dtype, AT temperature T. Above 0, or of more mass
+            than 1 with the tail, by more than rounding (0.01), they are refused on the CPU.
         tail_logprob: (...) log of the mass of all other ids at temperature T, -inf for none; `tail="bucket"` needs it.
         student_bias: (V,).
         tail: "bucket", "renormalize" or "zero": what stands for the ids that are not listed.
-        temperature: T > 0. Value and gradient both carry T^2.
+        temperature: 1e-6 <= T <= 32. Value and gradient both carry T^2.
         mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
         labels: (...) int64 student ids of a cross-entropy at T = 1, as in `linear_kl_div`.
         label_weight: of that cross-entropy.
@@ -78,24 +79,25 @@ def topk_kl_div(
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what would do.
     """
-    leading = check_head("student", student_hidden, student_weight, student_bias)
+    leading = check_head("student_", student_hidden, student_weight, student_bias)
     device = student_hidden.device
     check_tail(tail, has_log_tail=tail_logprob is not None)
-    if topk_ids.dtype != torch.int64 or topk_ids.shape[:-1] != leading or topk_ids.dim() < 2:
+    check_tensor("topk_ids", topk_ids)
+    if topk_ids.dtype != torch.int64 or topk_ids.shape[:-1] != leading or topk_ids.dim() < 2 or topk_ids.shape[-1] == 0:
         raise ValueError(
-            f"topk_ids has dtype {topk_ids.dtype} and shape {tuple(topk_ids.shape)}; give torch.int64 of shape (..., K) with the "
-            f"leading dims {tuple(leading)} of student_hidden."
+            f"topk_ids has dtype {topk_ids.dtype} and shape {tuple(topk_ids.shape)}; give torch.int64 of shape (..., K), K >= 1, with "
+            f"the leading dims {tuple(leading)} of student_hidden."
         )
-    shapes = (("topk_logprobs", topk_logprobs, topk_ids.shape), ("tail_logprob", tail_logprob, leading))
-    for name, tensor, shape in shapes:
-        if tensor is None:
-            continue
+    known = {"topk_logprobs": (topk_logprobs, topk_ids.shape)}
+    if tail_logprob is not None:
+        known["tail_logprob"] = tail_logprob, leading
+    for name, (tensor, shape) in known.items():
         check_plain(name, tensor)
         check_teacher(name, tensor)
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}, as topk_ids says.")
-    for name, tensor in (("topk_ids", topk_ids), ("topk_logprobs", topk_logprobs), ("tail_logprob", tail_logprob)):
-        if tensor is not None and tensor.device != device:
+    for name, (tensor, _) in {"topk_ids": (topk_ids, leading), **known}.items():
+        if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and the student is on {device}; move it there.")
     options = LossOptions(
         tail=tail,

@@ -85,7 +85,7 @@ def topk_divergence_(
 
 def check_tail(tail: str, has_log_tail: bool) -> None:
     """Refuse (ValueError) an unknown `tail`, and "bucket" without the log of the tail's mass."""
-    if tail not in TAILS:
+    if not isinstance(tail, str) or tail not in TAILS:
         raise ValueError(f"tail={tail!r} is not known; use one of {', '.join(map(repr, TAILS))}.")
     if tail == "bucket" and not has_log_tail:
         raise ValueError(

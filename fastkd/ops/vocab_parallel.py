@@ -110,7 +110,7 @@ class _VocabParallel(torch.autograd.Function):
         )
         teacher_rows = teacher[0].shape[1] if len(teacher) == 1 else teacher[1].shape[0]
         shard = _agree(tokens, plan, teacher_rows, group, student[0].device)
-        check_row_values(options, shard.vocabulary, mask, labels)
+        check_row_values(options, shard.vocabulary, mask, labels, denominator)
         norms = Norms(*torch.zeros(len(Norms._fields), plan.tokens, dtype=dtype, device=student[0].device))
         losses = torch.zeros(2, plan.tokens, dtype=dtype, device=student[0].device)
         deferred = options.reduction == "none"

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.ops.arguments import LossOptions
-from fastkd.ops.chunked import chunked_pass
+from fastkd.ops.chunked import chunked_pass, row_weights
 from tests.ops.test_linear_kl import MASK, NAMES, make_inputs
 
 
@@ -40,3 +40,11 @@ def test_the_loop_allocates_nothing(dtype, needs, mask, backend):
             chunked_pass(student, teacher, None, mask, None, None, None, needs, LossOptions(chunk_size=chunk_size))
         counts.append(allocations.count)
     assert counts[0] == counts[1]
+
+
+def test_a_denominator_that_could_not_be_read_shows_in_the_loss():
+    """On a GPU, where its value is not looked at."""
+    for value, scale in ((float("nan"), float("nan")), (4.0, 0.25), (0.0, 0.0)):
+        denominator = torch.tensor(value, dtype=torch.float64)
+        weights = row_weights(LossOptions(), 3, torch.float32, torch.device("cpu"), None, None, denominator)
+        torch.testing.assert_close(weights.scale, torch.tensor(scale), equal_nan=True)

@@ -131,6 +131,40 @@ def test_the_oracle_is_the_definition():
     assert_close(rows, -(p * own.log()).sum(-1), 1e-12)
 
 
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("function", [fastkd.relation_kl, fastkd.reference.relation_kl], ids=["op", "reference"])
+def test_what_masks_leave_out_may_hold_anything(function, reduction, form, garbage):
+    """Keys and rows that no target keeps, in both models, and each target's own; one batch entry has no key."""
+    key_mask, other_mask = KEY_MASK.clone(), OTHER_MASK.clone()
+    key_mask[1] = other_mask[1] = False
+    inputs, (target, *_) = make_inputs(torch.float32), make_targets(torch.float32)
+    target = replace(target, key_mask=other_mask)
+    options = {"key_mask": key_mask, "query_mask": QUERY_MASK, "form": form, "reduction": reduction}
+    upstream = normal(BATCH, HEADS, LENGTH, seed=3) if reduction == "none" else None
+    truth, true_gradients = value_and_gradients(function, inputs, upstream, targets=[target], **options)
+
+    def spoil(x: Tensor, kept: Tensor) -> Tensor:
+        return x.detach().masked_fill(~kept[:, None, :, None], garbage).requires_grad_(x.requires_grad)
+
+    has_key, other_has_key = key_mask.any(-1, keepdim=True), other_mask.any(-1, keepdim=True)
+    rows, other_rows = QUERY_MASK & has_key, QUERY_MASK & other_has_key & target.query_mask
+    spoilt = {
+        "student_q": spoil(inputs["student_q"], rows | other_rows),
+        "student_k": spoil(inputs["student_k"], key_mask | other_mask),
+        "teacher_q": spoil(inputs["teacher_q"], rows),
+        "teacher_k": spoil(inputs["teacher_k"], key_mask),
+    }
+    target = replace(target, q=spoil(target.q, other_rows), k=spoil(target.k, other_mask))
+    value, gradients = value_and_gradients(function, spoilt, upstream, targets=[target], **options)
+    assert truth.isfinite().all() and torch.equal(value, truth)
+    for name, gradient, true_gradient in zip(NAMES, gradients, true_gradients, strict=True):
+        assert torch.equal(gradient, true_gradient)
+        left_out = ~((rows | other_rows) if name == "student_q" else (key_mask | other_mask))
+        assert (gradient[left_out[:, None].expand(-1, HEADS, -1)] == 0).all()
+
+
 def test_the_mean_is_over_heads_and_unmasked_rows():
     inputs = make_inputs()
     rows = fastkd.relation_kl(**inputs, **MASKS["both masks"], reduction="none")

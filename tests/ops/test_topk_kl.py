@@ -127,6 +127,43 @@ def test_wrong_arguments_are_refused_with_a_sentence(options, error, text):
         fastkd.topk_kl_div(**make_student(), **given)
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_what_is_no_distribution_is_refused(tail):
+    """Logits, probabilities, and a tail that counts the list again; ids that are not there and masked tokens may hold anything."""
+    ids, log_p, log_tail = make_teacher(4)
+
+    def loss(ids=ids, log_p=log_p, log_tail=log_tail, **options):
+        return fastkd.topk_kl_div(**make_student(), topk_ids=ids, topk_logprobs=log_p, tail_logprob=log_tail, tail=tail, **options)
+
+    high = log_p.clone()
+    high[3, 2] = 0.5
+    with pytest.raises(ValueError, match=r"topk_logprobs holds 0.5 at row 3"):
+        loss(log_p=high)
+    with pytest.raises(ValueError, match=r"topk_logprobs holds .* at row 0"):
+        loss(log_p=log_p.exp())
+    with pytest.raises(ValueError, match=r"tail_logprob holds .* at row 0"):
+        loss(log_tail=log_tail + 40.0)
+    with pytest.raises(ValueError, match=r"topk_logprobs and tail_logprob hold probabilities that sum to .* at row 0"):
+        loss(log_tail=torch.zeros_like(log_tail))
+    with pytest.raises(ValueError, match=r"topk_logprobs.* hold probabilities that sum to 1.47152 at row 0"):
+        loss(log_p=torch.full_like(log_p, -1.0), log_tail=torch.full_like(log_tail, -math.inf))
+    is_high = torch.arange(TOKENS) == 3
+    assert torch.equal(loss(log_p=high, mask=~is_high), loss(mask=~is_high))
+    missing = is_high[:, None] & (torch.arange(4) == 2)
+    assert torch.equal(loss(ids=ids.masked_fill(missing, -1), log_p=high), loss(ids=ids.masked_fill(missing, -1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rounded_distributions_are_no_mistake(dtype):
+    """Even where every logarithm was rounded up: of a bfloat16 by up to one 256th of it."""
+    ids = torch.arange(37).expand(TOKENS, 37)
+    log_p = torch.full((TOKENS, 37), -math.log(37)).mul(1 - torch.finfo(dtype).eps / 2).to(dtype)
+    loss = fastkd.topk_kl_div(**make_student(), topk_ids=ids, topk_logprobs=log_p, tail="renormalize")
+    assert loss.isfinite()
+    sure = torch.full((TOKENS, 1), 1e-3).to(dtype)
+    assert fastkd.topk_kl_div(**make_student(), topk_ids=ids[:, :1], topk_logprobs=sure, tail="renormalize").isfinite()
+
+
 def test_missing_entries_add_nothing():
     ids, log_p, log_tail = make_teacher(4)
     missing = torch.arange(TOKENS)[:, None] % 4 > torch.arange(4)

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastkd.files import write_json_atomic
+from fastkd.store import write_json_atomic
 
 from . import CLAIMS
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.files import write_bytes_atomic, write_json_atomic
+from fastkd.store import write_bytes_atomic, write_json_atomic
 
 from .accuracy import DIVERGENCES
 from .environment import stamp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastkd.files import write_bytes_atomic
+from fastkd.store import write_bytes_atomic
 
 END = "<!-- end -->"
 _OPENING = re.compile(r"<!-- written by `python -m fastkd\.benchmarks\.(.+) --write-docs \S+` -->")

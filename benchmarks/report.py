@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.files import write_bytes_atomic
+from fastkd.store import write_bytes_atomic
 
 from . import CLAIMS
 from .claim import RESULTS

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastkd.files import write_json_atomic
+from fastkd.store import write_json_atomic
 
 from .page import write_block
 from .report import environment, markdown

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.files import write_json_atomic
+from fastkd.store import write_json_atomic
 
 from .environment import stamp
 from .page import write_block

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.files import write_json_atomic
 from fastkd.ops.rows import RowLosses, RowOptions
 from fastkd.ops.topk_rows import TAILS, TopK, topk_divergence_
+from fastkd.store import write_json_atomic
 
 from .environment import stamp
 from .grad_filter import _held_out, _hidden

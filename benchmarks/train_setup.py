@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastkd.files import write_json_atomic
 from fastkd.methods.objective import Stage
 from fastkd.methods.registry import METHODS, StageInputs, build_stage
 from fastkd.methods.stage_data import DatasetRows, TextRows, train_sequences
@@ -29,6 +28,7 @@ from fastkd.models.language_model import LanguageModel
 from fastkd.models.load import load_language_model, load_tokenizer, save_model
 from fastkd.models.student import build_student, student_config
 from fastkd.models.task_model import TaskHead, TaskModel, build_task_model, load_task_model
+from fastkd.store import write_json_atomic
 from fastkd.tasks.corpus import Corpus
 from fastkd.tasks.encoded import encode_task
 from fastkd.tasks.labelled import LabelledExample, TaskDataset

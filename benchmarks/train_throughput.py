@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.files import write_json_atomic
 from fastkd.methods.objective import Stage
+from fastkd.store import write_json_atomic
 from fastkd.train.config import RunConfig
 from fastkd.train.loop import StageTrainer
 from fastkd.train.parallel import place

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .train.run import distill
     from .vocab.map import VocabMap
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Divergence": ".ops.divergence",

@@ -144,7 +144,7 @@ def test_a_reference_has_no_parameter_that_its_op_has_not(name: str) -> None:
     assert [(p.name, p.kind, p.default) for p in named] == [(p.name, p.kind, p.default) for p in shared]
 
 
-class Parsing(Exception):
+class Parsing(BaseException):
     """A command has built its parser."""
 
 

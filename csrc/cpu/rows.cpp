@@ -3,8 +3,8 @@
 // It answers for `softmax_divergence_` of fastkd/ops/rows.py, whose torch backend is its reference. A row of both models (2 x 122 kB at
 // a vocabulary of 30 522) stays in the second-level cache over all passes, so memory is read once and written once. Rows of the compute
 // type are worked on in place, others are raised into two scratch rows a thread; a gradient of another type is rounded at the end. The
-// loops are plain C++: the compiler vectorises them, exp and log included (glibc's libmvec), for AVX-512, AVX2 and the baseline; the
-// loader takes what the machine has (target_clones). Rows are spread over torch's own thread pool.
+// loops are plain C++: the compiler vectorises them, exp and log included (glibc's libmvec), for AVX-512, AVX2 and the baseline, of which
+// the machine's best is taken (`variants`). Rows are spread over torch's own thread pool.
 
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
@@ -16,15 +16,11 @@
 #include <memory>
 #include <numbers>
 #include <optional>
+#include <string>
 #include <type_traits>
+#include <vector>
 
 #include "row_math.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONED
-#endif
 
 namespace {
 
@@ -367,9 +363,49 @@ INLINED void rows(const Call<T>& call, int64_t begin, int64_t end) {
   }
 }
 
-// target_clones takes no templates: one cloned entry point a type, into which everything above is inlined.
-CLONED void rows_float(const Call<float>& call, int64_t begin, int64_t end) { rows(call, begin, end); }
-CLONED void rows_double(const Call<double>& call, int64_t begin, int64_t end) { rows(call, begin, end); }
+// One machine code of the kernel: an entry point a type, into which everything above is inlined for the processor that `target` names.
+struct Variant {
+  const char* name;
+  void (*of_float)(const Call<float>&, int64_t, int64_t);
+  void (*of_double)(const Call<double>&, int64_t, int64_t);
+};
+
+#define VARIANT(name, target)                                                                               \
+  target void name(const Call<float>& call, int64_t begin, int64_t end) { rows(call, begin, end); }   \
+  target void name(const Call<double>& call, int64_t begin, int64_t end) { rows(call, begin, end); }
+
+VARIANT(baseline, )
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+VARIANT(avx2, __attribute__((target("arch=x86-64-v3"))))
+VARIANT(avx512, __attribute__((target("arch=x86-64-v4"))))
+#endif
+
+// The variants that this CPU has, the fastest first.
+std::vector<Variant> make_variants() {
+  std::vector<Variant> here;
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) here.push_back({"avx512", avx512, avx512});
+  if (__builtin_cpu_supports("x86-64-v3")) here.push_back({"avx2", avx2, avx2});
+#endif
+  here.push_back({"baseline", baseline, baseline});
+  return here;
+}
+
+const std::vector<Variant> variants = make_variants();
+const Variant* chosen = &variants.front();
+
+std::vector<std::string> variant_names() {
+  std::vector<std::string> names;
+  for (const Variant& variant : variants) names.push_back(variant.name);
+  return names;
+}
+
+void choose_variant(const std::string& name) {
+  const auto found = std::find_if(variants.begin(), variants.end(), [&](const Variant& variant) { return name == variant.name; });
+  TORCH_CHECK(found != variants.end(), "this CPU has no variant ", name, " of the row kernel");
+  chosen = &*found;
+}
 
 using Optional = std::optional<at::Tensor>;
 
@@ -403,7 +439,7 @@ void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, dou
                        data<T>(out[0]), data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])};
     at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
   };
-  row_weight.scalar_type() == at::kFloat ? launch(rows_float) : launch(rows_double);
+  row_weight.scalar_type() == at::kFloat ? launch(chosen->of_float) : launch(chosen->of_double);
 }
 
 }  // namespace
@@ -415,6 +451,9 @@ void mm_16bit_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   module.def("softmax_divergence_", &softmax_divergence_, without_gil);
+  module.def("variants", &variant_names);
+  module.def("variant", [] { return chosen->name; });
+  module.def("choose_variant", &choose_variant);
   module.def("has_mm_16bit", &has_mm_16bit);
   module.def("mm_16bit_", &mm_16bit_, without_gil);
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from .arguments import Parser
+
 
 def main(argv: Sequence[str]) -> int:
     from ..benchmarks import CLAIMS, claim
@@ -14,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
 
         return report.main(argv[1:])
     listed = "\n".join(f"  {name:<14}{sentence}" for name, sentence in CLAIMS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastkd bench",
         usage="fastkd bench [CLAIM ...] [options]    |    fastkd bench report [options]",
         description=f"Measure what fastkd claims, beside every peer that is installed (pip install 'fastkd[bench]').\n\n{listed}",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..recipes import config_path
-from ..train.config import read_config
+from ..train.config import expand_home, read_config
 from ..train.schema import load_yaml
+from .arguments import Parser, path, positive
+from .process import is_main_process
 
 DESCRIPTION = """Run the teacher of one stage over its training rows once, and write what it says into a folder, from which a run of the
 same CONFIG learns with --teacher.kind cache --teacher.path DIR. The same command goes on where it was stopped; under torchrun all
@@ -17,22 +16,22 @@ processes write. Further --key value are those of `fastkd train`."""
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastkd cache", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="fastkd cache", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG", help="YAML file or recipe of the run that will use the cache")
     parser.add_argument("--stage", required=True, help="stage whose teacher is run")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the cache")
+    parser.add_argument("--output", required=True, type=path, help="folder of the cache")
     parser.add_argument("--kind", choices=("dense", "topk"), default="dense", help="words: all logits, or the largest (default: dense)")
-    parser.add_argument("--k", type=int, default=64, help="topk: how many of a token (default: 64)")
+    parser.add_argument("--k", type=positive, default=64, help="topk: how many of a token (default: 64)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of logits and states (default: bfloat16)"
     )
-    parser.add_argument("--shard_rows", type=int, help="examples in a shard (default: about 256 MiB of them)")
+    parser.add_argument("--shard_rows", type=positive, help="examples in a shard (default: about 256 MiB of them)")
     known, flags = parser.parse_known_args(argv)
-    config = read_config(load_yaml(config_path(known.config)), flags)
+    config = read_config(load_yaml(config_path(expand_home(known.config))), flags)
     from ..train.cache import write_cache
 
     done = write_cache(config, known.stage, known.output, kind=known.kind, k=known.k, dtype=known.dtype, shard_rows=known.shard_rows)
-    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, one tells
+    if not is_main_process():
         return 0
     size = f"{done.rows} rows, {done.tokens} tokens, {done.bytes / 2**20:.1f} MiB in {done.shards} shards"
     print(f"{known.output}: {size}, {done.bytes / max(1, done.tokens):.1f} bytes a token.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from ..files import write_json_atomic
+from ..store import write_json_atomic
+from .arguments import Parser, path, source
 from .table import print_table
 
 PACKAGES = ("fastkd", "torch", "triton", "transformers", "tokenizers", "datasets", "safetensors")
@@ -19,7 +18,7 @@ Exit code 0: healthy; 1: a check failed; 2: bad input."""
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastkd doctor", description=DESCRIPTION)
+    parser = Parser(prog="fastkd doctor", description=DESCRIPTION)
     problem = parser.add_argument_group("the problem that the ops are checked on")
     problem.add_argument("--vocabulary", type=int, default=30_522, help="rows of both heads (default: 30522)")
     problem.add_argument("--student_hidden", type=int, default=384, help="width of the student's states (default: 384)")
@@ -28,12 +27,12 @@ def main(argv: Sequence[str]) -> int:
     problem.add_argument("--temperature", type=float, default=2.0, help="of both softmaxes (default: 2)")
     problem.add_argument("--tokens", type=int, default=256, help="default: 256")
     pair = parser.add_argument_group("a pair whose memory and speed are estimated")
-    pair.add_argument("--teacher", help="folder, or name of a hub model that is on this machine")
-    pair.add_argument("--student", help="the same (default: what --teacher names)")
+    pair.add_argument("--teacher", type=source, help="folder, or name of a hub model that is on this machine")
+    pair.add_argument("--student", type=source, help="the same (default: what --teacher names)")
     pair.add_argument("--student_layers", help="layers of it that the student keeps: first:6, every:2")
     pair.add_argument("--batch_size", type=int, default=16, help="rows of a micro-batch (default: 16)")
     pair.add_argument("--length", type=int, default=128, help="tokens of a row (default: 128)")
-    parser.add_argument("--json", type=Path, help="write everything to this file too")
+    parser.add_argument("--json", type=path, help="write everything to this file too")
     known = parser.parse_args(argv)
     if known.teacher is None and (known.student or known.student_layers):
         raise ValueError("--student and --student_layers belong to a pair; name its --teacher too.")

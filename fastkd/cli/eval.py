@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..train.config import DatasetArguments, TextData
+from .arguments import Parser, path, positive, source
 from .table import print_table
 
 DESCRIPTION = """Judge a model on a labelled task by the task's own metrics, or on text by perplexity, beside its teacher and baselines.
@@ -16,9 +18,9 @@ Models are folders or hub names: students with their vocabulary map, exported on
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastkd eval", description=DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL", help="the model that is judged")
-    parser.add_argument("--teacher", help="its teacher; the others are also compared with it")
+    parser = Parser(prog="fastkd eval", description=DESCRIPTION)
+    parser.add_argument("model", type=source, metavar="MODEL", help="the model that is judged")
+    parser.add_argument("--teacher", type=source, help="its teacher; the others are also compared with it")
     parser.add_argument(
         "--baseline",
         nargs="+",
@@ -29,36 +31,22 @@ def main(argv: Sequence[str]) -> int:
     )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--task", help="glue/rte, super_glue/boolq, squad_v2, ..., stdlib/module: a task that the models are trained for")
-    data.add_argument("--text", metavar="PATH", help="hub name, folder, file or glob of text, or stdlib: for language models")
-    parser.add_argument("--path", help="task: folder or hub name of a copy (default: the hub's own)")
+    data.add_argument(
+        "--text", type=source, metavar="PATH", help="hub name, folder, file or glob of text, or stdlib: for language models"
+    )
+    parser.add_argument("--path", type=source, help="task: folder or hub name of a copy (default: the hub's own)")
     parser.add_argument("--name", help="text: configuration of a hub dataset")
     parser.add_argument("--text_column", help="text: column that holds the text (default: text)")
     parser.add_argument("--split", help="default: a task's first besides train; test of a text, and all of a file")
-    parser.add_argument("--max_rows", type=int, help="at most this many examples, or rows of text")
-    parser.add_argument("--max_length", type=int, help="tokens in a row (default: 128 of a task, 256 of text)")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows in a batch (default: 32)")
-    parser.add_argument("--output_dir", type=Path, help="where results.json and the plots go (default: only the table is printed)")
+    parser.add_argument("--max_rows", type=positive, help="at most this many examples, or rows of text")
+    parser.add_argument("--max_length", type=positive, help="tokens in a row (default: 128 of a task, 256 of text)")
+    parser.add_argument("--batch_size", type=positive, default=32, help="rows in a batch (default: 32)")
+    parser.add_argument("--output_dir", type=path, help="where results.json and the plots go (default: only the table is printed)")
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     known = parser.parse_args(argv)
-    if known.batch_size < 1:
-        raise ValueError(f"--batch_size is {known.batch_size}; a batch has at least one row.")
     models = _models(known)
-    if known.output_dir is not None:
-        known.output_dir.mkdir(parents=True, exist_ok=True)
-    limits = _given(known, max_rows="max_eval_rows", max_length="max_length", split="eval_split")
-    of_task, of_text = _given(known, path="path"), _given(known, name="name", text_column="text_column")
-    if known.task is not None:
-        _refuse("task", of_text)
-        arguments = DatasetArguments(task=known.task, **of_task, **limits)
-        from ..train.evaluate import evaluate_on_task
-
-        evaluation = evaluate_on_task(models, arguments, batch_size=known.batch_size, use_cpu=known.use_cpu)
-    else:
-        _refuse("text", of_task)
-        text = TextData(path=known.text, **of_text, **limits)
-        from ..train.evaluate import evaluate_on_text
-
-        evaluation = evaluate_on_text(models, text, batch_size=known.batch_size, use_cpu=known.use_cpu)
+    with _output_folder(known.output_dir):
+        evaluation = _evaluated(models, known)
     _show(evaluation)
     if known.output_dir is not None:
         from ..train.evaluate import write_evaluation
@@ -70,17 +58,48 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+@contextmanager
+def _output_folder(folder: Path | None) -> Iterator[None]:
+    """Make the folder before the work, so that one that cannot be is refused; a new one goes again if the work fails."""
+    is_new = folder is not None and not folder.exists()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if folder is not None and is_new:
+            with suppress(OSError):  # somebody has put something there
+                folder.rmdir()
+        raise
+
+
+def _evaluated(models: Mapping[str, str], known: argparse.Namespace) -> dict[str, Any]:
+    limits = _given(known, max_rows="max_eval_rows", max_length="max_length", split="eval_split")
+    of_task, of_text = _given(known, path="path"), _given(known, name="name", text_column="text_column")
+    if known.task is not None:
+        _refuse("task", of_text)
+        arguments = DatasetArguments(task=known.task, **of_task, **limits)
+        from ..train.evaluate import evaluate_on_task
+
+        return evaluate_on_task(models, arguments, batch_size=known.batch_size, use_cpu=known.use_cpu)
+    _refuse("text", of_task)
+    text = TextData(path=known.text, **of_text, **limits)
+    from ..train.evaluate import evaluate_on_text
+
+    return evaluate_on_text(models, text, batch_size=known.batch_size, use_cpu=known.use_cpu)
+
+
 def _models(known: argparse.Namespace) -> dict[str, str]:
     """Teacher, student and baselines by name."""
     models = {} if known.teacher is None else {"teacher": known.teacher}
     models["student"] = known.model
     for given in known.baseline:
-        name, _, source = given.partition("=")
-        if not name or not source:
+        name, _, folder = given.partition("=")
+        if not name or not folder:
             raise ValueError(f"--baseline is {given!r}; give a name and a folder or hub name, such as kd=runs/kd/pretrain/student.")
         if name in ("teacher", *models):
             raise ValueError(f"--baseline {given!r} has a name that is taken; give every model another one.")
-        models[name] = source
+        models[name] = source(folder)
     return models
 
 

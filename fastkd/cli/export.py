@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import new_folder
+from ..errors import doing
+from ..store import new_folder
+from .arguments import Parser, path, source
 
 DESCRIPTION = """Rewrite a student and its tokenizer so that plain transformers opens them, without fastkd, with a model card of what is
 recorded and measured of it."""
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastkd export", description=DESCRIPTION)
-    parser.add_argument("student", help="folder of a finished student (.../student)")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the exported student; it must not exist")
+    parser = Parser(prog="fastkd export", description=DESCRIPTION)
+    parser.add_argument("student", type=source, help="folder of a finished student (.../student)")
+    parser.add_argument("--output_dir", required=True, type=path, help="folder of the exported student; it must not exist")
     parser.add_argument(
         "--results",
         nargs="+",
         action="extend",
-        type=Path,
+        type=path,
         default=[],
         metavar="FILE",
         help="results.json files that `fastkd eval` wrote of this student, for its card",
@@ -29,16 +30,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--onnx", action="store_true", help="also an ONNX file, compared with torch; encoders only, needs fastkd[onnx]")
     known = parser.parse_args(argv)
     _refuse_existing(known.output_dir)
-    from ..files import write_bytes_synced, write_json_atomic
     from ..models.load import load_tokenizer
     from ..models.onnx_export import ONNX_FILE, check_onnx, export_onnx
     from ..models.student import export_student, load_student
+    from ..store import write_bytes_synced, write_json_atomic
     from ..train.model_card import CARD_FILE, model_card, read_evaluation
     from ..train.provenance import PROVENANCE_FILE, read_provenance
 
     if known.onnx:
         check_onnx(known.student)
-    evaluations = [read_evaluation(path, known.student) for path in known.results]
+    evaluations = [read_evaluation(file, known.student) for file in known.results]
     student, provenance = load_student(known.student), read_provenance(known.student)
     difference = None
     with exporting(known.output_dir) as folder:
@@ -61,7 +62,7 @@ def exporting(output_dir: Path) -> Iterator[Path]:
     """A folder to fill, which becomes the new folder `output_dir`: there is never half a model under that name."""
     _refuse_existing(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(output_dir) as unfinished:
+    with doing(f"writing the model {output_dir}"), new_folder(output_dir) as unfinished:
         yield unfinished
 
 

@@ -1,4 +1,7 @@
-"""`fastkd`: one command for people. Bad input ends with one sentence and exit code 2; a run that was asked to stop, with 143."""
+"""`fastkd`: one command for people, in which every failure is a sentence.
+
+Exit codes: 2 for bad input, 1 for any other failure, 143 for a run that was asked to stop, and 128 and its number for another signal.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
+from ..store import with_final_names
+from .failures import BAD_INPUT, explained
+from .process import Stopped, is_main_process, stdout_is_closed, stopping_cleanly
 
 COMMANDS = {
     "quickstart": "distil a small language model on Python's own library, in minutes, without a network",
@@ -22,15 +29,41 @@ COMMANDS = {
     "bench": "measure what fastkd claims beside every peer, and draw the tables and plots",
 }
 """Each is the `main` of the module of its name, imported when it is asked for."""
-USAGE = "usage: fastkd COMMAND [options]     (fastkd COMMAND --help for the options)\n\n" + "\n".join(
-    f"  {name:<12}{what}" for name, what in COMMANDS.items()
+USAGE = "\n".join(
+    [
+        "usage: fastkd COMMAND [options]     (fastkd COMMAND --help for the options)\n",
+        *(f"  {name:<12}{what}" for name, what in COMMANDS.items()),
+        "\nFASTKD_TRACEBACK=1 in the environment shows where in the code a command failed.",
+    ]
 )
-BAD_INPUT, PREEMPTED = 2, 143
+CLOSED_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    command = " ".join(["fastkd", *(name for name in arguments[:1] if name in COMMANDS)])
+    try:
+        with stopping_cleanly():
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+    except Stopped as stopped:
+        _tell(f"{command}: stopped by {stopped.signal}.")
+        return stopped.exit_code
+    except SystemExit as end:  # of --help, or of a run that a second signal ends
+        return end.code if isinstance(end.code, int) else 0
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():
+            return CLOSED_PIPE
+        if os.environ.get("FASTKD_TRACEBACK", "0") not in ("", "0"):
+            raise
+        sentence, code = explained(error)
+        _tell(f"{command}: {sentence}")
+        return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else BAD_INPUT
@@ -39,28 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"fastkd: there is no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr)
-        return BAD_INPUT
+        raise ValueError(f"there is no command {name!r}; it has {', '.join(COMMANDS)}.")
     if not sys.stderr.isatty():
         for bars in ("HF_HUB", "HF_DATASETS"):  # the hub's are transformers' too
             os.environ.setdefault(f"{bars}_DISABLE_PROGRESS_BARS", "1")
     # Torch's allocator on Linux: large tensors in large pages, which takes a tenth off a training step on a CPU.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    is_main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one tells what all do
-    logging.getLogger("fastkd").setLevel(logging.INFO if is_main else logging.ERROR)
-    try:
-        code: int = import_module(f".{name}", __package__).main(rest)
-        return code
-    except (ValueError, TypeError, OSError, MemoryError) as error:
-        print(f"fastkd {name}: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except Exception as error:
-        # Named, not imported, so that --help needs no torch.
-        if type(error).__name__ == "Preempted":
-            print(f"fastkd {name}: {error}", file=sys.stderr)
-            return PREEMPTED
-        if type(error).__name__ in ("NonFiniteError", "RankError"):
-            print(f"fastkd {name}: {error}", file=sys.stderr)
-            return 1
-        raise
+    logging.getLogger("fastkd").setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    code: int = import_module(f".{name}", __package__).main(rest)
+    return code
+
+
+def _tell(sentence: str) -> None:
+    with suppress(OSError):  # nobody may be reading
+        print(with_final_names(sentence), file=sys.stderr)

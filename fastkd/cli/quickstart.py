@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .arguments import Parser, path
 from .table import print_table
 
 TITLES = {"glmd": "GLMD", "crild": "CR-ILD", "ted": "TED"}
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastkd quickstart",
         description="Train a teacher on Python's own library and distil a student: by glmd on half its vocabulary, by crild and ted on "
         "a task, which is to tell the package that a function is from.",
     )
     parser.add_argument("--method", choices=list(TITLES), default="glmd", help="the method that distils (default: glmd)")
-    parser.add_argument("--output_dir", type=Path, help="default: runs/quickstart for glmd, runs/quickstart-task for crild and ted")
+    parser.add_argument("--output_dir", type=path, help="default: runs/quickstart for glmd, runs/quickstart-task for crild and ted")
     parser.add_argument("--seed", type=int, default=0, help="of the students' weights and data order (default: 0)")
     parser.add_argument("--print_config", action="store_true", help="print the YAML that `fastkd train` would run for the same student")
     known = parser.parse_args(argv)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Sequence
 
 from ..recipes import config_path, recipe_titles
-from ..train.config import RunConfig, read_config
+from ..train.config import RunConfig, expand_home, read_config
 from ..train.schema import help_text, load_yaml, to_yaml
+from .arguments import Parser
+from .process import is_main_process
 from .table import print_table
 
 DESCRIPTION = """usage: fastkd train CONFIG [--stage NAME] [--print_config] [--any_key value]
@@ -29,19 +29,19 @@ def main(argv: Sequence[str]) -> int:
     if list(argv) == ["--list"]:
         print_table(["recipe", "what it distils"], list(recipe_titles().items()))
         return 0
-    parser = argparse.ArgumentParser(prog="fastkd train", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="fastkd train", add_help=False, allow_abbrev=False)
     parser.add_argument("config")
     parser.add_argument("--stage")
     parser.add_argument("--print_config", action="store_true")
     known, flags = parser.parse_known_args(argv)
-    config = read_config(load_yaml(config_path(known.config)), flags)
+    config = read_config(load_yaml(config_path(expand_home(known.config))), flags)
     if known.print_config:
         print(to_yaml(config), end="")
         return 0
     from ..train.run import distill
 
     results = distill(config, only_stage=known.stage)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main_process():
         return 0
     print_table(
         ["stage", "steps", "score", "seconds", "made"],

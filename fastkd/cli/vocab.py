@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
+
+from .arguments import Parser, path, positive, source
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastkd vocab", description="Vocabulary tools.")
+    parser = Parser(prog="fastkd vocab", description="Vocabulary tools.")
     commands = parser.add_subparsers(dest="command", required=True)
     count = commands.add_parser("count", help="count the token ids of a corpus, resumable")
-    count.add_argument("--model", required=True, help="folder or hub name whose tokenizer counts")
-    count.add_argument("--data", required=True, help="hub name, folder, file or glob, or stdlib")
+    count.add_argument("--model", required=True, type=source, help="folder or hub name whose tokenizer counts")
+    count.add_argument("--data", required=True, type=source, help="hub name, folder, file or glob, or stdlib")
     count.add_argument("--name", help="configuration of a hub dataset")
     count.add_argument("--split", default="train", help="split to count (default: train)")
     count.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
     count.add_argument("--streaming", action="store_true", help="read the corpus as a stream")
-    count.add_argument("--max_rows", type=int, help="count at most this many rows")
+    count.add_argument("--max_rows", type=positive, help="count at most this many rows")
     count.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="refuse a row without text, or leave it out")
-    count.add_argument("--num_proc", type=int, default=1, help="processes (default: 1)")
-    count.add_argument("--output_dir", required=True, type=Path, help="where the counts go; the same command resumes")
+    count.add_argument("--num_proc", type=positive, default=1, help="processes (default: 1)")
+    count.add_argument("--output_dir", required=True, type=path, help="where the counts go; the same command resumes")
     prune = commands.add_parser("prune", help="keep the frequent rows of a model; the result opens with plain transformers")
-    prune.add_argument("--model", required=True, help="folder or hub name of the model")
-    prune.add_argument("--counts", required=True, help="folder written by fastkd vocab count")
+    prune.add_argument("--model", required=True, type=source, help="folder or hub name of the model")
+    prune.add_argument("--counts", required=True, type=source, help="folder written by fastkd vocab count")
     prune.add_argument("--keep", required=True, type=float, help="share of the ids (below 1), or their number")
     prune.add_argument("--protected", nargs="*", default=[], help="words that are always kept")
-    prune.add_argument("--output_dir", required=True, type=Path, help="folder of the pruned model; it must not exist")
+    prune.add_argument("--output_dir", required=True, type=path, help="folder of the pruned model; it must not exist")
     known = parser.parse_args(argv)
     return _count(known) if known.command == "count" else _prune(known)
 
@@ -59,7 +60,7 @@ def _prune(known: argparse.Namespace) -> int:
     from ..train.vocabulary import build_vocab_map
     from .export import exporting
 
-    keep = int(known.keep) if known.keep >= 1 and known.keep == int(known.keep) else known.keep
+    keep = int(known.keep) if known.keep >= 1 and known.keep.is_integer() else known.keep
     vocabulary = Vocabulary(keep=keep, counts=known.counts, protected=tuple(known.protected))
     model, tokenizer = load_language_model(known.model), load_tokenizer(known.model)
     vocab_map = build_vocab_map(vocabulary, tokenizer, model, None, [], known.output_dir)

@@ -110,17 +110,36 @@ def train_fingerprint(rows: Rows) -> str:
         return rows.train.fingerprint
     digest = hashlib.sha256()
     if isinstance(rows, ClozeRows):
-        for example in rows.train:
-            digest.update(f"{example.score_positions} {example.score_targets} {len(example.sequences)}\n".encode())
-            for sequence in example.sequences:
-                digest.update(f"{len(sequence)} ".encode() + sequence.tobytes())
-        return digest.hexdigest()
+        return _cloze_digest(rows.train).hexdigest()
     train = rows.train
     digest.update(f"{train.kind} {train.num_choices}\n".encode())
     for number, sequence in enumerate(train.ids):
         types = b"" if train.token_types is None else train.token_types[number].tobytes()
         digest.update(f"{len(sequence)} ".encode() + sequence.tobytes() + types)
     return digest.hexdigest()
+
+
+def split_fingerprints(rows: ClozeRows | DatasetRows) -> dict[str, str | None]:
+    """Hex digests of the training and the evaluation examples, labels included; None without any."""
+    if isinstance(rows, DatasetRows):
+        judged = None if rows.eval_split is None else rows.dataset.split_fingerprint(rows.eval_split)
+        return {"train": rows.dataset.split_fingerprint("train"), "eval": judged}
+    found: dict[str, str | None] = {}
+    for split, examples in (("train", rows.train), ("eval", rows.eval)):
+        digest = _cloze_digest(examples)
+        digest.update(f"{[example.label for example in examples]}".encode())
+        found[split] = digest.hexdigest()
+    return found
+
+
+def _cloze_digest(examples: Sequence[Example]) -> hashlib._Hash:
+    """SHA-256 over the inputs of cloze questions; labels are not in it."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.score_positions} {example.score_targets} {len(example.sequences)}\n".encode())
+        for sequence in example.sequences:
+            digest.update(f"{len(sequence)} ".encode() + sequence.tobytes())
+    return digest
 
 
 @dataclass(frozen=True)

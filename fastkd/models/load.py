@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 
-from ..files import write_bytes_atomic
+from ..errors import doing
+from ..store import write_bytes_atomic
 from ..vocab.map import VocabMap
 from .language_model import LanguageModel
 
@@ -25,6 +28,7 @@ VOCAB_MAP_FOLDER = "vocab_map"
 SLOT_BIAS_FILE = "slot_bias.safetensors"
 # Heads read these, and a configuration that leaves them to the backbone's dropout does not name them.
 _HEAD_DROPOUTS = ("cls_dropout", "classifier_dropout")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
 
 def load_config(name_or_path: str, dropout: Mapping[str, float] | None = None) -> PretrainedConfig:
@@ -32,10 +36,8 @@ def load_config(name_or_path: str, dropout: Mapping[str, float] | None = None) -
     from transformers import AutoConfig
 
     _check_folder(name_or_path, "config.json", "a transformers model")
-    try:
+    with loading("model", name_or_path):
         config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except OSError as error:
-        raise OSError(f"The model {name_or_path} cannot be loaded: {error}") from error
     for name, probability in (dropout or {}).items():
         if not hasattr(config, name) and name not in _HEAD_DROPOUTS:
             known = ", ".join(key for key in config.to_dict() if "drop" in key)
@@ -49,7 +51,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     _check_folder(name_or_path, "tokenizer_config.json", "a tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    with loading("tokenizer", name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"The tokenizer at {name_or_path} is a slow one; fastkd needs a fast tokenizer (tokenizer.json).")
     return tokenizer
@@ -60,7 +63,10 @@ def load_language_model(
 ) -> LanguageModel:
     """A masked or causal language model, with the vocabulary map beside it if there is one, and with these dropout probabilities."""
     config = load_config(name_or_path, dropout)
-    model = auto_class(config).from_pretrained(name_or_path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    with loading("model", name_or_path):
+        model = auto_class(config).from_pretrained(
+            name_or_path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
     folder = Path(name_or_path) / VOCAB_MAP_FOLDER
     return LanguageModel(model, VocabMap.load(folder) if folder.is_dir() else None)
 
@@ -154,13 +160,24 @@ def longest_row(model: torch.nn.Module) -> int | None:
     return min(limits, default=None)
 
 
-def check_row_length(model: LanguageModel | TaskModel, longest: int, role: str) -> None:
-    """Rows longer than the model's learned positions are refused."""
+def check_row_length(
+    model: LanguageModel | TaskModel, longest: int, role: str, key: str = "the max_length of text or task.cloze"
+) -> None:
+    """Rows longer than the model's learned positions are refused; key: what makes them shorter."""
     limit = longest_row(model)
     if limit is not None and longest > limit:
-        raise ValueError(
-            f"The longest row takes {longest} positions and the {role} has {limit}; lower the max_length of text or task.cloze."
-        )
+        raise ValueError(f"The longest row takes {longest} positions and the {role} has {limit}; lower {key}.")
+
+
+@contextmanager
+def loading(what: str, name_or_path: str) -> Iterator[None]:
+    """Name the model or tokenizer in what transformers raises in the block of a folder, or of a hub, that it cannot load."""
+    try:
+        with doing(f"loading the {what} {name_or_path}"):
+            yield
+    except (OSError, ValueError, SafetensorError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"The {what} {name_or_path} cannot be loaded: {error}") from error
 
 
 def _check_folder(name_or_path: str, needed: str, what: str) -> None:
@@ -168,5 +185,21 @@ def _check_folder(name_or_path: str, needed: str, what: str) -> None:
     if path.is_dir():
         if not (path / needed).is_file():
             raise ValueError(f"The folder {name_or_path} holds no {needed}, so it is not {what}; give one made by save_pretrained.")
+        for file in sorted([*path.glob("*.json"), *path.glob("*.safetensors")]):
+            _check_whole(file)
     elif path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
         raise ValueError(f"{name_or_path} does not exist; give a folder made by save_pretrained, or a hub name such as org/model.")
+
+
+def _check_whole(file: Path) -> None:
+    """Refuse what stands for a file that was never fetched, and tensors of which a part is missing; no tensor is read."""
+    with file.open("rb") as content:
+        if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{file} is a pointer of git-lfs, not the file itself; fetch it by `git lfs pull` there.")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            size = file.stat().st_size
+            raise ValueError(f"{file}, of {size} bytes, is no whole safetensors file ({error}); copy or download it again.") from error

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +30,15 @@ _COMPARED = ((1, 5), (3, 160))
 
 
 def check_onnx(name_or_path: str) -> None:
-    """Refuse, before any weight is read, a model that cannot be exported, or a machine without the packages."""
-    missing = [package for package in PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ValueError(f"ONNX needs {', '.join(missing)}: pip install 'fastkd[onnx]', or export without it.")
+    """Refuse, before any weight is read, a model that cannot be exported, or a machine where the packages are missing or broken."""
+    for package in PACKAGES:
+        try:
+            import_module(package)
+        except Exception as error:
+            raise ValueError(
+                f"ONNX needs {package}, which cannot be imported ({type(error).__name__}: {error}): pip install 'fastkd[onnx]', or "
+                "export without it."
+            ) from error
     if is_decoder(load_config(name_or_path)):
         raise ValueError(
             f"The model {name_or_path} is a decoder, and ONNX files are made of encoders alone: generation needs a cache that a plain "
@@ -47,7 +52,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
     Inputs are those of `tokenizer`'s outputs that the model takes, of shape (batch, sequence), both free; outputs are the model's own:
     `logits`, or `start_logits` and `end_logits`. Dropout is off. Weights above 2 GB are put beside the file, under its name.
 
-    path: in a folder that nobody reads yet, such as `files.new_folder` gives: it is written before it is compared.
+    path: in a folder that nobody reads yet, such as `store.new_folder` gives: it is written before it is compared.
 
     Raises:
         ValueError: the difference is above `tolerance`, or no number.

@@ -15,6 +15,7 @@ from ..vocab.map import VocabMap
 from ..vocab.tokenizer import prune_tokenizer
 from .language_model import LanguageModel
 from .load import auto_class, load_config, load_frozen
+from .settings import check_builds, new_config, set_all
 from .task_model import TaskHead, TaskModel, load_task_model
 
 if TYPE_CHECKING:
@@ -37,37 +38,28 @@ def build_student(
         vocabulary: rows of its head without a map; None: the base's.
 
     Raises:
-        ValueError: an override that the configuration has not.
+        ValueError: an override that the configuration has not, or that makes no model.
     """
-    student = LanguageModel(
-        _initialised(student_config(base, overrides, vocab_map, vocabulary), auto_class(_named(base, overrides)), seed), vocab_map
-    )
-    return student
+    config = student_config(base, overrides, vocab_map, vocabulary)
+    try:
+        return LanguageModel(_initialised(config, auto_class(_named(base, overrides)), seed), vocab_map)
+    except RuntimeError as error:
+        settings = ", ".join(f"student.{name}={value!r}" for name, value in overrides.items())
+        raise ValueError(f"{settings} makes a model that does not run: {error}") from error
 
 
 def student_config(
     base: PretrainedConfig, overrides: Mapping[str, Any], vocab_map: VocabMap | None, vocabulary: int | None = None
 ) -> PretrainedConfig:
-    """`base` with `overrides`, the kept vocabulary's size, and special ids as slots. Unknown keys are refused, naming them."""
+    """`base` with `overrides`, the kept vocabulary's size, and special ids as slots.
+
+    Raises `ValueError`, naming the key, for what is no setting of the architecture, has no effect, or makes no model.
+    """
     overrides = dict(overrides)
     special = {name: value for name, value in base.to_dict().items() if _TOKEN_ID.match(name) and value is not None}
-    if overrides.get("model_type", base.model_type) != base.model_type:
-        from transformers import CONFIG_MAPPING
-
-        kind = overrides.pop("model_type")
-        if kind not in CONFIG_MAPPING:
-            raise ValueError(f"student.model_type={kind!r} is not an architecture that transformers knows.")
-        config = CONFIG_MAPPING[kind](**{"vocab_size": base.vocab_size, **special})
-    else:
-        overrides.pop("model_type", None)
-        config = copy.deepcopy(base)
-    unknown = [name for name in overrides if not hasattr(config, name)]
-    if unknown:
-        raise ValueError(
-            f"student.{unknown[0]} is not a setting of {type(config).__name__}; its settings: {', '.join(sorted(config.to_dict()))}."
-        )
-    for name, value in overrides.items():
-        setattr(config, name, value)
+    kind = overrides.pop("model_type", base.model_type)
+    config = copy.deepcopy(base) if kind == base.model_type else new_config(kind, {"vocab_size": base.vocab_size, **special})
+    set_all(config, overrides)
     if vocabulary is not None:
         config.vocab_size = vocabulary
     if vocab_map is not None:
@@ -76,6 +68,7 @@ def student_config(
     layers, types = getattr(config, "num_hidden_layers", None), getattr(config, "layer_types", None)
     if types is not None and layers is not None and len(types) != layers and "layer_types" not in overrides:
         config.layer_types = [types[i % len(types)] for i in range(layers)]
+    check_builds(config, base, overrides)
     return config
 
 
@@ -150,11 +143,7 @@ def _initialised(config: PretrainedConfig, kind: Any, seed: int) -> Any:
 def _named(base: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
     """The configuration that says whether the student is an encoder or a decoder."""
     kind = overrides.get("model_type", base.model_type)
-    if kind == base.model_type:
-        return base
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[kind]()
+    return base if kind == base.model_type else new_config(kind)
 
 
 def _map_special_ids(config: PretrainedConfig, vocab_map: VocabMap) -> None:

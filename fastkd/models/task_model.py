@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..tasks.labelled import Kind
 from ..vocab.map import VocabMap
-from .load import VOCAB_MAP_FOLDER, load_config
+from .load import VOCAB_MAP_FOLDER, load_config, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -97,9 +97,9 @@ def load_task_model(
     config = load_config(name_or_path, dropout)
     if needs_head:
         _check_labels(name_or_path, config, head)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), loading("model", name_or_path):
         torch.manual_seed(seed)
-        model, loading = _auto_class(head).from_pretrained(
+        model, found = _auto_class(head).from_pretrained(
             name_or_path,
             config=_with_head(config, head, pad_id),
             dtype=dtype,
@@ -108,7 +108,7 @@ def load_task_model(
             ignore_mismatched_sizes=not needs_head,
             output_loading_info=True,
         )
-    missing = ", ".join(sorted(loading["missing_keys"]))
+    missing = ", ".join(sorted(found["missing_keys"]))
     if needs_head and missing:
         raise ValueError(
             f"The model {name_or_path} has no trained head for {head.kind} (missing are {missing}), "

@@ -21,13 +21,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..files import file_sha256, write_bytes_atomic, write_json_atomic
+from ..sealed import Damaged, content_sha256, file_sha256, read_json
+from ..store import write_bytes_atomic, write_json_atomic
 from .load import is_decoder, load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "header.json"
 _TOKEN = "token."
 _LENGTHS = "lengths"
@@ -66,23 +67,24 @@ def model_hashes(name_or_path: str) -> tuple[str | None, str]:
     assert found is not None
     folder, digest = Path(found).parent, hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+        digest.update(f"{path.name} {content_sha256(path)}\n".encode())
     return extract_commit_hash(found, None), digest.hexdigest()
 
 
 def read_header(folder: Path) -> dict[str, Any]:
     """What is recorded of a cache, finished or not; a header that is missing, damaged or of another format is refused."""
     path = folder / HEADER
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{folder} holds no {HEADER}, so it is no teacher cache; write one with `fastkd cache`.")
     try:
-        header: dict[str, Any] = json.loads(path.read_bytes())
+        header = read_json(path, "sha256", "format")
         seal, version = header.pop("sha256"), header["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}). {_ANEW}") from error
+    except Damaged as error:
+        raise ValueError(f"{error} {_ANEW}") from error
     if version != FORMAT:
-        raise ValueError(f"{path} has format {version} and this fastkd reads format {FORMAT}. {_ANEW}")
-    if seal != _seal(header):
+        older = " fastkd 0.1 reads it, which knew rows by the names of their files." if version == 1 else ""
+        raise ValueError(f"{path} has format {version} and this fastkd reads format {FORMAT}.{older} {_ANEW}")
+    if seal != _seal(header) or not header.keys() >= {"contents", "shards"}:
         raise ValueError(f"{path} was changed after it was written: its sha256 is {_seal(header)}, and it says {seal}. {_ANEW}")
     return header
 
@@ -101,7 +103,7 @@ def write_header(folder: Path, contents: Mapping[str, Any], shards: Sequence[Sha
 
 
 def write_shard(folder: Path, number: int, lengths: np.ndarray, tensors: Mapping[str, Tensor]) -> Shard:
-    """Write shard `number` whole or not at all.
+    """Write shard `number` whole or not at all. It replaces only a file whose name claims to be of this very content.
 
     Args:
         folder: the cache's.
@@ -117,12 +119,10 @@ def write_shard(folder: Path, number: int, lengths: np.ndarray, tensors: Mapping
 
 
 def finished_shard(folder: Path, number: int, lengths: np.ndarray) -> Shard | None:
-    """Shard `number` if it was written before and has the content that its name says; what has not is deleted."""
+    """Shard `number` if it was written before and has the content that its name says; what has not is left alone."""
     for path in sorted(folder.glob(f"{_shard_name(number)}-*.safetensors")):
-        sha256 = file_sha256(path)
-        if path.stem.endswith(sha256[:16]):
+        if path.is_file() and path.stem.endswith((sha256 := file_sha256(path))[:16]):
             return Shard(path.name, path.stat().st_size, sha256, len(lengths), int(lengths.sum()))
-        path.unlink()
     return None
 
 
@@ -191,8 +191,10 @@ class TeacherCache:
 
 
 def _check_shard(path: Path, shard: Shard, check_hash: bool) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"Shard {path} of the teacher cache is missing. {_GO_ON}")
+    if not path.is_file():
+        raise ValueError(f"Shard {path} of the teacher cache is no regular file. Remove it. {_GO_ON}")
     damaged = f"Shard {path} of the teacher cache is damaged:"
     if (size := path.stat().st_size) != shard.bytes:
         raise ValueError(f"{damaged} it has {size} bytes, the header says {shard.bytes}. {_GO_ON}")

@@ -42,6 +42,15 @@ def row_kernel(backend: str, device: torch.device) -> RowKernel:
     return triton.softmax_divergence_
 
 
+def arithmetic(device: torch.device) -> str:
+    """Which row kernel "auto" takes, and on a CPU which of its instructions: what decides the last bits of a loss."""
+    kernel = row_kernel("auto", device).__module__.rpartition(".")[2]
+    if device.type != "cpu":
+        return kernel
+    variant = f" {cpp.extension(build=False).variant()}" if kernel == "cpp" else ""
+    return f"{kernel}{variant} on {torch.backends.cpu.get_cpu_capability()}"
+
+
 def takes_bias(kernel: RowKernel) -> bool:
     """Whether a row kernel adds biases itself, `student_bias` and `teacher_bias`, which saves a pass over the logits."""
     return kernel is cpp.softmax_divergence_

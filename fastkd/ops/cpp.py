@@ -1,7 +1,8 @@
 """The C++ kernels on the CPU (`csrc/cpu`): the row kernel, and products of 16-bit matrices.
 
 They are compiled once per source and torch version and found again in later processes. `python -m fastkd.ops.cpp` compiles them ahead
-of time; `backend="cpp"` does when it has to; `backend="auto"` takes them if they are there.
+of time; `backend="cpp"` does when it has to; `backend="auto"` takes them if they are there. The row kernel is compiled for several
+processors: FASTKD_CPU_VARIANT in the environment, avx512, avx2 or baseline, takes the place of the best one that the CPU has.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import platform
 import shlex
 import shutil
@@ -21,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import write_bytes_atomic
-from .compiled import cache_folder, kind_and_mixing, scale_and_softcap
+from .compiled import CompiledLibrary, kind_and_mixing, scale_and_softcap
 from .rows import RowLosses, RowOptions
 
 # __FAST_MATH__ alone makes glibc declare the vector forms of exp, log and tanh; infinities and NaN keep their meaning.
@@ -81,46 +82,54 @@ def is_built() -> bool:
 
 
 def extension(build: bool) -> Any:
-    """The compiled module; None if it is not there and not to be built. RuntimeError with the compiler's words if it cannot be."""
-    library = _library()
-    if not library.is_file():
-        if not build:
-            return None
-        _compile(library)
-    return _open(library)
+    """The compiled module; None if there is none that can be used and none is to be built.
+
+    RuntimeError with the compiler's words if it cannot be built, ValueError for a FASTKD_CPU_VARIANT that this CPU does not have.
+    """
+    module = _library.get(build=build)
+    if module is not None:
+        _choose_variant(module)
+    return module
 
 
 @functools.cache
-def _open(library: Path) -> Any:
-    loader = importlib.machinery.ExtensionFileLoader(library.stem, str(library))
-    spec = importlib.util.spec_from_loader(library.stem, loader)
+def _choose_variant(module: Any) -> None:
+    """Let FASTKD_CPU_VARIANT, if it is set, choose the row kernel's variant, once a process; else it is the best that the CPU has."""
+    name, known = os.environ.get("FASTKD_CPU_VARIANT"), module.variants()
+    if name and name not in known:
+        raise ValueError(f"FASTKD_CPU_VARIANT is {name!r}, and this CPU has {', '.join(known)}; choose one of these or unset it.")
+    module.choose_variant(name or known[0])
+
+
+def _load(library: Path) -> Any:
+    loader = importlib.machinery.ExtensionFileLoader(_stem(), str(library))
+    spec = importlib.util.spec_from_loader(_stem(), loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
 
 
-def _compile(library: Path) -> None:
-    """Compile in a folder of our own, so that no killed process's lock is ever waited for, and put the library in place whole."""
+def _compile() -> bytes:
+    """The library's content, made in a folder of our own, so that no killed process's lock is ever waited for."""
     from torch.utils.cpp_extension import get_cxx_compiler, load
 
     compiler = get_cxx_compiler()
     if shutil.which(shlex.split(compiler)[0]) is None:
         raise RuntimeError(
-            f"The C++ kernels could not be compiled: there is no {compiler} here. Install a C++20 compiler (g++ 11 or newer), or "
+            f"The C++ kernels could not be compiled: there is no {compiler} here. Install a C++20 compiler (g++ 12 or newer), or "
             "name it by CXX; until then backend='torch' serves, with the same numbers."
         )
     try:
         with TemporaryDirectory() as folder:
             load(
-                library.stem,
+                _stem(),
                 [str(source) for source in _sources()],
                 extra_cflags=_COMPILE_FLAGS,
                 extra_ldflags=_LINK_FLAGS,
                 build_directory=folder,
             )
-            library.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes_atomic(library, (Path(folder) / library.name).read_bytes())
+            return (Path(folder) / f"{_stem()}.so").read_bytes()
     except (OSError, RuntimeError) as error:
         raise RuntimeError(f"The C++ kernels could not be compiled: {error} Use backend='torch', or install a compiler.") from error
 
@@ -132,16 +141,21 @@ def _sources(pattern: str = "*.cpp") -> list[Path]:
 
 
 @functools.cache
-def _library() -> Path:
-    """Where the library for these sources, compiler flags, Python and torch lies, or will."""
-    stamp = f"{torch.__version__} {sys.implementation.cache_tag} {_COMPILE_FLAGS} {_LINK_FLAGS}"
+def _stem() -> str:
+    """The module's name, which changes with the sources, the compiler's flags, the processor, Python and torch."""
+    stamp = f"{torch.__version__} {sys.implementation.cache_tag} {platform.machine()} {_COMPILE_FLAGS} {_LINK_FLAGS}"
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in _sources("*.*")) + stamp.encode())
-    return cache_folder() / f"fastkd_cpu_{digest.hexdigest()[:16]}.so"
+    return f"fastkd_cpu_{digest.hexdigest()[:16]}"
+
+
+_library = CompiledLibrary("C++ kernels", "fastkd.ops.cpp", stem=_stem, compile_=_compile, load=_load)
 
 
 if __name__ == "__main__":
     try:
         extension(build=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         sys.exit(f"fastkd: {error}")
+    if not _library.is_kept:
+        sys.exit(1)
     print("fastkd: the C++ kernels are compiled.")

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..csrc import nvcc
-from ..files import write_bytes_atomic
-from .compiled import cache_folder, kind_and_mixing, scale_and_softcap
+from .compiled import CompiledLibrary, kind_and_mixing, scale_and_softcap
 from .rows import RowLosses, RowOptions
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,7 +53,7 @@ def softmax_divergence_(
     for name, vector in {"row_weight": row_weight, "label_weight": label_weight, **vars(out)}.items():
         if vector is not None and (vector.dtype != torch.float32 or not vector.is_contiguous()):
             raise TypeError(f"{name} is {vector.dtype} with strides {vector.stride()}; backend='cuda' needs contiguous float32.")
-    launch = _library()
+    launch = _library.get(build=True)
     with torch.cuda.device(device):
         error = launch.fastkd_softmax_divergence(
             student_logits.data_ptr(),
@@ -95,8 +95,8 @@ def is_ready(device: torch.device) -> bool:
 
 
 def is_built() -> bool:
-    """Whether the library for this source and these flags is there; never compiles."""
-    return _path().is_file()
+    """Whether the library for this source and these flags is there and can be used; never compiles."""
+    return _library.get(build=False) is not None
 
 
 def fits(vocabulary: int, dtype: torch.dtype) -> bool:
@@ -111,19 +111,6 @@ def cluster_size(vocabulary: int, dtype: torch.dtype) -> int | None:
         if 2 * columns * dtype.itemsize <= SLICE_BYTES:
             return size
     return None
-
-
-def build() -> Path:
-    """Where the library is, compiled now if it was not. RuntimeError with the compiler's words if that cannot be done."""
-    if is_built():
-        return _path()
-    try:
-        library = nvcc.build()
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        write_bytes_atomic(_path(), library)
-    except (OSError, RuntimeError) as error:
-        raise RuntimeError(f"The CUDA row kernel could not be compiled: {error} Use backend='triton' or 'torch'.") from error
-    return _path()
 
 
 def _check(student: Tensor, teacher: Tensor | None, gradient: Tensor | None) -> int:
@@ -176,9 +163,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build()))
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
     # Three blocks; rows, vocabulary, three strides; two dtypes and the kind; six options; eight vectors; cluster size, device, stream.
     library.fastkd_softmax_divergence.argtypes = [*[pointer] * 3, *[size] * 5, *[integer] * 3, *[real] * 6, *[pointer] * 8]
@@ -189,11 +175,24 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def _compile() -> bytes:
+    try:
+        content: bytes = nvcc.build()
+        return content
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(f"The CUDA row kernel could not be compiled: {error} Use backend='triton' or 'torch'.") from error
+
+
 @functools.cache
-def _path() -> Path:
-    return cache_folder() / f"fastkd_cuda_{nvcc.fingerprint()}.so"
+def _stem() -> str:
+    return f"fastkd_cuda_{nvcc.fingerprint()}"
+
+
+_library = CompiledLibrary("CUDA row kernels", "fastkd.ops.cuda", stem=_stem, compile_=_compile, load=_load)
 
 
 if __name__ == "__main__":
-    build()
+    _library.get(build=True)
+    if not _library.is_kept:
+        sys.exit(1)
     print("fastkd: the CUDA row kernel is compiled.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 logger = logging.getLogger("fastkd")
 
@@ -25,6 +26,11 @@ class BadRowPolicy:
 
 
 REFUSE_BAD_ROWS = BadRowPolicy()
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether a cell can be read as text: text, or a number, but no NaN, which stands where a table has nothing."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and not (isinstance(value, float) and math.isnan(value))
 
 
 class BadRows:

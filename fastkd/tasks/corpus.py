@@ -8,13 +8,24 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from fastkd.tasks import stdlib
 from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows
-from fastkd.tasks.sources import Source, is_saved_dataset, matching_files, open_source, require_one_of
+from fastkd.tasks.sources import (
+    HashedFile,
+    Source,
+    content_of,
+    describe_files,
+    is_saved_dataset,
+    loader_of,
+    matching_files,
+    open_source,
+    require_one_of,
+    text_lines,
+)
 
 StreamState = dict[str, Any]
 Reader = Callable[[int, StreamState | None], Iterator[tuple[StreamState | None, Sequence[Any]]]]
@@ -44,7 +55,8 @@ class Corpus:
 
     Attributes:
         description: What the corpus is, as a part of a sentence.
-        fingerprint: Hex digest; another one for another content, split, column, ``max_rows`` or treatment of bad rows.
+        fingerprint: Hex digest of the content, the column, ``max_rows`` and the treatment of bad rows. The content is that of the
+            files, in their order: what they are called, where they are and when they were written is not in it.
         read: Yields batches of rows from a position on, each with the state that a stream has before it.
         max_rows: The corpus ends after this many rows; ``None``: where ``read`` ends.
         bad_rows: What becomes of rows that are null or not strings. A row that is left out has no number.
@@ -116,7 +128,7 @@ def open_corpus(
     Args:
         path: The word ``stdlib`` (the Python standard library; splits train, dev, test); a folder written by
             ``datasets``' ``save_to_disk``; a .jsonl, .json, .parquet, .csv or .txt file (the rows of a .txt file are
-            its lines that are not blank) or a glob of files of one kind, read in the order of their names; or a
+            its lines that are not blank, see ``text_lines``) or a glob of files of one kind, read in the order of their names; or a
             dataset's name on the Hugging Face hub. What exists on disk goes before the hub.
         name: The configuration of a hub dataset; nothing else has one.
         split: The split to read. Files, and a folder of one unnamed dataset, have ``train`` only.
@@ -150,21 +162,33 @@ def open_corpus(
     if path == "stdlib":
         description = f"the Python standard library (split {split!r})"
         require_one_of("text_column", text_column, ["text"], description)
-        content = stdlib.stdlib_fingerprint(split)
-        read = _passing_over(lambda: stdlib.stdlib_rows(split))
+        hashed = [HashedFile.of(file) for file in stdlib.stdlib_files(split)]
+        content = content_of("stdlib", hashed, str(stdlib.CHUNK_CHARS), str(stdlib.MAX_CHUNK_CHARS))
+        read = _passing_over(lambda: _library_rows(hashed))
+    elif files and loader_of(path, files) == "text":
+        description = describe_files(path, files)
+        require_one_of("split", split, ["train"], description)
+        require_one_of("text_column", text_column, ["text"], description)
+        hashed = [HashedFile.of(file) for file in files]
+        content = content_of("text", hashed)
+        read = _passing_over(lambda: chain.from_iterable(map(text_lines, hashed)))
     else:
         source = open_source(path, files, name=name, split=split, streaming=streaming)
         description, content = source.description, source.content
         read, is_stream = _column_reader(source, text_column), streaming
-        if files and files[0].suffix == ".txt":
-            with_blank, is_stream = read, False
-            read = _passing_over(lambda: (line for _, lines in with_blank(0, None) for line in lines if line.strip()))
 
-    identity = json.dumps([content, split, text_column, max_rows, *([bad_rows.max_bad_rows] if bad_rows.skips else [])])
+    identity = json.dumps([content, text_column, max_rows, *([bad_rows.max_bad_rows] if bad_rows.skips else [])])
     corpus = Corpus(description, hashlib.sha256(identity.encode()).hexdigest(), read, max_rows, bad_rows, is_stream)
     if next(corpus.rows(), None) is None:
         raise ValueError(f"There are no rows in {description}: check that this is the file and the split you mean.")
     return corpus
+
+
+def _library_rows(files: Sequence[HashedFile]) -> Iterator[str]:
+    for file in files:
+        pieces = stdlib.source_pieces(file.path)
+        file.require_unchanged()
+        yield from pieces
 
 
 def _passing_over(rows: Callable[[], Iterator[str]]) -> Reader:
@@ -187,14 +211,17 @@ def _column_reader(source: Source, text_column: str) -> Reader:
         with source.errors():
             column: Any = dataset.with_format(None).select_columns([text_column])
             if isinstance(column, datasets.Dataset):
-                for batch in column.skip(start).iter(_READ_ROWS):
-                    yield None, batch[text_column]
-                return
-            if stream is not None:
+                column = column.skip(start)
+            elif stream is not None:
                 column.load_state_dict(stream)
             batches = column.iter(_READ_ROWS)
-            while batch := next(batches, None):
-                yield stream, batch[text_column]
-                stream = column.state_dict()
+        while True:
+            with source.errors():  # for each batch, so that none of a changed file is given
+                batch = next(batches, None)
+                following = None if batch is None or isinstance(column, datasets.Dataset) else column.state_dict()
+            if batch is None:
+                return
+            yield stream, batch[text_column]
+            stream = following
 
     return read

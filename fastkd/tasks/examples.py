@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows
+from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows, is_text
 from fastkd.tasks.sources import matching_files, open_source
 
 
@@ -33,7 +33,8 @@ def load_examples(
         raise ValueError(f"path {path!r} is no .jsonl, .json, .parquet or .csv file; convert it to one of these.")
     is_one_split = files or (Path(path).expanduser() / "state.json").is_file()
     source = open_source(path, files, name=name, split=None if is_one_split else split)
-    rows = source.dataset.select(range(len(source.dataset))[:max_rows]).to_list()
+    with source.errors():
+        rows = source.dataset.select(range(len(source.dataset))[:max_rows]).to_list()
     if not rows:
         raise ValueError(f"There is no row in {source.description}; at least one is needed.")
     missing = [column for column in text_columns if column not in rows[0]]
@@ -56,6 +57,6 @@ def load_examples(
 def _fault(row: Mapping[str, Any], text_columns: Sequence[str]) -> str | None:
     for column in text_columns:
         value = row[column]
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if not is_text(value):
             return f"column {column!r} holds {value!r}; it must hold text or a number"
     return None

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows
+from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows, is_text
 from fastkd.tasks.labelled import Answer, Kind, LabelledExample, TaskDataset, example_fault
 from fastkd.tasks.split_rows import read_split
 
@@ -148,7 +148,7 @@ def _example(spec: TaskSpec, row: Mapping[str, Any], where: str) -> LabelledExam
 
 
 def _words(value: Any, wording: Mapping[str, str] | None, where: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if not is_text(value):
         raise ValueError(f"{where} holds {value!r}; it must hold text.")
     if wording is None:
         return str(value)
@@ -161,7 +161,7 @@ def _class_index(value: Any, names: tuple[str, ...], where: str) -> int:
     """The index of a class given by its name (False and True are names too) or by its index, as a number or its digits."""
     if str(value) in names:
         return names.index(str(value))
-    index = int(value) if isinstance(value, str) and value.isdecimal() else value
+    index = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 10 else value
     if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(names):
         return index
     raise ValueError(
@@ -174,7 +174,7 @@ def _similarity(value: Any, where: str) -> float:
     low, high = _STSB_RANGE
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not low <= number <= high:
         raise ValueError(
@@ -190,6 +190,8 @@ def _answers(value: Any, context: str, where: str) -> tuple[Answer, ...]:
         raise ValueError(f"{where} holds {value!r}; it must hold lists 'text' and 'answer_start' of one length (.jsonl or .parquet).")
     answers = []
     for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or type(start) is not int or start < 0:
+            raise ValueError(f"{where} holds the answer {text!r} at {start!r}; it must be text, and its place a number of characters.")
         if not context.startswith(text, start):
             places = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
             if not places:

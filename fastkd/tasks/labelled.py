@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal, get_args
 
 from fastkd.tasks.metrics import (
@@ -139,14 +140,23 @@ class TaskDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the kind, the label names and every example of every split: the same content, the same digest."""
+        parts = ([json.dumps([split, len(self.splits[split])]), *self._lines(split)] for split in sorted(self.splits))
+        return self._digest(chain.from_iterable(parts))
+
+    def split_fingerprint(self, split: str) -> str:
+        """Hex SHA-256 of the kind, the label names and one split's examples, labels included; the split's name is not in it."""
+        return self._digest(self._lines(split))
+
+    def _digest(self, lines: Iterable[str]) -> str:
         digest = hashlib.sha256(json.dumps([self.kind, self.label_names]).encode())
-        for split, examples in sorted(self.splits.items()):
-            digest.update(f"\n{json.dumps([split, len(examples)])}".encode())
-            for example in examples:
-                answers = [(answer.text, answer.start) for answer in example.answers]
-                content = [example.text, example.second_text, example.label, example.choices, answers, example.group]
-                digest.update(f"\n{json.dumps(content)}".encode())
+        for line in lines:
+            digest.update(f"\n{line}".encode())
         return digest.hexdigest()
+
+    def _lines(self, split: str) -> Iterator[str]:
+        for example in self.split(split):
+            answers = [(answer.text, answer.start) for answer in example.answers]
+            yield json.dumps([example.text, example.second_text, example.label, example.choices, answers, example.group])
 
     def limited(self, split: str, n: int) -> TaskDataset:
         """The task with only the first `n` examples of one split, or all of them if there are fewer. Other splits stay whole."""

@@ -1,26 +1,75 @@
-"""Floor 1, rows: finds what a path names, be it files, a folder or a hub dataset, and opens it with ``datasets``."""
+"""Floor 1, rows: finds what a path names, be it files, a folder or a hub dataset, and opens it with ``datasets``.
+
+What is on disk is known by its content: the hashes of its files in their order. Their names, places and times decide nothing, and rows
+come from the content that was hashed or not at all.
+"""
 
 from __future__ import annotations
 
+import codecs
 import glob
+import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
+
+from fastkd.sealed import content_sha256, open_regular, read_json
 
 if TYPE_CHECKING:
     import datasets
 
 AnyDataset: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 _LOADER_OF_SUFFIX = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
-_CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}  # an empty cell is null; "NA", "None" and "nan" are words
+# An empty cell is null; "NA", "None" and "nan" are words. Without `index_col` pandas makes an index of a first row's extra cell.
+_CSV_OPTIONS = {"keep_default_na": False, "na_values": [""], "index_col": False}
+_READ_LINES = 1_000
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class HashedFile:
+    """A file, the SHA-256 of its content, and by what it would show that the content has changed since."""
+
+    path: Path
+    sha256: str
+    _identity: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: str | Path) -> Self:
+        """Hash the file, or take its hash from an earlier call if nothing was written to it since."""
+        identity = _times_of(path)  # before the content is read: a change in between shows
+        return cls(Path(path), content_sha256(path), identity)
+
+    def require_unchanged(self) -> None:
+        """Raise ``ValueError`` if the file was changed or replaced since it was hashed."""
+        if not self.path.exists() or _times_of(self.path) != self._identity:
+            raise ValueError(
+                f"{self.path} was changed while it was read, so its rows cannot be trusted: run again when it stays as it is."
+            )
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self._identity[2]
+
+    @property
+    def state(self) -> list[str | int]:
+        """The content's hash with the file's size and times: equal only as long as nothing was written to the file."""
+        return [self.sha256, *self._identity[2:]]
+
+
+def _times_of(path: str | Path) -> tuple[int, ...]:
+    """Where the file lies, its size, and when its content and its entry were last changed."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @dataclass(frozen=True)
@@ -30,8 +79,9 @@ class Source:
     Attributes:
         dataset: The rows; an ``IterableDataset`` if opened with ``streaming``.
         description: What it is, as a part of a sentence.
-        content: Another string for another content.
-        errors: Makes the context to read rows in, which turns what goes wrong into a sentence.
+        content: The same string for the same rows, wherever they are; another one for others.
+        errors: Makes the context to read rows in. It turns what goes wrong into a sentence, and refuses files that were
+            changed meanwhile.
     """
 
     dataset: AnyDataset
@@ -62,7 +112,9 @@ def open_source(path: str, files: list[Path], *, name: str | None = None, split:
         return _open_saved_folder(path, place, split)
     if files:
         return _open_files(path, files, split, streaming)
-    return _open_builder(path, name, split or "train", streaming)
+    if place.is_dir():
+        return _open_folder(path, place, name, split or "train", streaming)
+    return _open_hub(path, name, split or "train", streaming)
 
 
 def matching_files(path: str) -> list[Path]:
@@ -86,6 +138,48 @@ def require_one_of(argument: str, value: str, present: Collection[str], where: s
         raise ValueError(f"{argument}={value!r} is not in {where}: use one of {', '.join(map(repr, present))}.")
 
 
+def text_lines(file: HashedFile) -> Iterator[str]:
+    """Yield the lines of a UTF-8 text file that are not blank; CR, LF and CRLF end a line, and a byte order mark is left out.
+
+    Raises:
+        ValueError: The file is not UTF-8, holds a NUL byte, or was changed since it was hashed.
+    """
+    offset = 0
+    with open_regular(file.path) as raw:
+        while batch := list(islice(raw, _READ_LINES)):
+            file.require_unchanged()
+            for line in batch:
+                try:
+                    text = line.removeprefix(codecs.BOM_UTF8 if offset == 0 else b"").decode()
+                    place = line.find(b"\0")
+                except UnicodeDecodeError as error:
+                    text, place = "", error.start + len(line) - len(error.object)
+                if place >= 0:
+                    raise ValueError(
+                        f"{file.path} is not text in UTF-8: its byte {offset + place} (the first is 0) is {line[place]:#04x}. "
+                        "Convert it to UTF-8, or mend it."
+                    )
+                yield from (part for part in text.removesuffix("\n").split("\r") if part.strip())
+                offset += len(line)
+
+
+def loader_of(path: str, files: list[Path]) -> str:
+    """The loader for ``files``, which ``path`` matches: one of ``json``, ``parquet``, ``text`` and ``csv``.
+
+    Raises ``ValueError`` for files of several kinds and of one that cannot be read.
+    """
+    suffixes = sorted({file.suffix for file in files})
+    if len(suffixes) > 1:
+        raise ValueError(f"path={path!r} matches files of several kinds ({', '.join(suffixes)}): match one kind.")
+    require_one_of("the suffix of path", suffixes[0], _LOADER_OF_SUFFIX, f"the kinds of file that can be read, for {path!r}")
+    return _LOADER_OF_SUFFIX[suffixes[0]]
+
+
+def describe_files(path: str, files: list[Path]) -> str:
+    """What ``files``, which ``path`` matches, are called in a sentence."""
+    return repr(path) if files == [Path(path).expanduser()] else f"{path!r} ({len(files)} files in the order of their names)"
+
+
 def _open_saved_folder(path: str, folder: Path, split: str | None) -> Source:
     import datasets
 
@@ -96,65 +190,123 @@ def _open_saved_folder(path: str, folder: Path, split: str | None) -> Source:
         split = next(iter(splits)) if len(splits) == 1 else "train"
     require_one_of("split", split, splits, f"the folder {path!r}")
     description = f"split {split!r} of the folder {path!r}"
-    return Source(splits[split], description, splits[split]._fingerprint, partial(_file_errors, description))
+    if isinstance(loaded, datasets.DatasetDict):
+        folder /= split
+    files = [HashedFile.of(folder / entry["filename"]) for entry in read_json(folder / "state.json", "_data_files")["_data_files"]]
+    errors = partial(_file_errors, description, files)
+    with errors():
+        dataset = datasets.load_from_disk(folder)  # again: what was opened above may not be what was hashed
+    return Source(dataset, description, content_of("arrow", files), errors)
 
 
 def _open_files(path: str, files: list[Path], split: str | None, streaming: bool) -> Source:
     import datasets
 
-    loader = _loader_of(path, files)
-    counted = "" if files == [Path(path).expanduser()] else f" ({len(files)} files in the order of their names)"
-    description = f"{path!r}{counted}"
+    loader, description = loader_of(path, files), describe_files(path, files)
     require_one_of("split", split or "train", ["train"], description)
-    errors = partial(_file_errors, description)
-    dataset: AnyDataset = datasets.Dataset.from_dict({})
-    filled = [glob.escape(str(file)) for file in files if file.stat().st_size]  # the JSON loader fails on an empty file
-    if filled:
-        with errors():
-            options = _CSV_OPTIONS if loader == "csv" else {}
-            builder = datasets.load_dataset_builder(loader, data_files={"train": filled}, **options)
-            dataset = _build(builder, "train", streaming)
-    content = json.dumps([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
-    return Source(dataset, description, content, errors)
+    hashed = [HashedFile.of(file) for file in files]
+    filled = [file for file in hashed if file.size]  # the JSON loader fails on an empty file
+    if not filled:
+        return Source(datasets.Dataset.from_dict({}), description, content_of(loader, hashed), partial(_file_errors, description))
+    if loader == "csv":
+        _require_narrow_first_rows(filled, ",")
+    load = partial(datasets.load_dataset_builder, loader, data_files={"train": [glob.escape(str(file.path)) for file in filled]})
+    dataset, errors = _build_from(filled, load, loader == "csv", description, "train", streaming)
+    return Source(dataset, description, content_of(loader, hashed), errors)
 
 
-def _loader_of(path: str, files: list[Path]) -> str:
-    suffixes = sorted({file.suffix for file in files})
-    if len(suffixes) > 1:
-        raise ValueError(f"path={path!r} matches files of several kinds ({', '.join(suffixes)}): match one kind.")
-    require_one_of("the suffix of path", suffixes[0], _LOADER_OF_SUFFIX, f"the kinds of file that can be read, for {path!r}")
-    return _LOADER_OF_SUFFIX[suffixes[0]]
+def _build_from(
+    files: Sequence[HashedFile],
+    load: Callable[..., datasets.DatasetBuilder],
+    is_csv: bool,
+    description: str,
+    split: str,
+    streaming: bool,
+) -> tuple[AnyDataset, Callable[[], AbstractContextManager[None]]]:
+    """The dataset of a builder that reads ``files``, and the context to read it in."""
+    errors = partial(_file_errors, description, files)
+    with errors():
+        builder = load(cache_dir=None if streaming else _arrow_cache(files), **(_CSV_OPTIONS if is_csv else {}))
+        dataset = _build(builder, split, streaming)
+    return dataset, errors if streaming else partial(_file_errors, description)  # what is converted is read from the conversion alone
 
 
-def _open_builder(path: str, name: str | None, split: str, streaming: bool) -> Source:
-    """A hub dataset, or a folder of files, which ``datasets`` opens in the same way."""
+def content_of(kind: str, files: Iterable[HashedFile], *more: str) -> str:
+    """The ``Source.content`` of files of one kind, read in this order; ``more`` is what else decides their rows."""
+    return json.dumps([kind, *(file.sha256 for file in files), *more])
+
+
+def _arrow_cache(files: Iterable[HashedFile]) -> str:
+    """The folder for ``datasets``' conversion of ``files`` as they are now.
+
+    Its own key for them is path, size and time of the last change, which another content may have too. The hash alone would not do:
+    what is converted in spite of a change meanwhile has to be found by nobody again.
+    """
+    import datasets
+
+    key = hashlib.sha256(json.dumps([file.state for file in files]).encode()).hexdigest()
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "fastkd" / key[:32])
+
+
+def _require_narrow_first_rows(files: Iterable[HashedFile], separator: str) -> None:
+    """Raise ``ValueError`` if a first row has more cells than its header. Pandas refuses any other such row, and cuts this one."""
+    import pandas
+
+    for file in files:
+        try:  # as if the header were a row too
+            pandas.read_csv(file.path, sep=separator, header=None, nrows=2, dtype=str, encoding_errors="replace")
+        except pandas.errors.ParserError as error:
+            raise ValueError(
+                f"Cannot read {str(file.path)!r}: {str(error).strip()}. A row has no more cells than the header; put one that holds "
+                f"{separator!r} in quotes."
+            ) from error
+
+
+def _open_folder(path: str, folder: Path, name: str | None, split: str, streaming: bool) -> Source:
+    """A folder of files, which ``datasets`` sorts into splits."""
     import datasets
     from datasets.packaged_modules.csv.csv import CsvConfig
 
-    place = Path(path).expanduser()
-    configured = f"(configuration {name or 'default'!r}, split {split!r})"
-    if place.is_dir():
-        description = f"the folder of files {path!r} {configured}"
-        errors = partial(_file_errors, description)
-    else:
-        if not _HUB_NAME.fullmatch(path) or Path(path).suffix in _LOADER_OF_SUFFIX:
-            raise FileNotFoundError(
-                f"path={path!r} is no file, no folder and no glob that matches a file, seen from {os.getcwd()}, and not a "
-                "hub dataset's name ('name' or 'organisation/name') either: correct the path."
-            )
-        description = f"the hub dataset {path!r} {configured}"
-        errors = partial(_hub_errors, description)
+    description = f"the folder of files {path!r} (configuration {name or 'default'!r}, split {split!r})"
+    load = partial(datasets.load_dataset_builder, str(folder), name)
+    with _file_errors(description):
+        found = load()
+    _require_split(split, found, description)
+    files = {str(known): [HashedFile.of(file) for file in names] for known, names in found.config.data_files.items()}
+    everything = list(chain.from_iterable(files.values()))  # all splits are converted at once
+    is_csv = isinstance(found.config, CsvConfig)
+    if is_csv:
+        _require_narrow_first_rows(everything, found.config.sep)
+    dataset, errors = _build_from(everything, load, is_csv, description, split, streaming)
+    read = [file for part in split.split("+") for file in files.get(part.partition("[")[0].strip(), [])]
+    content = content_of(type(found.config).__name__, read, *([] if split in files else [split]))  # a part of it, or several
+    return Source(dataset, description, content, errors)
+
+
+def _open_hub(path: str, name: str | None, split: str, streaming: bool) -> Source:
+    import datasets
+    from datasets.packaged_modules.csv.csv import CsvConfig
+
+    if not _HUB_NAME.fullmatch(path) or Path(path).suffix in _LOADER_OF_SUFFIX:
+        raise FileNotFoundError(
+            f"path={path!r} is no file, no folder and no glob that matches a file, seen from {os.getcwd()}, and not a "
+            "hub dataset's name ('name' or 'organisation/name') either: correct the path."
+        )
+    description = f"the hub dataset {path!r} (configuration {name or 'default'!r}, split {split!r})"
+    errors = partial(_hub_errors, description)
     with errors():
-        builder = datasets.load_dataset_builder(str(place), name)
+        builder = datasets.load_dataset_builder(path, name)
         if isinstance(builder.config, CsvConfig):  # known only now that its files were looked at
-            builder = datasets.load_dataset_builder(str(place), name, **_CSV_OPTIONS)
-    known_splits = builder.info.splits or builder.config.data_files
-    if known_splits:
-        whole_split = re.split(r"[\[+]", split)[0]
-        require_one_of("split", whole_split, [str(known) for known in known_splits], description)
+            builder = datasets.load_dataset_builder(path, name, **_CSV_OPTIONS)
+    _require_split(split, builder, description)
     with errors():
         dataset = _build(builder, split, streaming)
-    return Source(dataset, description, json.dumps([path, name, builder.hash]), errors)
+    return Source(dataset, description, json.dumps([path, name, builder.hash, split]), errors)
+
+
+def _require_split(split: str, builder: datasets.DatasetBuilder, description: str) -> None:
+    if known := builder.info.splits or builder.config.data_files:
+        require_one_of("split", re.split(r"[\[+]", split)[0], list(map(str, known)), description)
 
 
 def _build(builder: datasets.DatasetBuilder, split: str, streaming: bool) -> AnyDataset:
@@ -165,7 +317,7 @@ def _build(builder: datasets.DatasetBuilder, split: str, streaming: bool) -> Any
 
 
 @contextmanager
-def _file_errors(description: str) -> Iterator[None]:
+def _file_errors(description: str, files: Iterable[HashedFile] = ()) -> Iterator[None]:
     with _logged_faults() as faults:
         try:
             yield
@@ -174,6 +326,8 @@ def _file_errors(description: str) -> Iterator[None]:
             raise ValueError(
                 f"Cannot read {description}: {found.rstrip('.')}. Check that the data are whole and of the kind that the name says."
             ) from error
+    for file in files:
+        file.require_unchanged()
 
 
 @contextmanager

@@ -57,9 +57,11 @@ def _dataset_rows(source: Source, columns: Sequence[str]) -> tuple[list[dict[str
     for column in columns:
         feature = dataset.features[column]
         if isinstance(feature, datasets.ClassLabel):
+            names = dict(enumerate(feature.names))
             for row in rows:
+                # -1 marks a row without a label; no other number may be taken for a class whose order is not the copy's.
                 if row[column] is not None and row[column] >= 0:
-                    row[column] = feature.int2str(row[column])
+                    row[column] = names.get(row[column], f"class {row[column]} of {feature.num_classes}")
     return rows, source.description
 
 

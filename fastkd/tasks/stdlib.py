@@ -6,7 +6,6 @@ Real text of about 9 MB that every machine already has: no network, no download,
 import hashlib
 import io
 import os
-import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,25 +40,18 @@ def stdlib_files(split: str) -> list[Path]:
 
 
 def stdlib_rows(split: str) -> Iterator[str]:
-    """The text of ``stdlib_files(split)`` in pieces of about ``CHUNK_CHARS`` characters (see ``split_source``).
-
-    A file that is not valid UTF-8 is left out.
-    """
+    """The texts of ``stdlib_files(split)`` in pieces (see ``source_pieces``)."""
     for path in stdlib_files(split):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        yield from split_source(text)
+        yield from source_pieces(path)
 
 
-def stdlib_fingerprint(split: str) -> str:
-    """SHA-256 over the Python version, the piece sizes and every file's relative path and size."""
-    root = _root()
-    digest = hashlib.sha256(f"{platform.python_version()} {CHUNK_CHARS} {MAX_CHUNK_CHARS}".encode())
-    for path in stdlib_files(split):
-        digest.update(f"\0{path.relative_to(root).as_posix()}\0{path.stat().st_size}".encode())
-    return digest.hexdigest()
+def source_pieces(path: Path) -> list[str]:
+    """The text of a file in pieces of about ``CHUNK_CHARS`` characters (see ``split_source``); none if it is not valid UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return []
+    return list(split_source(text))
 
 
 def split_source(text: str) -> Iterator[str]:

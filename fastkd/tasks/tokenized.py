@@ -6,18 +6,18 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from fastkd.files import json_bytes
+from fastkd.sealed import Damaged, read_manifest, remove_sealed, verify
+from fastkd.store import disk_space, lock, sweep
 from fastkd.tasks.corpus import Corpus
 from fastkd.tasks.token_rows import require_fast
 from fastkd.tasks.token_writing import IDS, OFFSETS, UnfinishedCache
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastkd")
 
 Layout = Literal["packed", "rows"]
-_FORMAT = 1
-_MANIFEST = "manifest.json"
+_FORMAT = 2
+_FULL_DISK = "what was tokenised so far is kept; free some space, and the same call goes on, or choose another cache_dir"
 
 
 class TokenRows:
@@ -44,19 +44,18 @@ class TokenRows:
         dropped_rows: Texts without a single id of their own, which have no row.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open a cache folder; ``ValueError`` if it is not whole."""
+    def __init__(self, folder: str | os.PathLike[str], check_hashes: bool = True) -> None:
+        """Open a cache folder; ``ValueError`` if it is not whole.
+
+        check_hashes: Read all of it once and compare the hashes.
+        """
         self.folder = Path(folder)
         try:
-            manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
-            sizes = {name: (self.folder / name).stat().st_size for name in manifest["bytes"]}
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{self.folder} is not a whole token cache ({error}): delete it and tokenise again.") from error
-        if sizes != manifest["bytes"] or manifest["format"] != _FORMAT:
-            raise ValueError(
-                f"{self.folder} is damaged: its files have {sizes} bytes and its manifest says {manifest['bytes']}. "
-                "Delete it and tokenise again."
-            )
+            manifest = verify(self.folder) if check_hashes else read_manifest(self.folder)
+            if manifest.get("format") != _FORMAT:
+                raise Damaged(f"it has format {manifest.get('format')}, and this fastkd reads format {_FORMAT}")
+        except (Damaged, FileNotFoundError, NotADirectoryError) as error:
+            raise Damaged(f"{self.folder} is not a whole token cache ({error}). Delete it and tokenise again.") from error
         self._offsets = _open_array(self.folder / OFFSETS)
         self.ids = _open_array(self.folder / IDS)[: self.num_tokens]
         self.vocab_size: int = manifest["vocab_size"]
@@ -78,8 +77,8 @@ class TokenRows:
             )
         return ids
 
-    def __reduce__(self) -> tuple[type[TokenRows], tuple[Path]]:
-        return TokenRows, (self.folder,)
+    def __reduce__(self) -> tuple[type[TokenRows], tuple[Path, bool]]:
+        return TokenRows, (self.folder, False)
 
     @property
     def num_tokens(self) -> int:
@@ -104,8 +103,9 @@ def tokenize_corpus(
 ) -> TokenRows:
     """Tokenise ``corpus`` into ``cache_dir``, or open what an earlier call with the same arguments wrote there.
 
-    A cache appears under its name only when it is whole, and a second process waits for the first one's. After an interruption
-    the same call goes on behind the last saved text and writes the bytes of an uninterrupted one. The corpus is never in memory:
+    A cache appears under its name only when it is whole, with its hashes, and a second process waits for the first one's. A whole one
+    is only read. A damaged one is written anew, beside whatever in it is not provably fastkd's. After an interruption the same call
+    goes on behind the last saved text and writes the bytes of an uninterrupted one. The corpus is never in memory:
     ``batch_size`` texts are.
 
     Args:
@@ -122,26 +122,21 @@ def tokenize_corpus(
     Raises:
         ValueError: An argument does not fit, the corpus has no ids, or an id is not below ``len(tokenizer)``.
         TypeError: The tokenizer is not a fast one.
+        OSError: ``cache_dir`` cannot be written to, or its disk is full.
     """
     options = _Options(layout, max_length, split_long)
     _check_arguments(tokenizer, options)
-    folder = Path(cache_dir) / _fingerprint(corpus, tokenizer, options)
-    rows = _open_cache(folder)
+    folder = Path(cache_dir)
+    fingerprint = _fingerprint(corpus, tokenizer, options)
+    rows = _whole_cache(folder, fingerprint)
     if rows is None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _acquired(FileLock(f"{folder}.lock"), poll):
-            rows = _open_cache(folder)  # another process may have held the lock to write it
-            if rows is None:
-                rows = _write_cache(folder, corpus, tokenizer, options, batch_size, save_every, poll)
+        with disk_space(folder, _FULL_DISK):
+            folder.mkdir(parents=True, exist_ok=True)
+            with lock(folder / f"{fingerprint}.lock", poll=poll):
+                rows = _whole_cache(folder, fingerprint)  # another process may have held the lock to write it
+                if rows is None:
+                    rows = _write_cache(folder, fingerprint, corpus, tokenizer, options, batch_size, save_every, poll)
     return rows
-
-
-def _acquired(lock: FileLock, poll: Callable[[], None]) -> AcquireReturnProxy:
-    while True:
-        try:
-            return lock.acquire(timeout=1)
-        except Timeout:
-            poll()
 
 
 @dataclass(frozen=True)
@@ -170,18 +165,34 @@ def _fingerprint(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, options: _O
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def _open_cache(folder: Path) -> TokenRows | None:
-    if not folder.exists():
-        return None
-    try:
-        return TokenRows(folder)
-    except ValueError as error:
-        logger.warning("%s It is written anew.", error)
-        return None
+def _names(folder: Path, fingerprint: str) -> Iterator[Path]:
+    """Where a cache may be: under its fingerprint, or behind what stands there and is neither whole nor fastkd's to delete."""
+    return (folder / (fingerprint if number == 1 else f"{fingerprint}-{number}") for number in count(1))
+
+
+def _whole_cache(folder: Path, fingerprint: str) -> TokenRows | None:
+    for path in takewhile(os.path.lexists, _names(folder, fingerprint)):
+        try:
+            rows = TokenRows(path)
+        except Damaged as error:
+            logger.warning("%s It is not used.", error)
+            continue
+        if rows.fingerprint == fingerprint:
+            return rows
+    return None
+
+
+def _make_free(path: Path, fingerprint: str) -> bool:
+    """Delete the damaged cache at ``path``, as far as its manifest says that it is one; whether nothing is there now."""
+    with suppress(Damaged, FileNotFoundError, NotADirectoryError):
+        if read_manifest(path).get("fingerprint") == fingerprint:
+            remove_sealed(path)
+    return not os.path.lexists(path)
 
 
 def _write_cache(
     folder: Path,
+    fingerprint: str,
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerFast,
     options: _Options,
@@ -189,9 +200,9 @@ def _write_cache(
     save_every: int,
     poll: Callable[[], None],
 ) -> TokenRows:
-    """Write the cache beside ``folder``, the manifest last, and rename it; the caller holds the lock."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    with UnfinishedCache(unfinished) as cache:
+    """Write the cache beside its place and rename it; the caller holds the lock."""
+    sweep(folder, lambda name: name.startswith(fingerprint))
+    with UnfinishedCache(folder / f"{fingerprint}.unfinished") as cache:
         progress = cache.progress
         try:
             for number, texts in enumerate(_batches(corpus.rows(progress.texts, progress.bookmark), batch_size), start=1):
@@ -210,25 +221,23 @@ def _write_cache(
                     f"None of the {progress.texts} texts of {corpus.description} gives a row of token ids: are they empty?"
                 )
         except (TypeError, ValueError):  # the data's fault: what is written is of no use to a corrected corpus
-            shutil.rmtree(unfinished)
+            cache.discard()
             raise
         cache.ids.sync()
         cache.offsets.sync()
 
-    manifest = {
+    about = {
         "format": _FORMAT,
-        "fingerprint": folder.name,
+        "fingerprint": fingerprint,
         "corpus": corpus.description,
         **asdict(options),
         "vocab_size": len(tokenizer),
         "truncated_rows": progress.truncated,
         "dropped_rows": progress.dropped,
-        "bytes": {name: (unfinished / name).stat().st_size for name in (IDS, OFFSETS)},
     }
-    (unfinished / _MANIFEST).write_bytes(json_bytes(manifest))
-    cache.finish(folder)
-
-    rows = TokenRows(folder)
+    place = next(path for path in _names(folder, fingerprint) if _make_free(path, fingerprint))
+    cache.finish(place, about)
+    rows = TokenRows(place, check_hashes=False)
     logger.info(
         "Tokenised %s: %d texts, %d rows, %d ids; %d texts of more than %d ids were %s, %d empty texts dropped.",
         *(corpus.description, progress.texts, len(rows), rows.num_tokens, progress.truncated, options.max_length),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 
 from ..methods.cached import CacheForm, Kind, to_cache
@@ -23,10 +22,12 @@ from ..methods.stage_data import MakeBatch, Sequences, batch_maker, train_sequen
 from ..methods.teaching import Lesson, Teacher
 from ..models.load import VOCAB_MAP_FOLDER, check_row_length, is_decoder
 from ..models.teacher_cache import HEADER, CachedTeacher, Shard, finished_shard, read_header, write_header, write_shard
+from ..store import InUse, Lock, lock, sweep
 from .batches import counter_torch_generator
 from .cached_teacher import check_cacheable, check_form, form_contents, lesson_contents, lesson_of, models_contents
 from .config import RunConfig, StageArguments, TeacherArguments
 from .log import Progress
+from .output import LOCK_FILE
 from .ranks import Ranks
 from .run import PlannedStage, Run, plan_stages
 from .signals import SignalFlag
@@ -216,16 +217,16 @@ def _online(config: RunConfig) -> RunConfig:
     return replace(config, teacher=model, stages=stages)
 
 
-def _held(folder: Path) -> AcquireReturnProxy:
-    """The folder, held by this process alone; what killed ones left half-written is deleted."""
+def _held(folder: Path) -> Lock:
+    """The lock of the folder; what killed processes left half-written is deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"Another process is writing the teacher cache {folder}; wait for it or end it.") from error
-    for leftover in folder.glob("*.tmp-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    return lock
+        held = lock(folder / LOCK_FILE)
+    except InUse as error:
+        raise ValueError(f"The teacher cache {error}") from error
+    ours = re.compile(rf"{re.escape(HEADER)}|{VOCAB_MAP_FOLDER}|shard-\d{{5}}-[0-9a-f]{{16}}\.safetensors")
+    sweep(folder, lambda name: ours.fullmatch(name) is not None)
+    return held
 
 
 def _begin(folder: Path, contents: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Floor 5, train: checkpoints that are whole or absent.
+"""Checkpoints that are whole or absent.
 
-A checkpoint is a folder `checkpoint-<step>`: safetensors files, `state.json`, and `MANIFEST.json` with the size and SHA-256
+A checkpoint is a sealed folder `checkpoint-<step>`: safetensors files, `state.json`, and `MANIFEST.json` with the size and SHA-256
 of each. It is written under a temporary name, every file is synced, the manifest comes last, and one rename makes it
 visible. So a folder named `checkpoint-<step>` whose manifest verifies is complete, whenever its writer was killed.
 
@@ -10,9 +10,9 @@ together again for any number of ranks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,18 +26,22 @@ import torch
 from torch import Tensor
 
 from fastkd import __version__
-from fastkd.files import commit_folder, file_sha256, json_bytes, remove_folder, start_folder, sync
+from fastkd.sealed import MANIFEST_FILE, Damaged, described, read_bytes, read_manifest, remove_sealed, seal, verify
+from fastkd.store import commit_folder, json_bytes, start_folder, sync, write_bytes_synced
 from fastkd.train.ranks import RankError, Ranks
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-MANIFEST_FILE = "MANIFEST.json"
+FORMAT_VERSION = 3
 STATE_FILE = "state.json"
 
 
 class CheckpointError(ValueError):
     """A checkpoint is incomplete, damaged, or would be overwritten; the message names the file and the reason."""
+
+
+class UnreadableCheckpoint(CheckpointError):
+    """A checkpoint may be whole and cannot be read: the system does not let it, or another fastkd wrote it."""
 
 
 @dataclass(frozen=True)
@@ -60,56 +64,70 @@ def on_cpu(entries: Entries) -> dict[str, Tensor | Piece]:
 
 
 def save_checkpoint(
-    output_dir: str | Path, step: int, tensors: Mapping[str, Entries], state: Mapping[str, Any], ranks: Ranks | None = None
+    output_dir: str | Path,
+    step: int,
+    tensors: Mapping[str, Entries],
+    state: Mapping[str, Any],
+    ranks: Ranks | None = None,
+    *,
+    identity: str = "",
 ) -> Path:
     """Write `output_dir/checkpoint-<step>` and return its path.
 
     `tensors` holds one safetensors file per entry ("model", "optimizer", ...), each a flat mapping of names to tensors; if there are
     pieces among them, one file per entry and rank. `state` is anything JSON can hold. Tensors that share memory (a tied embedding and
     head) are each stored in full, so every name is there when the file is read; loading both into tied parameters writes the same
-    values twice. All `ranks` call; what is not in pieces is written by the first one.
+    values twice. All `ranks` call; what is not in pieces is written by the first one. `identity` names the run; see
+    `checkpoint_identity`.
 
     A failed save removes what it wrote and raises, on every rank; checkpoints that existed stay. A checkpoint that verifies is never
-    overwritten (`CheckpointError`): see `discard_checkpoints_after`. One that does not verify is replaced.
+    overwritten (`CheckpointError`). One that is damaged is set aside as `checkpoint-<step>.damaged`, and nothing of it is deleted.
     """
     ranks = ranks or Ranks()
     final = Path(output_dir) / f"checkpoint-{step}"
     started = ranks.on_main(lambda: _start(final))
     folder = Path(ranks.gather(None if started is None else str(started))[0])
     error: Exception | None = None
-    described: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     try:
-        described = _write(folder, tensors, ranks)
+        written = _write(folder, tensors, ranks)
     except Exception as caught:
         error = caught
-    outcomes = ranks.gather([described, None if error is None else str(error)])
+    outcomes = ranks.gather([written, None if error is None else str(error)])
     failed = [f"rank {rank}: {message}" for rank, (_, message) in enumerate(outcomes) if message is not None]
     if failed:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
         raise error or RankError(f"{final} was not written, {'; '.join(failed)}")
-    ranks.on_main(lambda: _finish(folder, final, step, state, {k: v for files, _ in outcomes for k, v in files.items()}))
+    files = {name: entry for theirs, _ in outcomes for name, entry in theirs.items()}
+    ranks.on_main(lambda: _finish(folder, final, {"step": step, "identity": identity}, state, files))
     return final
 
 
 def _start(final: Path) -> Path:
-    if final.exists():
+    if os.path.lexists(final):
         try:
             verify_checkpoint(final)
+        except UnreadableCheckpoint:
+            raise
         except CheckpointError as damage:
-            logger.warning("replacing %s, which does not verify: %s", final.name, damage)
-            remove_folder(final)
+            logger.warning("%s does not verify and is set aside: %s", final.name, damage)
+            _set_aside(final)
         else:
-            raise CheckpointError(
-                f"{final} exists and verifies, and is not overwritten: save each step once, and call "
-                f"discard_checkpoints_after when going back to an earlier step."
-            )
+            raise CheckpointError(f"{final} exists and verifies, and is not overwritten: save each step once.")
     return start_folder(final)
+
+
+def _set_aside(path: Path) -> None:
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")):
+        number += 1
+    os.rename(path, aside)
 
 
 def _write(folder: Path, tensors: Mapping[str, Entries], ranks: Ranks) -> dict[str, Any]:
     """This rank's files, by name with size and hash."""
-    described = {}
+    described_files = {}
     for name, entries in tensors.items():
         is_split = any(isinstance(value, Piece) for value in entries.values())
         own = {key: value.rows if isinstance(value, Piece) else value for key, value in entries.items()}
@@ -124,29 +142,19 @@ def _write(folder: Path, tensors: Mapping[str, Entries], ranks: Ranks) -> dict[s
                 raise OSError(f"{file} could not be written: {error}") from error
             if not ranks.is_main:  # perhaps another machine; the first rank syncs the whole folder at the end
                 sync(file)
-            described[file.name] = _described(file)
-    return described
+            described_files[file.name] = described(file)
+    return described_files
 
 
-def _finish(folder: Path, final: Path, step: int, state: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+def _finish(folder: Path, final: Path, about: Mapping[str, Any], state: Mapping[str, Any], files: dict[str, Any]) -> None:
     try:
-        (folder / STATE_FILE).write_bytes(json_bytes(state))
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "fastkd": __version__,
-            "torch": torch.__version__,
-            "files": {**files, STATE_FILE: _described(folder / STATE_FILE)},
-        }
-        (folder / MANIFEST_FILE).write_bytes(_sealed(manifest))
+        write_bytes_synced(folder / STATE_FILE, json_bytes(state))
+        files[STATE_FILE] = described(folder / STATE_FILE)
+        seal(folder, {"format_version": FORMAT_VERSION, **about, "fastkd": __version__, "torch": torch.__version__}, files)
         commit_folder(folder, final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _described(file: Path) -> dict[str, Any]:
-    return {"size": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 class CheckpointWriter:
@@ -156,8 +164,8 @@ class CheckpointWriter:
     whole, and raises what it raised. It is the first rank's alone: pieces, which need all ranks, are always saved at once.
     """
 
-    def __init__(self, ranks: Ranks, *, in_background: bool = False) -> None:
-        self.ranks, self.in_background = ranks, in_background
+    def __init__(self, ranks: Ranks, *, in_background: bool = False, identity: str = "") -> None:
+        self.ranks, self.in_background, self.identity = ranks, in_background, identity
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future[None] | None = None
 
@@ -165,13 +173,13 @@ class CheckpointWriter:
         """Save, then prune to `keep` checkpoints. `wait` has been called."""
         is_split = any(isinstance(value, Piece) for entries in tensors.values() for value in entries.values())
         if is_split or not self.in_background:
-            save_checkpoint(output_dir, step, tensors, state, self.ranks)
+            save_checkpoint(output_dir, step, tensors, state, self.ranks, identity=self.identity)
             self.ranks.on_main(lambda: prune_checkpoints(output_dir, keep))
         elif self.ranks.is_main:
             copies = {group: on_cpu(entries) for group, entries in tensors.items()}
 
             def work() -> None:
-                save_checkpoint(output_dir, step, copies, state)
+                save_checkpoint(output_dir, step, copies, state, identity=self.identity)
                 prune_checkpoints(output_dir, keep)
 
             self._running = self._pool.submit(work)
@@ -186,12 +194,34 @@ class CheckpointWriter:
         self._pool.shutdown()
 
 
-def verify_checkpoint(path: str | Path) -> None:
-    """Return if every file that the manifest of checkpoint `path` lists has its size and SHA-256, and the manifest its own.
+def verify_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The manifest of checkpoint `path`, every file of which has the size and SHA-256 that it says.
 
-    Raises `CheckpointError`, naming the file and what is wrong with it, otherwise.
+    Raises `CheckpointError`, naming the file and what is wrong with it, otherwise; `UnreadableCheckpoint` where it may be whole.
     """
-    _read_manifest(Path(path))
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+        version = manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UnreadableCheckpoint(
+                f"{path} has format_version {version}, and fastkd {__version__} reads {FORMAT_VERSION}: use the fastkd that wrote it "
+                f"({manifest.get('fastkd', 'it does not say which')})."
+            )
+        return verify(path)
+    except Damaged as damage:
+        raise CheckpointError(str(damage)) from damage
+    except OSError as error:
+        kind = CheckpointError
+        if not isinstance(error, FileNotFoundError | NotADirectoryError) or (path.is_symlink() and not path.exists()):
+            kind = UnreadableCheckpoint
+        what = "is not a complete checkpoint" if kind is CheckpointError else "cannot be read"
+        raise kind(f"{path} {what}: {error.filename or MANIFEST_FILE}: {error.strerror}.") from error
+
+
+def checkpoint_identity(path: Path) -> str:
+    """The run that checkpoint `path`, which verifies, says it is of."""
+    return str(read_manifest(path)["identity"])
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -229,10 +259,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     """Verify checkpoint `path` and return its `(tensors, state)` as given to `save_checkpoint`, tensors on `device`."""
     path = Path(path)
     files: dict[str, list[Path]] = {}
-    for name in sorted(_read_manifest(path)["files"]):
+    for name in sorted(verify_checkpoint(path)["files"]):
         if name.endswith(".safetensors"):
             files.setdefault(re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", name), []).append(path / name)
-    return {name: StoredTensors(parts, device) for name, parts in files.items()}, json.loads((path / STATE_FILE).read_bytes())
+    return {name: StoredTensors(parts, device) for name, parts in files.items()}, json.loads(read_bytes(path / STATE_FILE))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -245,36 +275,52 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint of the largest step that verifies, or None; those passed over are logged with the reason.
+    """The checkpoint of the largest step that verifies, or None where there is no checkpoint; damaged ones are logged with the reason.
 
-    Temporary folders are never considered; `prepare_output_dir` removes those that a killed process left.
+    Raises `UnreadableCheckpoint` for one that may be whole and cannot be read, and `CheckpointError` where all that there are are
+    damaged: a run that started over would lose what they hold.
     """
+    damages = []
     for path in list_checkpoints(output_dir):
         try:
             verify_checkpoint(path)
+        except UnreadableCheckpoint as error:
+            raise UnreadableCheckpoint(f"{error} Mend that, or move it away to go on from the one before.") from error
         except CheckpointError as damage:
             logger.warning("skipping %s: %s", path.name, damage)
+            damages.append(str(damage))
         else:
             return path
+    if damages:
+        raise CheckpointError(
+            f"None of the checkpoints in {output_dir} verifies, and training does not start over beside them: {' '.join(damages)} "
+            f"Put back a copy of one, or move them away to start this stage anew."
+        )
     return None
 
 
 def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
-    """Delete all but the newest verified checkpoint and the `keep - 1` before it; nothing when none verifies."""
+    """Delete all but the newest verified checkpoint and the `keep - 1` before it; nothing when none verifies.
+
+    Links, and what fastkd did not write into a checkpoint, stay, and so does what cannot be deleted: a warning names it.
+    """
     if keep < 1:
         raise ValueError(f"keep={keep} would delete every checkpoint; at least 1 is needed.")
-    newest = newest_checkpoint(output_dir)
-    if newest is not None:
-        for path in [path for path in list_checkpoints(output_dir) if _step(path) < _step(newest)][keep - 1 :]:
-            remove_folder(path)
+    whole = [path for path in list_checkpoints(output_dir) if (path / MANIFEST_FILE).is_file()]
+    newest = next((number for number, path in enumerate(whole) if _verifies(path)), len(whole))
+    for path in whole[newest + keep :]:
+        try:
+            remove_sealed(path)
+        except (OSError, Damaged) as error:
+            logger.warning("%s stays: %s", path, error)
 
 
-def discard_checkpoints_after(output_dir: str | Path, step: int) -> None:
-    """Delete the checkpoints beyond `step`: a run that goes back to `step` leaves no later history to resume from."""
-    for path in list_checkpoints(output_dir):
-        if _step(path) > step:
-            logger.warning("discarding %s: the run goes on from step %d", path.name, step)
-            remove_folder(path)
+def _verifies(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _step(path: Path) -> int:
@@ -290,40 +336,3 @@ def _separate(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     return separate
-
-
-def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest's exact bytes, its own hash included, so that a changed byte shows anywhere in it."""
-    return json_bytes({**manifest, "sha256": hashlib.sha256(json_bytes(manifest)).hexdigest()})
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The verified manifest of checkpoint `path`; see `verify_checkpoint`."""
-    file = path / MANIFEST_FILE
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: {MANIFEST_FILE}: {error.strerror}.") from error
-    try:
-        manifest = json.loads(content)
-        intact = content == _sealed({key: value for key, value in manifest.items() if key != "sha256"})
-    except (ValueError, AttributeError):  # not JSON, or JSON that is no object
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{file} is damaged: its content does not match its own sha256.")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format_version {manifest['format_version']}, and fastkd {__version__} reads {FORMAT_VERSION}: "
-            f"use the fastkd that wrote it ({manifest['fastkd']})."
-        )
-    for name, expected in manifest["files"].items():
-        file = path / name
-        try:
-            size, digest = file.stat().st_size, file_sha256(file)
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-        if size != expected["size"]:
-            raise CheckpointError(f"{file} has {size} bytes, and {expected['size']} were written.")
-        if digest != expected["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its sha256 is not the one in {MANIFEST_FILE}.")
-    return manifest

@@ -6,6 +6,7 @@ The docstring under a field is its help text, its line in the docs and its comme
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -13,6 +14,30 @@ from typing import Any, Literal
 from ..tasks.cloze_task import ClozeTask
 from .schedule import learning_rate_factor, resolve_warmup
 from .schema import ConfigError, apply_flags, from_mapping
+
+PATHS = frozenset(
+    {
+        *("output_dir", "cache_dir", "path", "eval_path", "counts"),
+        *("teacher_model_name_or_path", "model_name_or_path", "tokenizer_name_or_path"),
+    }
+)
+"""Keys that name a file or a folder, or what may be one."""
+_MOST_SECONDS = 2**31 - 1
+_MOST_EPOCHS = 2**31
+
+
+def is_path(text: str) -> bool:
+    """Whether `text` can name a file, a folder or something on the hub: it is neither empty nor beyond what the system can encode."""
+    try:
+        return bool(text.strip()) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_paths(config: Any) -> None:
+    for name, value in vars(config).items():
+        if name in PATHS and value is not None and not is_path(value):
+            raise ValueError(f"{name} is {value!r}, which names nothing; give a path or name, or leave the key out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +72,7 @@ class TextData:
     """With on_bad_row: skip, more bad rows than these are refused after all."""
 
     def __post_init__(self) -> None:
+        _check_paths(self)
         _at_least(1, self, "max_rows", "max_eval_rows", "max_bad_rows")
         _at_least(2, self, "max_length")
 
@@ -77,6 +103,7 @@ class TaskData:
     """How a row becomes inputs and scores."""
 
     def __post_init__(self) -> None:
+        _check_paths(self)
         _at_least(1, self, "max_rows", "max_eval_rows", "max_bad_rows")
 
 
@@ -113,6 +140,7 @@ class DatasetArguments:
     """With on_bad_row: skip, more bad rows than these in one split are refused after all."""
 
     def __post_init__(self) -> None:
+        _check_paths(self)
         _at_least(1, self, "max_bad_rows")
         _at_least(2, self, "few_sample", "max_eval_rows")
         _at_least(8, self, "max_length")
@@ -131,13 +159,14 @@ class Vocabulary:
     multiple_of: int = 128
     """The kept number is a multiple of this."""
     protected: tuple[str, ...] = ()
-    """Words that are always kept, beside special and byte tokens and the tasks' label words."""
+    """Words that are always kept, with every token they have, beside special and byte tokens and the tasks' label words."""
     stand_ins: Literal["dot", "cosine", "euclidean", "unk"] = "dot"
     """Which kept id the student reads for a dropped one: the most similar row of the teacher's head, or the unknown token."""
     counts: str | None = None
     """Folder written by `fastkd vocab count`; without it the training text of the first stage is counted."""
 
     def __post_init__(self) -> None:
+        _check_paths(self)
         if not self.keep > 0 or (isinstance(self.keep, float) and self.keep >= 1):
             raise ValueError(f"keep is {self.keep}; give a share between 0 and 1 (0.5 keeps half), or a whole number of ids.")
         _at_least(1, self, "multiple_of")
@@ -157,6 +186,7 @@ class TeacherArguments:
     zero: it is left out."""
 
     def __post_init__(self) -> None:
+        _check_paths(self)
         if self.kind == "cache" and self.path is None:
             raise ValueError("path is not set, and kind is cache; give the folder that `fastkd cache` has written for this stage.")
 
@@ -240,6 +270,7 @@ class StageArguments:
     """Stop after more than so many skipped steps in a row; those in which fp16's loss scale is being found do not count."""
 
     def __post_init__(self) -> None:
+        _check_paths(self)
         _at_least(
             1,
             self,
@@ -269,6 +300,8 @@ class StageArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
         if not 0 <= self.lr_final_ratio <= 1:
             raise ValueError(f"lr_final_ratio is {self.lr_final_ratio}; it is a share of the peak, between 0 and 1.")
+        if self.num_train_epochs > _MOST_EPOCHS:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}; it must be at most {_MOST_EPOCHS}.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}; give a number >= 1, or -1 for num_train_epochs to decide.")
         warmup_steps = resolve_warmup(self.warmup_steps, total_steps=1)
@@ -322,6 +355,8 @@ class RunConfig(StageArguments):
                 "the settings of a new one, such as student: {num_hidden_layers: 2}."
             )
         _at_least(1, self, "ddp_timeout")
+        if self.ddp_timeout > _MOST_SECONDS:
+            raise ValueError(f"ddp_timeout is {self.ddp_timeout}; it must be at most {_MOST_SECONDS} seconds.")
         if self.fsdp and any(stage.async_save or stage.fp16 or stage.torch_compile for stage in (self, *self.stages.values())):
             raise ValueError("fsdp goes neither with async_save, nor with fp16 (take bf16), nor with torch_compile; turn them off.")
         if self.student_layers is not None and self.model_name_or_path is None:
@@ -340,14 +375,44 @@ def read_config(data: Mapping[str, Any], flags: Sequence[str] = ()) -> RunConfig
     top = {key: value for key, value in data.items() if key in STAGE_KEYS}
     flagged = apply_flags({}, flags, RunConfig)
     flagged_top = {key: value for key, value in flagged.items() if key in STAGE_KEYS}
-    stages, flagged_stages = data.get("stages") or {}, flagged.pop("stages", {})
-    if not isinstance(stages, Mapping) or not all(stage is None or isinstance(stage, Mapping) for stage in stages.values()):
-        raise ConfigError("stages must map a stage's name to its settings, such as {pretrain: {max_steps: 1000}}.")
+    stages, flagged_stages = _stages(data), _stages(flagged)
     merged = _merge(data, flagged)
     merged["stages"] = {
-        name: _merge(top, stages.get(name) or {}, flagged_top, flagged_stages.get(name, {})) for name in {**stages, **flagged_stages}
+        name: _merge(top, stages.get(name) or {}, flagged_top, flagged_stages.get(name) or {}) for name in {**stages, **flagged_stages}
     }
-    return from_mapping(RunConfig, merged)
+    return from_mapping(RunConfig, _with_homes(merged))
+
+
+def expand_home(path: str) -> str:
+    """`path` with a leading `~` or `~user` replaced by that home; ValueError where there is no such home."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{path!r} begins with ~, and there is no such home; write the whole path, or ./{path} for what is called so.")
+    return expanded
+
+
+def _stages(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    stages = data.get("stages") or {}
+    if not isinstance(stages, Mapping) or not all(stage is None or isinstance(stage, Mapping) for stage in stages.values()):
+        raise ConfigError("stages must map a stage's name to its settings, such as {pretrain: {max_steps: 1000}}.")
+    return stages
+
+
+def _with_homes(data: Any, where: str = "") -> Any:
+    """Plain data with the home folder in place of a leading `~` of every path."""
+    if not isinstance(data, Mapping):
+        return data
+    expanded = {}
+    for key, value in data.items():
+        name = f"{where}{key}"
+        if key not in PATHS or not isinstance(value, str):
+            expanded[key] = _with_homes(value, f"{name}.")
+            continue
+        try:
+            expanded[key] = expand_home(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    return expanded
 
 
 def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastkd.files import write_bytes_atomic
+from fastkd.store import write_bytes_atomic
 from fastkd.train.log import LOG_FILE, read_log
 
 logger = logging.getLogger(__name__)
@@ -26,12 +27,46 @@ def plot_curves(
 ) -> Path | None:
     """Draw each named sequence of (x, y) points as a curve into the PNG `path`, and return the path.
 
-    Points that are not finite leave a gap. One curve is described by the title alone, several get a legend. Without
-    matplotlib, one line is logged and None returned.
+    Points that are not finite leave a gap. One curve is described by the title alone, several get a legend. Where it cannot be
+    drawn, for want of matplotlib or for any other reason, one warning is logged and None returned.
     """
-    figure = _figure(path, 6.4, 4.0)
-    if figure is None:
-        return None
+    with _warning_instead(path):
+        return _draw_curves(series, path, title=title, xlabel=xlabel, ylabel=ylabel, log_y=log_y)
+    return None
+
+
+def draw_stage(folder: str | Path) -> None:
+    """Draw the curves of a finished stage from its log, beside it. They are no result: what fails is one warning."""
+    folder = Path(folder)
+    with _warning_instead(f"{folder}: a curve of the log"):
+        lines = read_log(folder / LOG_FILE, strict=False)
+        for key, name in (("loss", "loss"), ("eval_perplexity", "perplexity"), ("eval_accuracy", "accuracy")):
+            points = _points(lines, key)
+            if len(points) > 1:
+                _draw_curves({name: points}, folder / f"{name}.png", title=folder.name, xlabel="step", ylabel=name)
+
+
+@contextmanager
+def _warning_instead(what: str | Path) -> Iterator[None]:
+    """Log whatever keeps `what` from being drawn, and go on."""
+    try:
+        yield
+    except Exception as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "matplotlib"
+        cause = "matplotlib is not installed (pip install 'fastkd[plots]')" if is_missing else f"{type(error).__name__}: {error}"
+        logger.warning("%s is not drawn: %s.", what, cause)
+
+
+def _draw_curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log_y: bool = False,
+) -> Path:
+    figure = _figure(6.4, 4.0)
     from matplotlib.ticker import FuncFormatter
 
     axes = figure.subplots()
@@ -69,7 +104,7 @@ def plot_logs(runs: Sequence[str], key: str, path: str | Path) -> Path | None:
         for log in _logs(run):
             lines = read_log(log)
             keys.update(name for line in lines for name in line if _number(line, name) is not None)
-            points = [(line["step"], value) for line in lines if "step" in line and (value := _number(line, key)) is not None]
+            points = _points(lines, key)
             if points:
                 found[log.parent.name] = points
         series |= {run if len(found) == 1 else f"{run}: {stage}": points for stage, points in found.items()}
@@ -82,12 +117,16 @@ def plot_logs(runs: Sequence[str], key: str, path: str | Path) -> Path | None:
 def plot_bars(panels: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str) -> Path | None:
     """Draw one panel a score into the PNG `path`, with a bar and its value for each name; a name has the same colour in all.
 
-    Returns the path; without matplotlib, one line is logged and None returned.
+    Returns the path; where it cannot be drawn, for whatever reason, one warning is logged and None returned.
     """
+    with _warning_instead(path):
+        return _draw_bars(panels, path, title=title)
+    return None
+
+
+def _draw_bars(panels: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str) -> Path:
     names = list(dict.fromkeys(name for bars in panels.values() for name in bars))
-    figure = _figure(path, 1.0 + 2.4 * len(panels), 1.4 + 0.35 * len(names))
-    if figure is None:
-        return None
+    figure = _figure(1.0 + 2.4 * len(panels), 1.4 + 0.35 * len(names))
     for index, (axes, (score, bars)) in enumerate(zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True)):
         rows = [names.index(name) for name in bars]
         drawn = axes.barh(rows, list(bars.values()), color=[COLOURS[row % len(COLOURS)] for row in rows], height=0.7)
@@ -113,6 +152,12 @@ def _logs(run: str) -> list[Path]:
     return logs
 
 
+def _points(lines: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """Collect (step, value) of every line that has a number for `key`."""
+    pairs = ((_number(line, "step"), _number(line, key)) for line in lines)
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
 def _number(line: Mapping[str, Any], key: str) -> float | None:
     """What a line of a log says of `key`, if that is a number; those that JSON has none for stand there as text."""
     value = line.get(key)
@@ -120,17 +165,14 @@ def _number(line: Mapping[str, Any], key: str) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
-def _figure(path: str | Path, width: float, height: float) -> Any:
-    """An empty figure of that many inches; None, and one line in the log, without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("%s is not drawn: matplotlib is not installed (pip install 'fastkd[plots]').", path)
-        return None
+def _figure(width: float, height: float) -> Any:
+    """Make an empty figure of that many inches."""
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 

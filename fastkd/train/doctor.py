@@ -17,7 +17,7 @@ import torch
 
 from ..methods.objective import Objective
 from ..models.language_model import LanguageModel
-from ..models.load import auto_class, load_config
+from ..models.load import auto_class, check_row_length, load_config
 from ..models.truncate import keep_layers
 from ..ops.linear_kl import linear_kl_div
 from ..ops.plan import plan_chunks
@@ -44,7 +44,8 @@ class Pair:
         for name in ("batch_size", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        self.models("meta")  # refuses what cannot be built
+        for model, role in zip(self.models("meta"), ("student", "teacher"), strict=True):  # refuses what cannot be built
+            check_row_length(model, self.length, role, "--length")
 
     def models(self, device: str) -> tuple[LanguageModel, LanguageModel]:
         """Student and frozen teacher with random weights on `device`; without weights on "meta"."""

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import write_json_atomic
 from ..methods.comparison import Judged, judge
 from ..methods.stage_data import task_outputs
 from ..models.language_model import LanguageModel
@@ -23,6 +22,7 @@ from ..models.load import check_padded_vocabulary, check_row_length, load_config
 from ..models.student import count_parameters
 from ..models.task_model import TaskHead, TaskModel, load_task_model
 from ..ops.kl import kl_div
+from ..store import write_json_atomic
 from ..tasks.encoded import EncodedTask, encode_task
 from ..tasks.labelled import TaskDataset
 from ..tasks.metrics import CALIBRATION_BINS, calibration_error
@@ -120,7 +120,7 @@ def evaluate_on_text(models: Mapping[str, str], text: TextData, *, batch_size: i
     with TemporaryDirectory(prefix="fastkd-eval-") as folder:
         rows = tokenized(corpus, text, tokenizer, Path(folder), causal=first.causal)
         for name, each in judged.items():
-            check_row_length(each.model, int(rows.lengths.max()), name)
+            check_row_length(each.model, int(rows.lengths.max()), name, "--max_length")
             each.model.to(_device(use_cpu))
         kept = slice(len(tokenizer)) if fold is None else fold.kept_ids
         batches = _batches(rows, tokenizer, batch_size, causal=first.causal)
@@ -195,7 +195,7 @@ def _load_task_model(
         doc_stride=arguments.doc_stride,
         max_answer_length=arguments.max_answer_length,
     )
-    check_row_length(model, int(rows.lengths.max()), name)
+    check_row_length(model, int(rows.lengths.max()), name, "--max_length")
     return model.eval().requires_grad_(False), rows
 
 

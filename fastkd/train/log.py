@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -30,7 +31,7 @@ class RunLog:
         bar: shows the losses, the speed and the memory of every line.
         report_to: "tensorboard" shows every line's numbers there too.
 
-    A half line at the end, left by a killed process, is dropped in either case.
+    A half line at the end, left by a killed process, is dropped in either case. Raises `OSError` where the log is a link.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class RunLog:
         bar: Progress | None = None,
         report_to: str = "none",
     ) -> None:
-        path = Path(os.devnull) if output_dir is None else Path(output_dir) / LOG_FILE
         self.stage, self._bar = stage, bar
-        if path.is_file():
-            os.truncate(path, sum(map(len, _whole_lines(path.read_bytes()[:keep]))))
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # line-buffered: one write per line
-        self._board = None if output_dir is None or report_to == "none" else TensorBoard(Path(output_dir) / "tensorboard", _steps(path))
+        self._board: TensorBoard | None = None
+        if output_dir is None:
+            self._file: TextIO = os.fdopen(os.open(os.devnull, os.O_WRONLY), "a")
+            return
+        self._file, lines = _open_log(Path(output_dir) / LOG_FILE, keep)
+        if report_to != "none":
+            self._board = TensorBoard(Path(output_dir) / "tensorboard", _last_step(lines))
 
     @property
     def size(self) -> int:
@@ -75,28 +78,58 @@ class RunLog:
         self.close()
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Every line of a log, which may still be growing: a half line at its end is left out.
+def read_log(path: str | Path, *, strict: bool = True) -> list[dict[str, Any]]:
+    """Read the lines of a log, which may still be growing: a half line at its end is left out.
 
-    Raises `ValueError` naming the line if any other is not JSON.
+    Raises `ValueError` naming the line if any other is no JSON object; with `strict=False` such lines are passed over.
     """
     entries = []
     for number, line in enumerate(_whole_lines(Path(path).read_bytes()), start=1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}.") from error
+        entry = _entry(line)
+        if entry is not None:
+            entries.append(entry)
+        elif strict:
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:80]!r}. Remove that line.")
     return entries
 
 
-def _steps(path: Path) -> int:
-    """The last step that a log tells of."""
-    return max((line.get("step", 0) for line in read_log(path)), default=0) if path.is_file() else 0
+def _open_log(path: Path, keep: int | None) -> tuple[TextIO, list[bytes]]:
+    """Open a log to append to, cut to the whole lines among its first `keep` bytes, and return these too.
+
+    It is opened once, and never through a link: what is cut is the file that was read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(f"The log {str(path)!r} is a link, and what it leads to may not be this run's; remove the link.") from error
+    file = os.fdopen(descriptor, "a", encoding="utf-8", buffering=1)  # line-buffered: one write per line
+    with os.fdopen(descriptor, "rb", closefd=False) as existing:
+        existing.seek(0)
+        lines = _whole_lines(existing.read()[:keep])
+    os.ftruncate(descriptor, sum(len(line) + 1 for line in lines))
+    return file, lines
 
 
 def _whole_lines(content: bytes) -> list[bytes]:
-    """The lines that were written to their end; JSON escapes line breaks, so a half line never holds one."""
-    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    """Split off the lines that were written to their end; JSON escapes line breaks, so a half line never holds one."""
+    return content.split(b"\n")[:-1]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of a log; None where it is no JSON object."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _last_step(lines: Sequence[bytes]) -> int:
+    """Find the last step that these lines of a log tell of."""
+    steps = [(_entry(line) or {}).get("step") for line in lines]
+    return max((step for step in steps if isinstance(step, int)), default=0)
 
 
 def _strict(value: Any) -> Any:
@@ -117,10 +150,12 @@ class TensorBoard:
         """steps: the last one in the log; what an earlier process has shown beyond it is hidden, as it is about to happen again."""
         self._writer: Any = None
         try:
+            if folder.is_symlink():
+                raise OSError(f"{folder} is a link")
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder), purge_step=steps + 1)
-        except ImportError:
+        except ModuleNotFoundError:
             log.warning(
                 "report_to is tensorboard, which is not installed: pip install 'fastkd[tensorboard]'. %s has the log.", LOG_FILE
             )
@@ -139,8 +174,12 @@ class TensorBoard:
             self._give_up(error)
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             self._writer.close()
+        except Exception as error:
+            self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         log.warning("TensorBoard cannot be written (%s); training goes on without it.", error)
@@ -151,7 +190,8 @@ class Progress(tqdm):
     """tqdm's bar, with the time left, when stderr is a terminal and it is to be `shown`, and not one character otherwise."""
 
     def __init__(self, total: int, *, initial: int = 0, description: str | None = None, shown: bool = True) -> None:
-        super().__init__(total=total, initial=initial, desc=description, disable=None if shown else True, dynamic_ncols=True)
+        disable = None if shown and sys.stderr is not None else True  # there is no stderr where it is closed
+        super().__init__(total=total, initial=initial, desc=description, disable=disable, dynamic_ncols=True)
 
     def show(self, values: Mapping[str, Any]) -> None:
         """Put a line of the log behind the bar: the loss and its terms, speed and memory, as far as the line has them."""

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..methods.objective import Position, Share, Stage
+from ..ops.backends import arithmetic
 from .batches import BatchOrder, counter_torch_generator, seed_global_generators
-from .checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint, on_cpu
+from .checkpoint import CheckpointWriter, checkpoint_identity, load_checkpoint, newest_checkpoint, on_cpu
 from .config import StageArguments
 from .log import Progress, RunLog, peak_memory_mb
 from .parallel import Engine, gradient_norm
@@ -83,9 +84,10 @@ class StageTrainer:
         ranks: Ranks | None = None,
         flag: SignalFlag | None = None,
         fsdp: bool = False,
+        identity: str = "",
     ) -> None:
-        """flag: of whoever holds the signals already. fsdp: split the student over the ranks."""
-        self.stage, self.arguments, self.folder, self.seed = stage, arguments, folder, seed
+        """flag: of whoever holds the signals already. fsdp: split the student over the ranks. identity: of the run, for checkpoints."""
+        self.stage, self.arguments, self.folder, self.seed, self.identity = stage, arguments, folder, seed, identity
         self.ranks, self.flag = ranks or Ranks(), flag
         self.order = BatchOrder(stage.lengths, arguments.per_device_train_batch_size, seed, bucket=arguments.group_by_length)
         self.micro_batches = arguments.gradient_accumulation_steps * self.ranks.world_size
@@ -108,7 +110,7 @@ class StageTrainer:
             (lambda: torch.autocast(kind, dtype=half)) if arguments.bf16 or arguments.fp16 else contextlib.nullcontext
         )
         self.scaler = torch.amp.GradScaler(kind, enabled=arguments.fp16)
-        self.writer = CheckpointWriter(self.ranks, in_background=arguments.async_save)
+        self.writer = CheckpointWriter(self.ranks, in_background=arguments.async_save, identity=identity)
         self.at = Progressed()
         self.best_state: State = {}
         self.saved_step = -1
@@ -351,15 +353,23 @@ class StageTrainer:
 
     def _made_by(self) -> dict[str, Any]:
         """What bit-for-bit resuming depends on beside the configuration."""
-        return {"torch": torch.__version__, "device": _device_name(self.ranks.device), "world_size": self.ranks.world_size}
+        return {
+            "torch": torch.__version__,
+            "device": _device_name(self.ranks.device),
+            "world_size": self.ranks.world_size,
+            "threads": torch.get_num_threads(),
+            "arithmetic": arithmetic(self.ranks.device),
+        }
 
     def _resume(self) -> None:
         """Load the newest checkpoint that the first rank can verify, if there is one."""
-        newest = newest_checkpoint(self.folder) if self.ranks.is_main else None
+        newest = self.ranks.on_main(lambda: newest_checkpoint(self.folder))
         name = self.ranks.gather(None if newest is None else newest.name)[0]
         if name is None:
             return
         path = self.folder / name
+        if checkpoint_identity(path) != self.identity:
+            raise ValueError(f"{path} is of a run with other settings, models or rows. Move it away, or choose another output_dir.")
         tensors, state = load_checkpoint(path)
         if (rows := state.pop("rows")) != self.stage.fingerprint:
             raise ValueError(
@@ -367,7 +377,7 @@ class StageTrainer:
                 f"{self.stage.name} have changed. Put back what they were, or choose another output_dir."
             )
         made_by, here = state.pop("made_by"), self._made_by()
-        differing = [f"{key} {made_by[key]} there, {here[key]} here" for key in here if here[key] != made_by[key]]
+        differing = [f"{key} {made_by.get(key)} there, {here[key]} here" for key in here if here[key] != made_by.get(key)]
         if differing and self.ranks.is_main:
             log.warning("%s was written elsewhere (%s): training goes on, but not bit for bit.", path, "; ".join(differing))
         self.scaler.load_state_dict(state.pop("scaler"))

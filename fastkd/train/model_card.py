@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -17,8 +19,10 @@ from ..models.student import count_parameters
 from ..models.task_model import TaskModel
 from ..tasks.glue import HUB_PATHS
 from .evaluate import TITLES
+from .markdown import code_span, escaped, fenced, python_literal, table
 from .provenance import source, versions
 
+log = logging.getLogger("fastkd")
 CARD_FILE = "README.md"
 NOT_RECORDED = "not recorded"
 _TEXT = '"Some text."'
@@ -29,11 +33,11 @@ def read_evaluation(path: Path, student: str) -> dict[str, Any]:
     """A results.json of `fastkd eval` that judges this `student`; any other file is refused by `ValueError`."""
     try:
         evaluation = json.loads(path.read_bytes())
-        data, judged = evaluation["data"], evaluation["models"]["student"]
-        judged_name = judged["model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+        data, judged_name = evaluation["data"], Path(evaluation["models"]["student"]["model_name_or_path"])
+        _evaluation_scores(evaluation), _evaluation_section(evaluation)  # what the card makes of it
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"results {str(path)!r} is no file that `fastkd eval --output_dir` writes: {error!r}.") from error
-    if Path(judged_name).resolve() != Path(student).resolve():
+    if judged_name.resolve() != Path(student).resolve():
         raise ValueError(
             f"results {str(path)!r} judges {judged_name} on {data.get('task') or data.get('text')}, and the card is of {student}. Give "
             f"results of `fastkd eval {student}`."
@@ -49,13 +53,33 @@ def model_card(
     evaluations: Sequence[Mapping[str, Any]] = (),
     onnx_difference: float | None = None,
 ) -> str:
-    """The card of `student`, exported to a folder called `name`.
+    """Write the card of `student`, exported to a folder called `name`.
 
     Args:
         provenance: what `read_provenance` finds beside the student; without it the card says that it is not recorded.
         evaluations: results of `fastkd eval` (`read_evaluation`).
         onnx_difference: of the ONNX file in the folder, if there is one.
+
+    Names and settings are shown as they are, whatever they hold: none of them is Markdown or HTML. A provenance of another shape is
+    told by one warning, and the card then says that it is not recorded.
     """
+    try:
+        card = _card(student, name, provenance, evaluations, onnx_difference)
+    except Exception as error:
+        if provenance is None:
+            raise
+        log.warning("The card of %r does not tell what made the model: its record is of no known shape (%r).", name, error)
+        card = _card(student, name, None, evaluations, onnx_difference)
+    return card.encode(errors="backslashreplace").decode()  # file names may hold what UTF-8 does not
+
+
+def _card(
+    student: LanguageModel | TaskModel,
+    name: str,
+    provenance: Mapping[str, Any] | None,
+    evaluations: Sequence[Mapping[str, Any]],
+    onnx_difference: float | None,
+) -> str:
     sections = {
         "Use": _use(student, name, onnx_difference),
         "Origin": _origin(student, provenance),
@@ -67,7 +91,7 @@ def model_card(
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     tags = [*_tags(provenance), *(["onnx"] if onnx_difference is not None else [])]
     metadata = _metadata(student, name, tags, provenance, evaluations)
-    return f"---\n{metadata}\n---\n\n# {name}\n\n{_summary(student, provenance)}\n\n{body}\n"
+    return f"---\n{metadata}\n---\n\n# {escaped(name)}\n\n{_summary(student, provenance)}\n\n{body}\n"
 
 
 def _metadata(
@@ -85,10 +109,7 @@ def _metadata(
     measured: list[tuple[dict[str, Any], Mapping[str, float]]] = []
     if stages:
         measured.append((_hub_data(_judged_on(stages[-1]["data"])), stages[-1]["scores"]))
-    for each in evaluations:
-        place = source(each["data"].get("text") or each["settings"].get("path"))
-        told = {**each["data"], "path": place, "name": each["settings"].get("name"), "eval_split": each["data"]["split"]}
-        measured.append((_hub_data(told), each["models"]["student"]["scores"]))
+    measured += map(_evaluation_scores, evaluations)
     results = [
         EvalResult(task_type=task, metric_type=metric, metric_name=TITLES.get(metric, metric), metric_value=value, **data)
         for data, scores in measured
@@ -108,6 +129,14 @@ def _metadata(
         model_name=name,
         eval_results=results or None,
     ).to_yaml()
+
+
+def _evaluation_scores(evaluation: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, float]]:
+    """What an evaluation judged on, as fields of an `EvalResult`, and the student's scores."""
+    data, settings = evaluation["data"], evaluation["settings"]
+    place = source(data.get("text") or settings.get("path"))
+    judged_on = {**data, "path": place, "name": settings.get("name"), "eval_split": data["split"]}
+    return _hub_data(judged_on), evaluation["models"]["student"]["scores"]
 
 
 def _hub_data(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,30 +200,32 @@ def _use(student: LanguageModel | TaskModel, name: str, onnx_difference: float |
     auto, task = _auto_class(student)
     text = _PAIR if task == "question-answering" else _TEXT
     outputs = "model.generate(**inputs, max_new_tokens=20)" if task == "text-generation" else "model(**inputs)"
-    plain = f"""With plain transformers; `{name}` stands for where this folder is, here or on the hub.
+    opened = fenced(
+        "python",
+        f"""from transformers import {auto}, AutoTokenizer
 
-```python
-from transformers import {auto}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = {auto}.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained({python_literal(name)})
+model = {auto}.from_pretrained({python_literal(name)})
 inputs = tokenizer({text}, return_tensors="pt")
-outputs = {outputs}
-```"""
+outputs = {outputs}""",
+    )
+    plain = f"With plain transformers; {code_span(name)} stands for where this folder is, here or on the hub.\n\n{opened}"
     if onnx_difference is None:
         return plain
+    session = fenced(
+        "python",
+        f"""import onnxruntime
+
+session = onnxruntime.InferenceSession({python_literal(f"{name}/{ONNX_FILE}")})
+inputs = tokenizer({text}, return_tensors="np")
+outputs = session.run(None, {{given.name: inputs[given.name] for given in session.get_inputs()}})""",
+    )
     return f"""{plain}
 
 `{ONNX_FILE}` is the same model for ONNX Runtime, batch and sequence of any size. On random batches of two shapes it differs from
 torch by {onnx_difference:.1e} (2-norm, relative).
 
-```python
-import onnxruntime
-
-session = onnxruntime.InferenceSession("{name}/{ONNX_FILE}")
-inputs = tokenizer({text}, return_tensors="np")
-outputs = session.run(None, {{given.name: inputs[given.name] for given in session.get_inputs()}})
-```"""
+{session}"""
 
 
 def _origin(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | None) -> str:
@@ -205,7 +236,7 @@ def _origin(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | 
         facts["Student"] = "new weights" if start is None else f"from {_place(start)}"
         facts["Teacher"] = "; ".join(_unique(_place(stage["teacher"]) for stage in stages if stage["teacher"]) or ["none"])
         facts["Data"] = "; ".join(_unique(_data_name(stage["data"]) for stage in stages) or [])
-        facts["Method"] = f"{method.title}: {', '.join(stage['stage'] for stage in stages)}"
+        facts["Method"] = f"{method.title}: {', '.join(escaped(stage['stage']) for stage in stages)}"
         facts["Paper"] = "none"
         if (paper := method.paper) is not None:
             link = f"[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
@@ -217,19 +248,21 @@ def _origin(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | 
 
 
 def _place(place: Mapping[str, Any]) -> str:
-    if not place["hub"]:
-        return f"`{place['name']}` (a local folder)"
-    return f"[{place['name']}](https://huggingface.co/{place['name']})"
+    return _link(place["name"]) if place["hub"] else f"{code_span(place['name'])} (a local folder)"
 
 
 def _data_name(data: Mapping[str, Any]) -> str:
     place, parts = data.get("path"), []
     if data["kind"] == "dataset":
-        parts.append(f"`{data['task']}`" + (" from a copy," if place else ""))
+        parts.append(code_span(data["task"]) + (" from a copy," if place else ""))
     if place:
-        hub = f"[{place['name']}](https://huggingface.co/datasets/{place['name']})"
-        parts.append(hub if place["hub"] else f"`{place['name']}`")
+        parts.append(_link(place["name"], "datasets/") if place["hub"] else code_span(place["name"]))
     return " ".join(parts)
+
+
+def _link(name: str, kind: str = "") -> str:
+    """A link to the hub's page of a model, or of another kind of repository."""
+    return f"[{escaped(name)}](https://huggingface.co/{kind}{quote(name, errors='backslashreplace')})"
 
 
 def _training(provenance: Mapping[str, Any] | None) -> str:
@@ -238,42 +271,35 @@ def _training(provenance: Mapping[str, Any] | None) -> str:
     stages = provenance["stages"]
     rows = [
         [
-            stage["stage"],
-            stage["trains"],
-            stage["steps"],
-            stage["kept_step"],
+            escaped(stage["stage"]),
+            escaped(stage["trains"]),
+            escaped(stage["steps"]),
+            escaped(stage["kept_step"]),
             f"{stage['tokens']:,}",
             f"{stage['seconds']:.1f}",
             f"{stage['peak_memory_mb']:.0f}",
-            stage["device"] + (f", {stage['processes']} processes" if stage["processes"] > 1 else ""),
+            escaped(stage["device"]) + (f", {stage['processes']} processes" if stage["processes"] > 1 else ""),
         ]
         for stage in stages
     ]
-    table = _table(["stage", "trains", "steps", "step kept", "tokens", "seconds", "peak memory, MiB", "on"], rows)
+    measured = table(["stage", "trains", "steps", "step kept", "tokens", "seconds", "peak memory, MiB", "on"], rows)
     settings: dict[str, Any] = {"seed": provenance["seed"], "student": provenance["student"]}
     settings["stages"] = {stage["stage"]: {key: stage[key] for key in ("teacher", "data", "options", "training")} for stage in stages}
     shown = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True, width=120)
-    return f"{table}\n\nSeconds and tokens are of training alone. The settings:\n\n```yaml\n{shown}```"
+    return f"{measured}\n\nSeconds and tokens are of training alone. The settings:\n\n{fenced('yaml', shown.rstrip())}"
 
 
 def _results(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | None, evaluations: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     scores = [
-        [stage["stage"], stage["trains"], _data_name(_judged_on(stage["data"])), metric, _shown(value)]
+        [escaped(stage["stage"]), escaped(stage["trains"]), _data_name(_judged_on(stage["data"])), escaped(metric), _shown(value)]
         for stage in (provenance["stages"] if provenance else [])
         for metric, value in stage["scores"].items()
     ]
     if scores:
         caption = "At the end of each stage, on its evaluation split; where the best step is kept, this split has chosen it."
-        parts.append(f"{caption}\n\n{_table(['stage', 'of the', 'data', 'metric', 'value'], scores)}")
-    for each in evaluations:
-        metrics = _unique(metric for model in each["models"].values() for metric in model["scores"]) or []
-        rows = [
-            [model, *(_shown(judged["scores"].get(metric)) for metric in metrics), f"{judged['parameters']:,}"]
-            for model, judged in each["models"].items()
-        ]
-        table = _table(["model", *(TITLES.get(metric, metric) for metric in metrics), "parameters"], rows)
-        parts.append(f"{_evaluation_name(each)}\n\n{table}")
+        parts.append(f"{caption}\n\n{table(['stage', 'of the', 'data', 'metric', 'value'], scores)}")
+    parts += map(_evaluation_section, evaluations)
     if parts and student.vocab_map is not None:
         parts.append(
             "All of this was measured with the teacher's tokenizer, where a token that the student does not keep is read as a similar "
@@ -286,11 +312,24 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def _evaluation_section(evaluation: Mapping[str, Any]) -> str:
+    """A line on what was judged on, and the scores of every model."""
+    models = evaluation["models"]
+    metrics = _unique(metric for model in models.values() for metric in model["scores"]) or []
+    rows = [
+        [escaped(model), *(_shown(judged["scores"].get(metric)) for metric in metrics), f"{judged['parameters']:,}"]
+        for model, judged in models.items()
+    ]
+    head = ["model", *(escaped(TITLES.get(metric, metric)) for metric in metrics), "parameters"]
+    return f"{_evaluation_name(evaluation)}\n\n{table(head, rows)}"
+
+
 def _evaluation_name(evaluation: Mapping[str, Any]) -> str:
     data, used = evaluation["data"], evaluation["versions"]
     judged = f"{data['examples']} examples" if "examples" in data else f"{data['predictions']} {data['predicted']} as {data['events']}"
     name = data.get("task") or (source(data["text"]) or {})["name"]
-    return f"`fastkd eval` {used['fastkd']} on `{name}`, split {data['split']}: {judged} (torch {used['torch']})."
+    fastkd, split, torch = escaped(used["fastkd"]), escaped(data["split"]), escaped(used["torch"])
+    return f"`fastkd eval` {fastkd} on {code_span(name)}, split {split}: {escaped(judged)} (torch {torch})."
 
 
 def _limits(student: LanguageModel | TaskModel) -> str:
@@ -305,13 +344,10 @@ def _limits(student: LanguageModel | TaskModel) -> str:
 
 
 def _versions(provenance: Mapping[str, Any] | None) -> str:
-    rows = [[stage["stage"], *stage["versions"].values()] for stage in (provenance["stages"] if provenance else [])]
-    return _table(["", *versions()], [*rows, ["export", *versions().values()]])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    used = versions()
+    stages = provenance["stages"] if provenance else []
+    rows = [[escaped(stage["stage"]), *(escaped(stage["versions"].get(package, "-")) for package in used)] for stage in stages]
+    return table(["", *used], [*rows, ["export", *used.values()]])
 
 
 def _plain(value: Any) -> Any:

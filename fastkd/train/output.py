@@ -1,136 +1,275 @@
-"""Floor 5, train: the output folder of a run: one process at a time holds it, and it belongs to one run (`run.json`)."""
+"""The output folder of a run: one process at a time holds it, and `run.json` records which run it is and what that run has made.
 
-import fcntl
+`run.json` has the settings that all stages share, and for every stage that was begun its identity: what decides its result, by content
+(`identity.py`). A stage's folder is claimed before anything is written into it. What lies there and is not recorded is not this run's:
+it is refused, never adopted and never deleted.
+"""
+
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
 import os
-import shutil
-import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from fastkd import __version__
-from fastkd.files import write_json_atomic
-from fastkd.models.load import VOCAB_MAP_FOLDER
-from fastkd.train.checkpoint import discard_checkpoints_after, list_checkpoints
-from fastkd.train.log import LOG_FILE
+from .. import __version__
+from ..models.load import VOCAB_MAP_FOLDER
+from ..sealed import Damaged, read_json, read_manifest, remove_sealed
+from ..store import InUse, Lock, lock, sweep, write_json_atomic
+from .log import LOG_FILE
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("fastkd")
 
 RUN_FILE = "run.json"
+RESULT_FILE = "result.json"
+RESULTS_FILE = "results.json"
+LOCK_FILE = ".fastkd.lock"
+FILTERS_FOLDER = "filters"
+CURVES = ("loss", "perplexity", "accuracy")
+LABEL_WORDS = "label_words"
+"""In the identity of a vocabulary: the ids that it keeps for the sake of tasks."""
+FORMAT = 2
+_SEALED = re.compile(rf"checkpoint-\d+|student|teacher|{FILTERS_FOLDER}")
+_FILES = re.compile(rf"{re.escape(LOG_FILE)}|{re.escape(RESULT_FILE)}|({'|'.join(CURVES)})\.png")
+Identities = Mapping[str, Mapping[str, Any] | None]
+_VIEWS = {"tensorboard": re.compile(r"events\.out\.tfevents\..*"), "profile": re.compile(r"trace\.json|shares\.json")}
 
 
-@dataclass
 class OutputFolder:
     """An output folder that this process holds the lock of, until `close` or the process's end, a kill included."""
 
-    path: Path
-    lock: IO[str]
+    def __init__(self, path: Path, held: Lock, record: dict[str, Any]) -> None:
+        self.path, self._held, self._record = path, held, record
 
     def close(self) -> None:
-        self.lock.close()
+        self._held.close()
 
-    def __enter__(self) -> "OutputFolder":
+    def __enter__(self) -> OutputFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def recorded(self, stage: str) -> dict[str, Any] | None:
+        """The identity of a stage that was claimed here."""
+        found: dict[str, Any] | None = self._record["stages"].get(stage)
+        return found
 
-def prepare_output_dir(output_dir: str | Path, run: Mapping[str, Any], *, overwrite: bool = False) -> OutputFolder:
-    """Create and lock `output_dir`, tie it to `run` (`run.json`), and clear what killed processes left half-written.
+    def digest(self, stage: str) -> str:
+        """Hex SHA-256 of what decides the result of a claimed stage, which everything that the stage makes bears."""
+        identity = {"run": self._record["settings"], "stage": self._record["stages"][stage]}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    `run` is the part of the configuration that decides the result, as JSON-able data. A folder that belongs to another
-    run is refused, unless `overwrite` (the YAML key `overwrite_output_dir`): then that run's stages, checkpoints and log
-    are deleted. A folder of the same run is never emptied, so a restarted job resumes whatever `overwrite` says.
+    def claim(
+        self, settings: Mapping[str, Any], identities: Mapping[str, Mapping[str, Any] | None], *, overwrite: bool = False
+    ) -> None:
+        """Record that stages of these identities are this run's, before anything of them is written.
 
-    Raises `ValueError` when the folder cannot be written, is in use, or belongs to another run.
+        settings: what all stages of the run share. identities: by stage; None where it is not known yet: such a stage is not recorded,
+        and refused only where its folder holds what this run did not make.
+
+        Raises `ValueError`, saying what differs, where the folder belongs to another run; with `overwrite`, what that one recorded as
+        its own is deleted first. A folder of the same run is never emptied, so a restarted job resumes whatever `overwrite` says.
+        """
+        settings, identities = json.loads(json.dumps([settings, identities]))  # as they will be read back
+        conflict = self._conflict(settings, identities)
+        if conflict is not None and overwrite:
+            self._delete()
+            conflict = self._conflict(settings, identities)
+            if conflict is not None:
+                raise ValueError(
+                    f"output_dir={str(self.path)!r} {conflict}. overwrite_output_dir deletes what is recorded there and nothing else; "
+                    f"move the rest away, or choose another output_dir."
+                )
+        if conflict is not None:
+            raise ValueError(
+                f"output_dir={str(self.path)!r} {conflict}. Put back what it was, choose another output_dir, or set "
+                f"overwrite_output_dir to delete what that run left in it."
+            )
+        begun = {stage: identity for stage, identity in self._record["stages"].items() if self._has_begun(stage)}
+        known = {stage: identity for stage, identity in identities.items() if identity is not None}
+        # What has begun keeps its identity, which its checkpoints bear, though tasks may have come since.
+        record = {**self._record, "settings": settings, "stages": {**self._record["stages"], **known, **begun}}
+        if record != self._record:
+            if not begun:
+                self._delete_vocabulary_map()  # chosen by settings that were refused before the first step
+            self._record = record
+            write_json_atomic(self.path / RUN_FILE, record)
+
+    def _conflict(self, settings: Mapping[str, Any], identities: Identities) -> str | None:
+        """Why this folder cannot be such a run's, as a part of a sentence. A stage refused before its first step binds nothing."""
+        recorded = self._record["stages"]
+        begun = [stage for stage in recorded if self._has_begun(stage)]
+        stages: dict[str, list[str]] = {}
+        for stage, identity in identities.items():
+            if stage in begun and identity is not None:
+                for phrase in differences(recorded[stage], identity):
+                    stages.setdefault(phrase.removeprefix("settings."), []).append(stage)
+            elif stage not in recorded and (found := self._contents(stage)):
+                return f"holds {found[0]}, and {RUN_FILE} does not say that this run made it"
+        phrases = differences(self._record["settings"], settings) if begun else []
+        phrases += [f"{phrase} in {', '.join(names)}" for phrase, names in stages.items()]
+        return f"belongs to a run with other settings: {'; '.join(phrases)}" if phrases else None
+
+    def _has_begun(self, stage: str) -> bool:
+        return bool(self._contents(stage))
+
+    def _contents(self, stage: str) -> list[str]:
+        """What lies in a stage's folder under names that a stage uses."""
+        folder = self.path / stage
+        if (folder / RUN_FILE).exists():
+            raise ValueError(f"{folder} is the output_dir of another run, and a stage here has its name; choose another output_dir.")
+        if folder.is_symlink() and not folder.exists():
+            raise ValueError(f"{folder} is a link that leads nowhere: put back what it led to, or remove it.")
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        return [f"{stage}/{name}" for name in names if _SEALED.fullmatch(name) or _FILES.fullmatch(name) or name in _VIEWS]
+
+    def _delete(self) -> None:
+        """Delete what the record says that the run has made, and the record."""
+        for stage in self._record["stages"]:
+            _delete_stage(self.path / stage, self.digest(stage))
+        self._delete_vocabulary_map()
+        self._record = _empty()
+        with suppress(FileNotFoundError):
+            (self.path / RUN_FILE).unlink()
+
+    def _delete_vocabulary_map(self) -> None:
+        """The map of the student's vocabulary, if a recorded stage made it."""
+        folder = self.path / VOCAB_MAP_FOLDER
+        made = [identity["vocabulary"] for identity in self._record["stages"].values() if identity.get("vocabulary")]
+        with suppress(OSError, Damaged):
+            found = read_manifest(folder).get("vocabulary")
+            if found in made:
+                remove_sealed(folder)
+
+
+def prepare_output_dir(output_dir: str | Path) -> OutputFolder:
+    """Create and lock `output_dir`, read its record, and clear what killed processes left half-written in its own places.
+
+    Raises `ValueError` when the folder cannot be written, is in use, or has a record that cannot be read.
     """
+    if not str(output_dir):
+        raise ValueError(
+            "output_dir is empty, which would be the current folder; name the folder of the run ('.' if you mean this one)."
+        )
     path = Path(output_dir)
-    lock = _lock(path)
-    try:
-        for leftover in list(path.rglob("*.tmp-*")):  # we hold the lock, so whoever was writing these is gone
-            logger.warning("removing %s, left half-written by a process that ended", leftover.name)
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)  # one may lie in another
-        _claim(path, run, overwrite)
-    except BaseException:
-        lock.close()
-        raise
-    return OutputFolder(path, lock)
-
-
-def _lock(path: Path) -> IO[str]:
-    """Take the exclusive lock of folder `path`. The kernel drops it with the process, so no stale lock can exist."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a+", encoding="utf-8")
+        held = lock(path / LOCK_FILE)
+    except InUse as error:
+        raise ValueError(f"output_dir={str(path)!r}: {error}") from error
     except OSError as error:
         raise ValueError(
-            f"output_dir={str(path)!r} cannot be written ({error.strerror}): name a folder that this user may write to."
+            f"output_dir={str(path)!r} cannot be written ({error.filename}: {error.strerror}): name a folder that this user may "
+            f"write to."
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().strip()
-        lock.close()
-        raise ValueError(
-            f"output_dir={str(path)!r} is in use by {holder or 'another process'}: wait for it, end it, or choose another output_dir."
-        ) from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    return lock
+        record = _read_record(path)
+        sweep(path, lambda name: name in (RUN_FILE, VOCAB_MAP_FOLDER))
+        for stage in record["stages"]:
+            sweep(path / stage, lambda name: bool(_SEALED.fullmatch(name) or _FILES.fullmatch(name)))
+            sweep(path / stage / "profile", lambda name: bool(_VIEWS["profile"].fullmatch(name)))
+        return OutputFolder(path, held, record)
+    except BaseException:
+        held.close()
+        raise
 
 
-def _claim(path: Path, run: Mapping[str, Any], overwrite: bool) -> None:
-    """Write `run.json`, or find that it already says the same, or refuse; see `prepare_output_dir`."""
-    run = json.loads(json.dumps(run))  # as it will be read back: tuples become lists, keys strings
-    fingerprint = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-    conflict = None
-    if (path / RUN_FILE).exists():
-        recorded = json.loads((path / RUN_FILE).read_bytes())
-        if recorded["fingerprint"] == fingerprint:
+def check_results(folder: Path, keys: Iterable[str], pictures: Iterable[str]) -> None:
+    """Refuse, with `FileExistsError`, a folder whose results and pictures would be overwritten and are not an earlier call's.
+
+    keys: of the `results.json` that such a call writes beside its pictures.
+    """
+    results = folder / RESULTS_FILE
+    taken = [results] if os.path.lexists(results) else [folder / name for name in pictures if os.path.lexists(folder / name)]
+    with suppress(Damaged, OSError):
+        if not results.is_symlink() and read_json(results, *keys):
             return
-        if _was_trained_in(path):
-            conflict = "belongs to a run with other settings: " + "; ".join(_differences(recorded["run"], run))
-        else:
-            _delete_run(path)  # refused before its first step: the corrected settings may have the folder
-    elif list_checkpoints(path):
-        conflict = f"holds checkpoints and no {RUN_FILE}, so they are not known to be of this run"
-    if conflict and not overwrite:
-        raise ValueError(
-            f"output_dir={str(path)!r} {conflict}. Choose another output_dir, or set overwrite_output_dir to delete "
-            f"what that run left in it."
+    if taken:
+        raise FileExistsError(
+            f"{taken[0]} is there, and was not made by an earlier run of this command; move it away, or name another folder."
         )
-    if conflict:
-        _delete_run(path)
-    write_json_atomic(path / RUN_FILE, {"fingerprint": fingerprint, "fastkd": __version__, "run": run})
 
 
-def _was_trained_in(path: Path) -> bool:
-    return bool(list_checkpoints(path)) or any(path.glob(LOG_FILE)) or any(path.glob(f"*/{LOG_FILE}"))
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One phrase per key, dotted where nested, whose value is not the same in both; long digests are cut.
 
-
-def _delete_run(path: Path) -> None:
-    """Delete what a run left in `path`: checkpoints, log, vocabulary map, and the folders of its stages. Nothing else is touched."""
-    discard_checkpoints_after(path, -1)
-    (path / LOG_FILE).unlink(missing_ok=True)
-    for child in path.iterdir():
-        if child.is_dir() and (child.name == VOCAB_MAP_FOLDER or (child / LOG_FILE).is_file()):
-            shutil.rmtree(child)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One phrase per key, dotted where nested, whose value is not the same in both."""
+    Label words may be added to those that a vocabulary keeps: what was chosen without them stands.
+    """
     phrases = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, "absent"), new.get(key, "absent")
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            phrases += _differences(before, after, f"{prefix}{key}.")
+            phrases += differences(before, after, f"{prefix}{key}.")
+        elif key == LABEL_WORDS and isinstance(before, list) and isinstance(after, list):
+            if gone := sorted({*before} - {*after}):
+                phrases.append(f"{prefix}{key} (the ids {gone} are not kept any more)")
         elif before != after:
-            phrases.append(f"{prefix}{key} ({before!r} there, {after!r} here)")
+            phrases.append(f"{prefix}{key} ({_shown(before)} there, {_shown(after)} here)")
     return phrases
+
+
+def _shown(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else repr(value)
+
+
+def _empty() -> dict[str, Any]:
+    return {"format": FORMAT, "fastkd": __version__, "settings": {}, "stages": {}}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    file = path / RUN_FILE
+    remedy = "Put back a copy of it, or choose another output_dir."
+    if file.is_symlink():
+        raise ValueError(f"{file} is a link, and a run's record is a file of its own. {remedy}")
+    try:
+        record = read_json(file, "fastkd")
+    except FileNotFoundError:
+        return _empty()
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error.strerror}), so what lies there is not known to be of this run. {remedy}"
+        ) from error
+    except Damaged as damage:
+        raise ValueError(f"{damage} So what lies beside it may be another run's. {remedy}") from damage
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} was written by fastkd {record['fastkd']}, and fastkd {__version__} does not go on with its runs: finish this one "
+            f"with that version, or choose another output_dir."
+        )
+    stages = record.get("stages")
+    if not isinstance(stages, dict) or not isinstance(record.get("settings"), dict) or not all(map(_is_stage, stages.items())):
+        raise ValueError(f"{file} is damaged: it does not say which stages the run has begun. {remedy}")
+    return record
+
+
+def _is_stage(entry: tuple[str, Any]) -> bool:
+    return isinstance(entry[1], dict) and re.fullmatch(r"\w+", entry[0]) is not None
+
+
+def _delete_stage(folder: Path, identity: str) -> None:
+    """Delete what the stage of that identity has made in its folder; what somebody else put there, links included, stays."""
+    for path in _children(folder):
+        if path.is_symlink():
+            continue
+        if _SEALED.fullmatch(path.name):
+            with suppress(OSError, Damaged):
+                if read_manifest(path).get("identity") == identity:
+                    remove_sealed(path)
+        elif _FILES.fullmatch(path.name) and path.is_file():
+            path.unlink()
+        elif path.name in _VIEWS:
+            for view in _children(path):
+                if _VIEWS[path.name].fullmatch(view.name) and view.is_file() and not view.is_symlink():
+                    view.unlink()
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def _children(folder: Path) -> Iterable[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
-from ..files import write_json_atomic
 from ..methods.objective import Objective
+from ..store import write_json_atomic
 
 log = logging.getLogger("fastkd")
 

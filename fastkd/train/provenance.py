@@ -5,11 +5,13 @@ The folder may be published, so what lies on this machine is told by the last pa
 
 from __future__ import annotations
 
-import json
+import functools
+import logging
 import os
 import platform
 import re
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ import torch
 
 from .. import __version__
 from ..methods.registry import METHODS
+from ..sealed import read_json
 from .config import RunConfig, StageArguments
 from .loop import StageResult
 from .ranks import Ranks
@@ -24,6 +27,7 @@ from .ranks import Ranks
 if TYPE_CHECKING:
     from .run import PlannedStage
 
+log = logging.getLogger("fastkd")
 PROVENANCE_FILE = "fastkd.json"
 _TRAINING = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "dropout")
 
@@ -48,9 +52,28 @@ def provenance(config: RunConfig, planned: PlannedStage, result: StageResult, ra
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any] | None:
-    """What `provenance` has left in a model's folder; None where there is none, as beside a model that no run made."""
+    """Read what `provenance` has left in a model's folder; None where there is none, as beside a model that no run made.
+
+    A file that cannot be read, or is no such record, is told once and counts as none: no model depends on it.
+    """
     path = Path(folder) / PROVENANCE_FILE
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path, "method", "stages")
+        last = record["stages"][-1]["stage"]
+        if record["method"] not in METHODS or not isinstance(last, str):
+            raise ValueError(f"method {record['method']!r} with last stage {last!r} is not known")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        _warn_once(f"{path} does not tell what made the model, and is passed over: {error!r}.")
+        return None
+    return record
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Log a warning the first time that this process has reason to: every later stage reads the same file again."""
+    log.warning("%s", message)
 
 
 def source(name: str | None) -> dict[str, Any] | None:
@@ -62,15 +85,17 @@ def source(name: str | None) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    import transformers
+    """List the versions of fastkd, Python and the packages that compute."""
+    return {"fastkd": __version__, "python": platform.python_version(), **{name: _version(name) for name in ("torch", "transformers")}}
 
-    return {
-        "fastkd": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+
+def _version(package: str) -> str:
+    """Tell the version of a package; "unknown", with one warning, where it cannot be imported or has none."""
+    try:
+        return str(import_module(package).__version__)
+    except Exception as error:
+        _warn_once(f"The version of {package} is not known ({type(error).__name__}: {error}).")
+        return "unknown"
 
 
 def _stage(planned: PlannedStage, result: StageResult, ranks: Ranks) -> dict[str, Any]:

@@ -15,19 +15,22 @@ from typing import Any
 
 import torch
 
-from ..files import write_json_atomic
 from ..methods.perplexity import perplexity
 from ..models.load import load_frozen, load_language_model, load_tokenizer
 from ..models.student import count_parameters
+from ..sealed import Damaged, seal, verify
+from ..store import new_folder, write_json_atomic
 from ..tasks.corpus import open_corpus
 from ..tasks.text import TextBatch, collate_text
 from ..tasks.tokenized import tokenize_corpus
 from .config import RunConfig, read_config
 from .curves import plot_curves
 from .log import LOG_FILE, read_log
+from .output import RESULTS_FILE, check_results
 from .run import distill
 
 log = logging.getLogger("fastkd")
+CURVES_FILE = "curves.png"
 
 VOCABULARY = 8192
 LENGTH = 128
@@ -44,7 +47,8 @@ def glmd_config(output_dir: Path, seed: int) -> RunConfig:
 
 def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     """Run it all, or what is not finished yet; return what is written to results.json."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    folder = output_dir / f"seed-{seed}"
+    check_quickstart_folders(output_dir, folder)
     started = time.perf_counter()
     tokenizer_dir = make_tokenizer(output_dir / "tokenizer", VOCABULARY)
     teacher_result = distill(_teacher_config(output_dir))["train"]
@@ -85,16 +89,26 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
         "steps": {"teacher": teacher_result["steps"], **{name: results[name]["steps"] for name in STUDENTS}},
         "train_seconds": {"teacher": teacher_result["seconds"], **{name: results[name]["seconds"] for name in STUDENTS}},
     }
-    folder = output_dir / f"seed-{seed}"
+    for place in (folder, output_dir):
+        write_json_atomic(place / RESULTS_FILE, summary)
     _draw(folder)
-    write_json_atomic(folder / "results.json", summary)
-    write_json_atomic(output_dir / "results.json", summary)
     return summary
+
+
+def check_quickstart_folders(output_dir: Path, folder: Path) -> None:
+    """Create the folder of all quickstarts; refuse it, or the `folder` of this one in it, where results that are not ours lie."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for place in (output_dir, folder):
+        check_results(place, ("method", "seed", "student_dir", "train_seconds"), [CURVES_FILE])
 
 
 def make_tokenizer(folder: Path, vocabulary: int, *, encoder: bool = False) -> Path:
     """A byte-level BPE tokenizer trained on the training files, made once; for an encoder, rows are [CLS] text [SEP]."""
-    if (folder / "tokenizer_config.json").is_file():
+    if folder.exists():
+        try:
+            verify(folder)
+        except (Damaged, OSError) as error:
+            raise ValueError(f"{folder} is not what this quickstart makes ({error}); name another --output_dir.") from error
         return folder
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -111,7 +125,9 @@ def make_tokenizer(folder: Path, vocabulary: int, *, encoder: bool = False) -> P
     if encoder:
         tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
         names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    with new_folder(folder) as unfinished:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(unfinished)
+        seal(unfinished, {"made_by": "fastkd quickstart"})
     return folder
 
 
@@ -210,5 +226,5 @@ def _draw(folder: Path) -> None:
     series = {}
     for name, label in labels.items():
         (log_file,) = (folder / name).glob(f"*/{LOG_FILE}")
-        series[label] = [(x["step"], float(x["eval_perplexity"])) for x in read_log(log_file) if "eval_perplexity" in x]
-    plot_curves(series, folder / "curves.png", title="Student on held-out files", xlabel="step", ylabel="perplexity", log_y=True)
+        series[label] = [(x["step"], float(x["eval_perplexity"])) for x in read_log(log_file, strict=False) if "eval_perplexity" in x]
+    plot_curves(series, folder / CURVES_FILE, title="Student on held-out files", xlabel="step", ylabel="perplexity", log_y=True)

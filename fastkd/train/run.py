@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import new_folder, remove_folder, write_json_atomic
 from ..methods.cached import CachedLesson
 from ..methods.objective import Share, Stage
 from ..methods.registry import METHODS, Data, LessonInputs, StageInputs, StageSpec, build_stage
-from ..methods.stage_data import DatasetRows, Rows, train_sequences
+from ..methods.stage_data import DatasetRows, Rows, TextRows, split_fingerprints, train_sequences
 from ..methods.teaching import Model
 from ..models.language_model import LanguageModel
 from ..models.load import check_row_length, check_same_tokenizer, is_decoder, load_tokenizer, save_model
 from ..models.task_model import TaskHead
-from ..models.teacher_cache import CachedTeacher, TeacherCache
+from ..models.teacher_cache import HEADER, CachedTeacher, TeacherCache
 from ..recipes import config_path
+from ..sealed import Damaged, file_sha256, read_json, remove_sealed, seal
+from ..store import new_folder, write_json_atomic
 from .batches import counter_torch_generator
 from .cached_teacher import cached_lesson, check_cacheable, lesson_contents, lesson_of, models_contents, open_cache
 from .config import DatasetArguments, RunConfig, StageArguments, read_config
-from .curves import plot_curves
+from .curves import draw_stage
 from .data import cloze_rows, dataset_rows, eval_corpus, load_dataset, text_rows, train_corpus
-from .log import LOG_FILE, read_log
+from .identity import model_digest, run_settings, stage_settings, tokenizer_digest
 from .loop import StageResult, StageTrainer
-from .output import prepare_output_dir
+from .output import FILTERS_FOLDER, RESULT_FILE, OutputFolder, prepare_output_dir
 from .parallel import WholeCopy, place
 from .preflight import DOINGS, MemoryEstimate, check_disk, check_memory, explaining_shortage, memory_estimate
 from .provenance import PROVENANCE_FILE, provenance
 from .ranks import Ranks
-from .run_models import RESULT_FILE, RunModels
+from .run_models import RunModels
 from .schema import ConfigError, from_mapping, load_yaml
 from .signals import SignalFlag
 
 log = logging.getLogger("fastkd")
-FILTERS_FOLDER = "filters"
-# These change what is kept or shown of a run, not what it computes.
-_COSMETIC = frozenset(
-    {
-        *("output_dir", "overwrite_output_dir", "cache_dir", "logging_steps", "report_to", "profile_steps"),
-        *("save_steps", "save_total_limit", "async_save", "save_failure"),
-        *("fsdp", "fsdp_teacher", "ddp_timeout"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -78,11 +69,11 @@ def distill(config: RunConfig | Mapping[str, Any] | str | Path, *, only_stage: s
         Ranks.join(use_cpu=config.use_cpu, timeout_seconds=config.ddp_timeout) as ranks,
         ranks.naming_absentees("the run"),
         SignalFlag(ranks) as flag,
-        ranks.on_main(lambda: prepare_output_dir(output_dir, _identity(config, ranks), overwrite=config.overwrite_output_dir))
-        or nullcontext(),
+        ranks.on_main(lambda: prepare_output_dir(config.output_dir)) or nullcontext() as held,
     ):
-        run = Run(config, output_dir, stages, ranks, flag)
+        run = Run(config, output_dir, stages, ranks, flag, held)
         ranks.main_first(run.check)
+        ranks.on_main(run.claim_all)
         return {planned.spec.name: run.stage(planned) for planned in stages}
 
 
@@ -122,23 +113,21 @@ def plan_stages(config: RunConfig, only_stage: str | None) -> list[PlannedStage]
     return planned
 
 
-def _identity(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """The part of the configuration that decides the result: of accumulation and ranks, how many micro-batches a step has."""
-
-    def decisive(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in arguments.items() if key not in _COSMETIC}
-        return {**kept, "gradient_accumulation_steps": kept["gradient_accumulation_steps"] * ranks.world_size}
-
-    identity = decisive(asdict(config))
-    return {**identity, "stages": {name: decisive(stage) for name, stage in identity["stages"].items()}}
-
-
 class Run:
     """What the stages of one run share."""
 
-    def __init__(self, config: RunConfig, output_dir: Path, stages: Sequence[PlannedStage], ranks: Ranks, flag: SignalFlag) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        output_dir: Path,
+        stages: Sequence[PlannedStage],
+        ranks: Ranks,
+        flag: SignalFlag,
+        held: OutputFolder | None = None,
+    ) -> None:
+        """held: the output folder, where the first rank is to train in it."""
         self.config, self.output_dir, self.stages = config, output_dir, stages
-        self.ranks, self.flag = ranks, flag
+        self.ranks, self.flag, self.held = ranks, flag, held
         self.cache_dir = Path(config.cache_dir) if config.cache_dir else output_dir / "cache"
         arguments = list(config.stages.values()) or [config]
         teachers = [s.teacher_model_name_or_path for s in arguments if s.teacher_model_name_or_path]
@@ -155,6 +144,71 @@ class Run:
         self.datasets: dict[DatasetArguments, DatasetRows] = {}
         self.cloze_rows: dict[str, Rows] = {}
         self.teacher_caches: dict[str, TeacherCache] = {}
+        self.claimed: set[str] = set()
+
+    def claim_all(self) -> None:
+        """Refuse an output folder that is another run's, by the settings and the contents of everything that can be read by now."""
+        assert self.held is not None
+        identities = {
+            planned.spec.name: None if self.models.waits(planned.spec) else self._identity(planned) for planned in self.stages
+        }
+        self.held.claim(run_settings(self.config), identities, overwrite=self.config.overwrite_output_dir)
+        self.claimed = {name for name, identity in identities.items() if identity is not None}
+
+    def _claim(self, planned: PlannedStage) -> str:
+        """Make a stage's folder this run's; return the digest of its identity."""
+        assert self.held is not None
+        name = planned.spec.name
+        if name not in self.claimed:  # what it starts from was not made then
+            self.held.claim(run_settings(self.config), {name: self._identity(planned)})
+        (self.output_dir / name).mkdir(parents=True, exist_ok=True)
+        return self.held.digest(name)
+
+    def _identity(self, planned: PlannedStage) -> dict[str, Any]:
+        """What decides the stage's result; see `identity.py`.
+
+        What a finished stage has read need not be there any more: then the record of it stands.
+        """
+        spec, arguments, models = planned.spec, planned.arguments, self.models
+        sources = models.sources(spec, arguments)
+        settings = stage_settings(arguments, asdict(planned.options), planned.data, world_size=self.ranks.world_size)
+        parts: dict[str, Callable[[], Any]] = {
+            "models": lambda: {what: model_digest(source) for what, source in sources.items()},
+            "teacher_cache": lambda: self._cache_digest(planned),
+            "rows": lambda: self._row_fingerprints(planned),
+            "head": lambda: None if (head := self.head(planned)) is None else asdict(head),
+            "vocabulary": lambda: models.vocabulary_inputs() if models.builds_student(spec) else None,
+        }
+        recorded = None if self.held is None else self.held.recorded(spec.name)
+        identity: dict[str, Any] = {"settings": settings, "tokenizer": tokenizer_digest(self.tokenizer)}
+        for key, part in parts.items():
+            try:
+                identity[key] = part()
+            except FileNotFoundError as error:
+                if recorded is None or not models.finished(spec.name):
+                    raise
+                log.warning("Stage %s is finished, and its %s cannot be compared any more: %s", spec.name, key, error)
+                identity[key] = recorded[key]
+        return identity
+
+    def _cache_digest(self, planned: PlannedStage) -> str | None:
+        """Of what the stage reads in place of its teacher; the header of a cache has the hashes of its shards."""
+        teacher = planned.arguments.teacher
+        if not planned.spec.needs_teacher or teacher.kind != "cache":
+            return None
+        assert teacher.path is not None
+        return file_sha256(Path(teacher.path) / HEADER)
+
+    def _row_fingerprints(self, planned: PlannedStage) -> dict[str, str | None]:
+        """Of the training and the evaluation rows, labels included."""
+        arguments = planned.arguments
+        if planned.data == "text":
+            assert arguments.text is not None
+            judged = eval_corpus(arguments.text)
+            return {"train": train_corpus(arguments.text).fingerprint, "eval": None if judged is None else judged.fingerprint}
+        rows = self.rows(planned, causal=self._reads_causally(planned))
+        assert not isinstance(rows, TextRows)
+        return split_fingerprints(rows)
 
     def check(self) -> None:
         """Refuse what needs no weights to be refused: every stage's models and data are looked at before the first stage starts."""
@@ -163,7 +217,7 @@ class Run:
 
     def _check(self, planned: PlannedStage) -> None:
         arguments, name = planned.arguments, planned.spec.name
-        if self.models.finished(name):
+        if self.models.finished(name) and not self.config.overwrite_output_dir:
             return
         if planned.spec.check_models is not None:
             planned.spec.check_models(*self.models.skeletons(arguments), planned.options)
@@ -177,9 +231,7 @@ class Run:
             eval_corpus(arguments.text)
             return
         if planned.data == "task":
-            teacher = arguments.teacher_model_name_or_path
-            causal = self.head(planned) is None and teacher is not None and is_decoder(teacher)
-            self.rows(planned, causal=causal)
+            self.rows(planned, causal=self._reads_causally(planned))
             return
         dataset = self._dataset(planned).dataset
         if planned.spec.needs_labels and not dataset.is_labelled("train"):
@@ -189,22 +241,24 @@ class Run:
         """Train one stage, or return the result it already has."""
         spec, config, ranks = planned.spec, self.config, self.ranks
         folder = self.output_dir / spec.name
+        identity = ranks.gather(ranks.on_main(lambda: self._claim(planned)))[0]
         if ranks.gather(self.models.finished(spec.name))[0]:
             log.info("Stage %s is finished already.", spec.name)
-            return _read_result(folder)
-        ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+            return self._result(planned)
         stage, estimate = ranks.main_first(lambda: self._build(planned))
         objective = stage.objective
         place(objective, ranks, fsdp=config.fsdp, fsdp_teacher=config.fsdp_teacher)
         made = objective.auxiliary()["filters"] if spec.makes == "filters" else objective.student
         if ranks.world_size > 1 and config.fsdp:
             made = WholeCopy(made, ranks)
-        trainer = StageTrainer(stage, planned.arguments, folder, seed=config.seed, ranks=ranks, flag=self.flag, fsdp=config.fsdp)
+        trainer = StageTrainer(
+            stage, planned.arguments, folder, seed=config.seed, ranks=ranks, flag=self.flag, fsdp=config.fsdp, identity=identity
+        )
         with explaining_shortage(estimate, spec.name):
             result = trainer.run()
         whole = made.gathered() if isinstance(made, WholeCopy) else made
-        ranks.on_main(lambda: self._finish(planned, whole, result))
-        return _read_result(folder)
+        ranks.on_main(lambda: self._finish(planned, whole, result, identity))
+        return self._result(planned)
 
     def _build(self, planned: PlannedStage) -> tuple[Stage, MemoryEstimate]:
         """A stage with its models and rows, and what its training needs; refused where there is no room for it."""
@@ -233,7 +287,7 @@ class Run:
                 seed=self.config.seed,
                 cached=cached,
                 row_generator=None if cached is None else partial(counter_torch_generator, self.config.seed),
-                filters={made.parent.name: made for made in self.output_dir.glob(f"*/{FILTERS_FOLDER}")},
+                filters=self.models.filters(spec),
             ),
         )
 
@@ -313,31 +367,38 @@ class Run:
             self.cloze_rows[planned.spec.name] = cloze_rows(arguments.task, self.tokenizer, causal=causal)
         return self.cloze_rows[planned.spec.name]
 
-    def _finish(self, planned: PlannedStage, made: Any, result: StageResult) -> None:
+    def _reads_causally(self, planned: PlannedStage) -> bool:
+        """Whether the model that reads the stage's cloze questions is a decoder, as far as its teacher tells."""
+        teacher = planned.arguments.teacher_model_name_or_path
+        return self.head(planned) is None and teacher is not None and is_decoder(teacher)
+
+    def _finish(self, planned: PlannedStage, made: Any, result: StageResult, identity: str) -> None:
         """Save what the stage made under its final name, then the result: a stage is finished when its result is there."""
         spec = planned.spec
         folder = self.output_dir / spec.name
-        name = FILTERS_FOLDER if spec.makes == "filters" else spec.trains
-        if (folder / name).exists():
-            remove_folder(folder / name)
+        name = _made_name(spec)
+        if (folder / name).exists():  # a process was killed between this name and the result
+            remove_sealed(folder / name)
         with new_folder(folder / name) as unfinished:
             if spec.makes == "filters":
                 made.save(unfinished)
             else:
                 save_model(made, self.tokenizer, unfinished)
             write_json_atomic(unfinished / PROVENANCE_FILE, provenance(self.config, planned, result, self.ranks, self.output_dir))
-        _draw(folder)
-        write_json_atomic(folder / RESULT_FILE, {**asdict(result), f"{name}_dir": str(folder / name)})
+            seal(unfinished, {"identity": identity})
+        write_json_atomic(folder / RESULT_FILE, asdict(result))
+        draw_stage(folder)
+
+    def _result(self, planned: PlannedStage) -> dict[str, Any]:
+        """What a finished stage has recorded, and the folder that it made."""
+        folder, name = self.output_dir / planned.spec.name, _made_name(planned.spec)
+        try:
+            result = read_json(folder / RESULT_FILE, *(field.name for field in fields(StageResult)))
+        except Damaged as damage:
+            raise ValueError(f"{damage} Put back a copy, or delete it: the stage then goes on from its newest checkpoint.") from damage
+        return {**result, f"{name}_dir": str(folder / name)}
 
 
-def _read_result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RESULT_FILE).read_text())
-
-
-def _draw(folder: Path) -> None:
-    """The curves of a finished stage, from its log."""
-    lines = read_log(folder / LOG_FILE)
-    for key, name in (("loss", "loss"), ("eval_perplexity", "perplexity"), ("eval_accuracy", "accuracy")):
-        points: Sequence[tuple[float, float]] = [(line["step"], float(line[key])) for line in lines if key in line]
-        if len(points) > 1:
-            plot_curves({name: points}, folder / f"{name}.png", title=folder.name, xlabel="step", ylabel=name)
+def _made_name(spec: StageSpec) -> str:
+    """The folder of what a stage makes, below the stage's own."""
+    return FILTERS_FOLDER if spec.makes == "filters" else spec.trains

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files import new_folder
 from ..methods.registry import METHODS, StageSpec
 from ..methods.teaching import Model
 from ..models.language_model import LanguageModel
@@ -20,15 +18,17 @@ from ..models.student import build_student, prune_model, student_config
 from ..models.task_model import TaskHead, TaskModel, build_task_model, load_task_model
 from ..models.teacher_cache import CachedTeacher, read_header
 from ..models.truncate import keep_layers, parse_layers
+from ..sealed import Damaged, seal, verify
+from ..store import new_folder
 from ..tasks.cloze_task import ClozeTask
 from ..tasks.token_rows import pad_id
 from ..vocab.map import VocabMap
 from .config import RunConfig, StageArguments, TextData
 from .data import train_corpus
+from .identity import vocabulary_settings
+from .output import FILTERS_FOLDER, LABEL_WORDS, RESULT_FILE, differences
 from .schema import ConfigError
-from .vocabulary import build_vocab_map
-
-RESULT_FILE = "result.json"
+from .vocabulary import build_vocab_map, protected_words
 
 
 class RunModels:
@@ -92,15 +92,45 @@ class RunModels:
 
     def vocabulary_inputs(self) -> dict[str, Any] | None:
         """What the vocabulary map of the run is made of, JSON-able; None without one."""
-        if self.config.vocabulary is None:
+        vocabulary = self.config.vocabulary
+        if vocabulary is None:
             return None
         text, tasks = self._counted()
         inputs = {
-            "settings": asdict(self.config.vocabulary),
-            "corpus": None if text is None else train_corpus(text).fingerprint,
-            "tasks": [asdict(task) for task in tasks],
+            "settings": vocabulary_settings(vocabulary),
+            "corpus": None if text is None or vocabulary.counts is not None else train_corpus(text).fingerprint,
+            LABEL_WORDS: sorted({id for task in tasks for id in protected_words(task, self.tokenizer)}),
         }
         return json.loads(json.dumps(inputs))
+
+    def waits(self, spec: StageSpec) -> bool:
+        """Whether stages of the run before this one are not finished, whose models it may start from."""
+        return not all(self.finished(stage.name) for stage in self._stages_before(spec))
+
+    def sources(self, spec: StageSpec, arguments: StageArguments) -> dict[str, str]:
+        """Where the weights that a stage reads lie, by what they are to it.
+
+        A cached teacher is not among them: its cache says what it was.
+        """
+        named = arguments.teacher_model_name_or_path
+        start = self._made_before(spec, spec.trains) or (named if spec.trains == "teacher" else self.config.model_name_or_path)
+        found = {"start": start, **{f"filters of {stage}": str(folder) for stage, folder in self.filters(spec).items()}}
+        if spec.needs_teacher and arguments.teacher.kind == "model":
+            found["teacher"] = self.teacher_source(spec, arguments)
+        elif start is None:
+            found["teacher"] = named
+        for role in ("teacher", "student"):
+            found[f"options.{role}_filters"] = arguments.options.get(f"{role}_filters")
+        return {what: source for what, source in found.items() if source is not None}
+
+    def filters(self, spec: StageSpec) -> dict[str, Path]:
+        """Folders of the filters that finished stages of the run before this one have made, by stage."""
+        made = [stage.name for stage in self._stages_before(spec) if stage.makes == "filters" and self.finished(stage.name)]
+        return {name: self.output_dir / name / FILTERS_FOLDER for name in made}
+
+    def builds_student(self, spec: StageSpec) -> bool:
+        """Whether the stage begins with a student that no stage of the run has made."""
+        return spec.trains == "student" and self._stage_before(spec, "student") is None
 
     def skeletons(self, arguments: StageArguments) -> tuple[Any, Any]:
         """Backbones of student and teacher without weights: what can be refused of them is refused before anything is trained."""
@@ -129,11 +159,14 @@ class RunModels:
 
     def _stage_before(self, spec: StageSpec, role: str) -> str | None:
         """The run's latest stage before this one that makes a model in that role."""
+        before = reversed(self._stages_before(spec))
+        return next((stage.name for stage in before if stage.trains == role and stage.makes == "model"), None)
+
+    def _stages_before(self, spec: StageSpec) -> list[StageSpec]:
+        """The run's stages before this one, in the method's order."""
         stages = METHODS[self.config.method].stages
         before = stages[: [stage.name for stage in stages].index(spec.name)]
-        return next(
-            (s.name for s in reversed(before) if s.name in self.config.stages and s.trains == role and s.makes == "model"), None
-        )
+        return [stage for stage in before if stage.name in self.config.stages]
 
     def _task_model(self, source: str, head: TaskHead, **options: Any) -> TaskModel:
         return load_task_model(source, head, seed=self.config.seed, pad_id=pad_id(self.tokenizer), **options)
@@ -190,7 +223,9 @@ class RunModels:
         """The run's map, which is kept in `folder` once it is made."""
         if self.config.vocabulary is None:
             return None
-        if folder.is_dir():
+        inputs = self.vocabulary_inputs()
+        if folder.exists():
+            _check_vocab_map(folder, inputs)
             return VocabMap.load(folder)
         if rows_of is None:
             raise ConfigError("vocabulary is set, and there is neither a teacher nor a named student whose rows give the stand-ins.")
@@ -202,6 +237,7 @@ class RunModels:
             vocab_map = build_vocab_map(self.config.vocabulary, self.tokenizer, rows, corpus, tasks, self.cache_dir, self.poll)
         with new_folder(folder) as unfinished:
             vocab_map.save(unfinished)
+            seal(unfinished, {"vocabulary": inputs})
         return vocab_map
 
     def _cached_map(self, teacher: CachedTeacher) -> VocabMap | None:
@@ -209,6 +245,16 @@ class RunModels:
         folder = teacher.folder / VOCAB_MAP_FOLDER
         same = read_header(teacher.folder)["contents"]["vocabulary"] == self.vocabulary_inputs()
         return VocabMap.load(folder) if same and folder.is_dir() else None
+
+
+def _check_vocab_map(folder: Path, inputs: Mapping[str, Any] | None) -> None:
+    """Refuse a vocabulary map that is not whole, or was made of something else than `inputs`."""
+    try:
+        found = verify(folder).get("vocabulary")
+    except (Damaged, OSError) as error:
+        raise ValueError(f"{folder} is not a vocabulary map that fastkd made for a run ({error}); move it away.") from error
+    if changed := differences({"vocabulary": found}, {"vocabulary": inputs}):
+        raise ValueError(f"{folder} was made of something else: {'; '.join(changed)}. Put that back, or move the folder away.")
 
 
 def base_config(overrides: Mapping[str, Any]) -> Any:

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .numbers import decimal_number, whole_number
+
 Config = TypeVar("Config")
 
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", NoneType: "null", Any: "any"}
@@ -38,12 +40,10 @@ _REMEDIES = {
 }
 _PARSERS: dict[Any, Callable[[str], Any]] = {
     bool: lambda text: {"true": True, "false": False}[text.lower()],
-    int: int,
-    float: float,
+    int: whole_number,
+    float: decimal_number,
     NoneType: lambda text: {"null": None, "none": None}[text.lower()],
 }
-# Numbers to Python and strings to YAML 1.1: an exponent without its sign, or without a point before it.
-_EXPONENT = re.compile(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)")
 
 
 class ConfigError(ValueError):
@@ -142,7 +142,24 @@ def _read(value: Any, kind: Any, where: str, base: Any, problems: list[str]) -> 
         item = get_args(member)[1]
         names = [_read(name, str, f"a name in {where}", MISSING, problems) for name in value]
         return {name: _read(value[name], item, _dotted(where, name), _entry(base, name), problems) for name in names}
+    elif odd := next(_odd_numbers(value, where), None):
+        problems.append(odd)
+        return None
     return float(value) if member is float else value
+
+
+def _odd_numbers(value: Any, where: str) -> Iterator[str]:
+    """A sentence for every number in plain data that is not finite, or an integer beyond 64 bits."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{where} is {value}; it must be a finite number"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield f"{where} is a number beyond 64 bits; write a smaller one"
+    elif isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from _odd_numbers(entry, _dotted(where, name))
+    elif isinstance(value, list | tuple):
+        for i, entry in enumerate(value):
+            yield from _odd_numbers(entry, f"{where}[{i}]")
 
 
 def _read_config(data: Mapping[str, Any], cls: Any, where: str, base: Any, problems: list[str]) -> Any:
@@ -181,10 +198,6 @@ def _mismatch(where: str, value: Any, kind: Any) -> str:
     where = where or "the config"
     members = _members(kind)
     given = f"the text {value!r}" if isinstance(value, str) else "a mapping" if isinstance(value, Mapping) else _show(value)
-    if float in members and isinstance(value, str) and (number := _EXPONENT.fullmatch(value)):
-        whole, fraction, sign, exponent = number.groups(default="")
-        remedy = f"{whole}{fraction or '.0'}e{sign or '+'}{exponent}"
-        return f"{where} is {given}: YAML 1.1 reads it as a string; write {remedy}"
     remedies = (_REMEDIES.get(get_origin(member) or member) for member in members)
     remedy = next(filter(None, remedies), "write `key: value` lines, or flags with dotted keys")
     return f"{where} is {given}; it must be {_type_name(kind)}: {remedy}"
@@ -205,24 +218,18 @@ def load_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file; raises `ConfigError` where there is none, or where a key is written twice."""
     import yaml
 
-    class StrictLoader(yaml.SafeLoader):
-        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-            node = super().compose_mapping_node(anchor)
-            seen = set()
-            for key, _ in node.value:
-                if (name := (key.tag, str(key.value))) in seen:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
-                seen.add(name)
-            return node
+    from .yaml_text import MOST_BYTES, read_yaml
 
     try:
-        data = yaml.load(Path(path).read_bytes(), StrictLoader)
+        with Path(path).open("rb") as file:
+            data = read_yaml(file.read(MOST_BYTES + 1))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of a YAML file") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise ConfigError(f"{path}{line} is not valid YAML: {problem}") from error
     if not isinstance(data, dict):
         held = "is empty" if data is None else f"holds {_show(data)[:80]}, not a mapping"
         raise ConfigError(f"{path} {held}; write `key: value` lines")
@@ -302,11 +309,10 @@ def to_yaml(config: Any, *, comments: bool = True, defaults: bool = True) -> str
     comments: the first sentence of its docstring above each key.
     defaults: also the keys that have their default value.
     """
-    import yaml
+    from .yaml_text import yaml_line
 
     def line(name: str, value: Any) -> str:
-        flow = yaml.safe_dump({name: value}, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
-        return flow[1:-2] + "\n"  # without the braces
+        return yaml_line({name: value})[1:-2] + "\n"  # without the braces
 
     def entry(name: str, value: Any, base: Any) -> str:
         if is_dataclass(value):

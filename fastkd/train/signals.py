@@ -22,6 +22,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Preempted(Exception):
     """The run was asked to stop; everything up to its last finished step is saved."""
 
+    exit_code = 143
+
 
 class SignalFlag:
     """`with SignalFlag() as flag:` and `flag.poll()` wherever work could stop; outside the main thread no signal is taken."""

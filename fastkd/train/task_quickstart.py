@@ -12,18 +12,19 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import write_json_atomic
 from ..methods.stage_data import DatasetRows, dataset_scores
 from ..models.load import load_tokenizer
 from ..models.student import count_parameters
 from ..models.task_model import TaskHead, TaskModel, load_task_model
+from ..store import write_json_atomic
 from ..tasks.labelled import TaskDataset
 from ..tasks.token_rows import pad_id
 from .config import DatasetArguments, RunConfig, read_config
 from .curves import plot_curves
 from .data import dataset_rows, load_dataset
 from .log import LOG_FILE, read_log
-from .quickstart import make_tokenizer
+from .output import RESULTS_FILE
+from .quickstart import CURVES_FILE, check_quickstart_folders, make_tokenizer
 from .run import distill
 
 log = logging.getLogger("fastkd")
@@ -44,7 +45,8 @@ TITLES = {"crild": "CR-ILD", "ted": "TED"}
 
 def task_quickstart(output_dir: Path, method: Method, seed: int = 0) -> dict[str, Any]:
     """Run it all, or what is not finished yet; return what is written to results.json."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    folder = _folder(output_dir, method, seed)
+    check_quickstart_folders(output_dir, folder)
     started = time.perf_counter()
     make_tokenizer(output_dir / "tokenizer", VOCABULARY, encoder=True)
     runs = {"teacher": distill(_teacher_config(output_dir))}
@@ -76,10 +78,9 @@ def task_quickstart(output_dir: Path, method: Method, seed: int = 0) -> dict[str
         "steps": {name: _total(stages, "steps") for name, stages in runs.items()},
         "train_seconds": {name: _total(stages, "seconds") for name, stages in runs.items()},
     }
-    folder = _folder(output_dir, method, seed)
+    for place in (folder, output_dir):
+        write_json_atomic(place / RESULTS_FILE, summary)
     _draw(folder, method)
-    write_json_atomic(folder / "results.json", summary)
-    write_json_atomic(output_dir / "results.json", summary)
     return summary
 
 
@@ -128,7 +129,6 @@ def _teacher_config(output_dir: Path) -> RunConfig:
             "tokenizer_name_or_path": str(output_dir / "tokenizer"),
             "student": {
                 "model_type": "modernbert",
-                "vocab_size": VOCABULARY,
                 "hidden_size": 128,
                 "intermediate_size": 192,
                 "num_hidden_layers": 2,
@@ -192,5 +192,5 @@ def _draw(folder: Path, method: Method) -> None:
     series = {}
     for name, label in zip((*STUDENTS, *EQUAL_TIME), labels, strict=True):
         last = max((folder / name).glob(f"*/{LOG_FILE}"), key=lambda path: path.stat().st_mtime_ns)
-        series[label] = [(x["step"], float(x["eval_accuracy"])) for x in read_log(last) if "eval_accuracy" in x]
-    plot_curves(series, folder / "curves.png", title="Student on held-out functions", xlabel="step", ylabel="accuracy")
+        series[label] = [(x["step"], float(x["eval_accuracy"])) for x in read_log(last, strict=False) if "eval_accuracy" in x]
+    plot_curves(series, folder / CURVES_FILE, title="Student on held-out functions", xlabel="step", ylabel="accuracy")

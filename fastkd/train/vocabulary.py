@@ -21,6 +21,11 @@ from .config import Vocabulary
 log = logging.getLogger("fastkd")
 
 
+def protected_words(task: ClozeTask, tokenizer: Any) -> set[int]:
+    """The ids that a vocabulary keeps for the sake of a task: its label words, and what is always kept."""
+    return {*protected_ids(tokenizer, task.label_words), *label_word_ids(task, tokenizer)}
+
+
 def build_vocab_map(
     vocabulary: Vocabulary,
     tokenizer: Any,
@@ -49,7 +54,7 @@ def build_vocab_map(
         raise ValueError("vocabulary needs counts of tokens, and no stage has text: set vocabulary.counts (see `fastkd vocab count`).")
     protected = {*protected_ids(tokenizer, vocabulary.protected)}
     for task in tasks:
-        protected |= {*protected_ids(tokenizer, task.label_words), *label_word_ids(task, tokenizer)}
+        protected |= protected_words(task, tokenizer)
     chosen = VocabMap.from_counts(
         counts,
         vocabulary.keep,

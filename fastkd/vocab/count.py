@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd.store import disk_space, lock
 from fastkd.vocab.storage import load_record, record_exists, save_record
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _KIND = "token_counts"
+_FULL_DISK = "what was counted so far is kept; free some space, and the same call goes on, or choose another output_dir"
 
 
 class Corpus(Protocol):
@@ -102,7 +104,8 @@ def count_tokens(
 
     The running count is saved in `output_dir` every `save_every` batches of `batch_size` rows. After an interruption
     the same call goes on behind the last saved row, whatever `num_proc`, `batch_size` and `save_every` are now, and
-    gives the counts of an uninterrupted one; once finished, it returns the saved counts.
+    gives the counts of an uninterrupted one; once finished, it returns the saved counts. Of several processes that count
+    the same at once one does, and the others wait for it.
 
     Args:
         corpus: rows in a fixed order, with a fingerprint.
@@ -112,7 +115,7 @@ def count_tokens(
             processes of one thread each.
         batch_size: rows that are tokenized at once.
         save_every: batches from one save to the next.
-        poll: called after every batch. What it raises ends the call; the count is saved before.
+        poll: called after every batch, and while another process is waited for. What it raises ends the call; all is saved before.
 
     Returns:
         The finished count; its `counts` are (V,) int64.
@@ -121,6 +124,7 @@ def count_tokens(
         ValueError: a corpus without tokens, or an `output_dir` that holds the count of another corpus or tokenizer.
         TypeError: a tokenizer without a `tokenizers` backend.
         RuntimeError: a process that tokenized was killed.
+        OSError: `output_dir` cannot be written to, or its disk is full.
     """
     for name, number in (("num_proc", num_proc), ("batch_size", batch_size), ("save_every", save_every)):
         if number < 1:
@@ -129,19 +133,41 @@ def count_tokens(
     tokenizer_json = backend.to_str()
     vocab_size = max(backend.get_vocab().values()) + 1
 
-    if record_exists(output_dir, _KIND):
-        state, finished = _load(output_dir)
-        _require_same("corpus", state.corpus_fingerprint, corpus.fingerprint, output_dir)
-        _require_same("tokenizer", state.tokenizer_fingerprint, _sha256(tokenizer_json), output_dir)
-        if finished:
-            return state
-    else:
-        zeros = torch.zeros(vocab_size, dtype=torch.int64)
-        state = TokenCounts(zeros, 0, corpus.fingerprint, _sha256(tokenizer_json))
-        _save(state, output_dir, finished=False)  # an output_dir that cannot be written to fails here, before the work
+    new = TokenCounts(torch.zeros(vocab_size, dtype=torch.int64), 0, corpus.fingerprint, _sha256(tokenizer_json))
+    state, finished = _saved_or(new, output_dir)
+    if not finished:
+        folder = Path(output_dir)
+        with disk_space(folder, _FULL_DISK):
+            folder.mkdir(parents=True, exist_ok=True)
+            with lock(folder / f"{_KIND}.lock", poll=poll):
+                state, finished = _saved_or(new, output_dir)  # another process may have held the lock to count
+                if not finished:
+                    results = _counted(_batches(corpus.rows(state.rows), batch_size), tokenizer_json, vocab_size, num_proc)
+                    state = _count(state, results, corpus, output_dir, save_every, poll)
+    return state
 
-    batches = _batches(corpus.rows(state.rows), batch_size)
-    for number, (rows, counts) in enumerate(_counted(batches, tokenizer_json, vocab_size, num_proc), start=1):
+
+def _saved_or(new: TokenCounts, output_dir: str | Path) -> tuple[TokenCounts, bool]:
+    """(the count in `output_dir`, or `new` if there is none, whether it is finished); refuses one of another corpus or tokenizer."""
+    if not record_exists(output_dir, _KIND):
+        return new, False
+    state, finished = _load(output_dir)
+    _require_same("corpus", state.corpus_fingerprint, new.corpus_fingerprint, output_dir)
+    _require_same("tokenizer", state.tokenizer_fingerprint, new.tokenizer_fingerprint, output_dir)
+    return state, finished
+
+
+def _count(
+    state: TokenCounts,
+    results: Iterator[tuple[int, np.ndarray]],
+    corpus: Corpus,
+    output_dir: str | Path,
+    save_every: int,
+    poll: Callable[[], None],
+) -> TokenCounts:
+    """Add to `state` the (rows, (V,) int64 counts) of all remaining batches, saving it now and then."""
+    _save(state, output_dir, finished=False)  # an output_dir that cannot be written to fails here, before the work
+    for number, (rows, counts) in enumerate(results, start=1):
         state = replace(state, counts=state.counts + torch.from_numpy(counts), rows=state.rows + rows)
         if number % save_every == 0:
             _save(state, output_dir, finished=False)

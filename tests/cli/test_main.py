@@ -80,7 +80,7 @@ def test_what_print_config_prints_is_the_same_run(tmp_path, capsys):
     ("flags", "sentence"),
     [
         (["--learning_rat", "1"], "fastkd train: --learning_rat is not a known flag; did you mean --learning_rate?"),
-        (["--options.temperature", "0"], "options.temperature=0.0 must be > 0"),
+        (["--options.temperature", "0"], "options.temperature=0.0 must be "),
         (["--text.path", "/no/where.txt"], "path='/no/where.txt' is no file"),
         (["--stage", "distill"], "method glmd has no such stage"),
         (["--output_dir", "/dev/null/run"], "output_dir='/dev/null/run' cannot be written"),
@@ -203,8 +203,11 @@ def test_counts_and_a_pruned_model(tmp_path, capsys):
         assert torch.equal(rows[slot], old_rows[old.convert_tokens_to_ids(token)])
     assert tokenizer.tokenize(rare) == [rare]
     assert main([*prune, "--keep", "0.6", "--output_dir", str(tmp_path / "pruned")]) == 2
-    assert main([*prune, "--keep", "0", "--output_dir", str(tmp_path / "none")]) == 2
-    assert "keep is 0" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    for keep in ("0", "-1", "nan", "inf", "1e999", "-inf", "0.0"):
+        capsys.readouterr()
+        assert main([*prune, f"--keep={keep}", "--output_dir", str(tmp_path / "none")]) == 2
+        told = capsys.readouterr().err
+        assert "fastkd vocab: keep is " in told and told.count("\n") == 1 and not (tmp_path / "none").exists()
 
 
 def test_counts_of_another_tokenizer_prune_nothing(tmp_path, capsys):

@@ -88,7 +88,7 @@ def commands(code: str) -> Iterator[list[str]]:
                 yield shlex.split(command, comments=True)
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """A command has read its flags, and would begin to work."""
 
 

@@ -19,7 +19,7 @@ import pytest
 
 import fastkd
 from fastkd.cli.main import main
-from fastkd.files import file_sha256
+from fastkd.sealed import file_sha256
 from fastkd.train import run as driver
 from fastkd.train.config import read_config
 from fastkd.train.run import RESULT_FILE

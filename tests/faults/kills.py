@@ -6,7 +6,10 @@ A run is a process forked from this one, which has imported everything and train
 after a random part of the time that a whole run takes. By every third, the run ends itself, at a random one of its calls that write a
 file durably; if that call writes tensors, it leaves half of them. After every kill, no checkpoint may be damaged, and the same run must
 go on without an error. A run that reaches its end is compared with the undisturbed one, bit for bit, and starts over while kills are
-still to be delivered.
+still to be delivered, with an empty cache.
+
+Two neighbours run meanwhile, again and again, with a slow disk: `cached` shares the killed run's cache_dir, and `beside` has its own
+output_dir in the killed run's too. Whenever one of them ends, it must have ended as it does alone, bit for bit.
 """
 
 from __future__ import annotations
@@ -43,6 +46,9 @@ from tests.faults.disturbed import config, differences, leave_out_drawing
 FORK = multiprocessing.get_context("fork")
 LONGEST_RUN = 180.0
 """Seconds; runs take a few."""
+BESIDE = "beside"
+"""The neighbour in the killed run's folder."""
+SLOW_SECONDS = 0.05
 DURABLE_CALLS = ((os, "fsync"), (os, "rename"), (os, "replace"), (safetensors.torch, "save_file"))
 
 
@@ -64,6 +70,8 @@ class Report:
     """Runs that reached their end and were compared."""
     resumes: int = 0
     """Processes that went on with what a killed one had left."""
+    neighbours: Counter[str] = field(default_factory=Counter)
+    """How often each of the runs that nobody killed reached its end, and was compared."""
     durable_calls: int = 0
     """Of the undisturbed run."""
     whole_run_seconds: float = 0.0
@@ -98,20 +106,59 @@ class Durable:
         return call
 
 
+def before_every_rename(act: Callable[[], Any]) -> None:
+    """Let this process call `act` before it gives a name to what it has written."""
+
+    def acting_before(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            act()
+            return original(*arguments)
+
+        return call
+
+    for name in ("rename", "replace"):
+        setattr(os, name, acting_before(getattr(os, name)))
+
+
+def slow_disk() -> None:
+    before_every_rename(lambda: time.sleep(SLOW_SECONDS))
+
+
 class Run:
-    """One configuration, run by processes whose errors are kept."""
+    """One configuration, run by processes whose errors are kept in `folder`."""
 
-    def __init__(self, configuration: Mapping[str, Any], folder: Path) -> None:
-        self.configuration, self.errors_file = configuration, folder / "errors.txt"
-        self.output_dir = Path(configuration["output_dir"])
+    def __init__(self, configuration: Mapping[str, Any], output_dir: Path, folder: Path) -> None:
+        self.configuration = {**configuration, "output_dir": str(output_dir)}
+        self.output_dir, self.errors_file = output_dir, folder / f"errors-of-{output_dir.name}.txt"
 
-    def start(self, durable: Durable | None = None) -> Any:
+    def use_cache(self, folder: Path) -> None:
+        """From the next process on."""
+        self.configuration = {**self.configuration, "cache_dir": str(folder)}
+
+    def alone(self, prepare: Callable[[], None] | None = None) -> str | None:
+        """What kept an undisturbed run from its end."""
+        process = self.start(prepare)
+        wait_for_end(process)
+        return None if process.exitcode == 0 else f"the undisturbed {self.output_dir.name} ended with {process.exitcode}: {self.errors}"
+
+    def left(self) -> list[Path]:
+        """What lies in its folder, but for a neighbour's."""
+        return [path for path in self.output_dir.glob("*") if path.name != BESIDE]
+
+    def start_over(self) -> None:
+        """Delete what it left; it has ended."""
+        for path in self.left():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def start(self, prepare: Callable[[], None] | None = None) -> Any:
+        """A process that runs it; prepare: called in it first."""
+
         def body() -> None:
             with self.errors_file.open("w") as file:
                 os.dup2(file.fileno(), sys.stderr.fileno())
             leave_out_drawing(pytest.MonkeyPatch())
-            if durable is not None:
-                durable.patch()
+            if prepare is not None:
+                prepare()
             fastkd.distill(self.configuration)
 
         process = FORK.Process(target=body)
@@ -123,6 +170,35 @@ class Run:
         return self.errors_file.read_text().strip()
 
 
+class Neighbour:
+    """A run that nobody kills, started anew whenever it has ended as it does alone."""
+
+    def __init__(self, name: str, run: Run, whole: Run, report: Report) -> None:
+        self.name, self.run, self.whole, self.report = name, run, whole, report
+        self._process: Any = None
+
+    def tend(self, cache_dir: Path) -> None:
+        """Compare it if it has ended, and start it where it does not run."""
+        if self._process is not None and self._process.is_alive():
+            return
+        self.finish()
+        self.run.start_over()
+        self.run.use_cache(cache_dir)
+        self._process = self.run.start(slow_disk)
+
+    def finish(self) -> None:
+        """Wait for its end, and compare that."""
+        if self._process is None:
+            return
+        wait_for_end(self._process)
+        if self._process.exitcode == 0:
+            self.report.neighbours[self.name] += 1
+            found = differences(self.whole.output_dir, self.run.output_dir, list(self.run.configuration["stages"]))
+        else:
+            found = [f"it ended with {self._process.exitcode}: {self.run.errors}"]
+        self.report.failures += [f"the neighbour {self.name}: {difference}" for difference in found]
+
+
 def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more: Any) -> Report:
     """Deliver so many kills to runs of `method` in `folder`, and compare every run's end with that of an undisturbed one.
 
@@ -131,23 +207,30 @@ def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would be missing in every fork, which would wait for them
     started, chance, durable = time.monotonic(), random.Random(seed), Durable()
-    configuration = config(method, folder, **more)
-    whole, killed = (Run({**configuration, "output_dir": str(folder / name)}, folder) for name in ("whole", "killed"))
+    configuration = config(method, folder, cache_dir=str(folder / "cache"), **more)
     report = Report(method, seed, stages=list(configuration["stages"]))
+    killed, whole = (Run(configuration, folder / name, folder) for name in ("killed", "whole"))
+    neighbours = []
+    for number, (name, place) in enumerate({"cached": folder / "cached", BESIDE: killed.output_dir / BESIDE}.items(), start=1):
+        own = {**configuration, "seed": number, "stages": {report.stages[0]: {}}}
+        neighbours.append(Neighbour(name, Run(own, place, folder), Run(own, folder / f"whole-{name}", folder), report))
 
     whole_started = time.monotonic()
-    process = whole.start(durable)
-    wait_for_end(process)
+    faults = [whole.alone(durable.patch)]
     report.whole_run_seconds, report.durable_calls = round(time.monotonic() - whole_started, 2), durable.made.value
-    if process.exitcode:
-        report.failures.append(f"the undisturbed run ended with {process.exitcode}: {whole.errors}")
+    faults += [neighbour.whole.alone() for neighbour in neighbours]
+    report.failures += [fault for fault in faults if fault is not None]
 
-    while not report.failures and (report.kills < kills or not report.runs or killed.output_dir.exists()):
-        report.resumes += killed.output_dir.exists()
+    while not report.failures and (report.kills < kills or not report.runs or killed.left()):
+        cache_dir = folder / f"cache-{report.runs}"
+        killed.use_cache(cache_dir)
+        for neighbour in neighbours:
+            neighbour.tend(cache_dir)
+        report.resumes += bool(killed.left())
         cause = chance.choice(["instant", "instant", "call"]) if report.kills < kills else None
         if cause == "call":
             durable.deadly = chance.randint(1, report.durable_calls // 4)  # not all of it, so that every part of a run is reached
-        process = killed.start(durable if cause == "call" else None)
+        process = killed.start(durable.patch if cause == "call" else None)
         if cause == "instant":
             process.join(chance.uniform(0, report.whole_run_seconds))
             process.kill()
@@ -156,7 +239,8 @@ def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more
             report.kills += 1
             struck = killed.errors.splitlines()[-1] if cause == "call" else "a random instant"
             report.kills_at[struck] += 1
-            report.kills_inside_a_save += cause == "call" or any(killed.output_dir.rglob(f"*.tmp-{process.pid}"))
+            half_written = [name for place in (killed.output_dir, cache_dir) for name in place.rglob(f".*.tmp-{process.pid}-*")]
+            report.kills_inside_a_save += cause == "call" or bool(half_written)
             report.kills_in[_standing(killed.output_dir, report.stages)] += 1
             report.failures += [f"kill {report.kills} ({struck}): {damage}" for damage in _damaged(killed.output_dir)]
         elif process.exitcode == 0:
@@ -164,9 +248,11 @@ def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more
             ends = whole.output_dir, killed.output_dir
             report.failures += [f"run {report.runs}: {difference}" for difference in differences(*ends, report.stages)]
             if not report.failures:
-                shutil.rmtree(killed.output_dir)
+                killed.start_over()
         else:
             report.failures.append(f"after kill {report.kills}, the run ended with {process.exitcode}: {killed.errors}")
+    for neighbour in neighbours:
+        neighbour.finish()
     report.seconds = round(time.monotonic() - started, 1)
     return report
 

@@ -1,7 +1,8 @@
 """Fault 1: SIGKILL at random instants, during saves too.
 
 Resuming works every time, from a checkpoint that verifies; nothing half-written is mistaken for a checkpoint; the end is that of an
-undisturbed run, bit for bit. Here are a few kills; kills.py delivers as many as one likes.
+undisturbed run, bit for bit, and so is that of its neighbours in the same folder and with the same cache. Here are a few kills;
+kills.py delivers as many as one likes.
 """
 
 from __future__ import annotations
@@ -28,3 +29,4 @@ def test_killed_runs_end_bit_for_bit(tmp_path, method, number):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["failures"] == []
     assert report["kills"] == number and report["runs"] >= 1 and report["resumes"] >= 1
+    assert report["neighbours"].keys() == {"cached", "beside"}

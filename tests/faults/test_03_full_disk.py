@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 
 import fastkd
+from fastkd import store
 from fastkd.train.checkpoint import list_checkpoints, verify_checkpoint
 from tests.faults.disturbed import config, differences, train_apart
 
@@ -42,7 +43,7 @@ def fill_disk(patch: pytest.MonkeyPatch, name: str, write: int, *, for_good: boo
     full = OSError(errno.ENOSPC, "No space left on device")
     full_for_tensors = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     patch.setattr(safetensors.torch, "save_file", failing(safetensors.torch.save_file, full_for_tensors))
-    for module, function in ((Path, "write_bytes"), (os, "fsync"), (os, "rename")):
+    for module, function in ((store, "open_own"), (os, "fsync"), (os, "rename")):
         patch.setattr(module, function, failing(getattr(module, function), full))
 
 
@@ -55,7 +56,7 @@ def whole(tmp_path_factory):
 
 
 def nothing_is_half_written(output_dir: Path) -> None:
-    assert not list(output_dir.rglob("*.tmp-*"))
+    assert not list(output_dir.rglob(".*.tmp-*"))
     for checkpoint in list_checkpoints(output_dir / STAGE):
         verify_checkpoint(checkpoint)
 
@@ -64,7 +65,7 @@ def nothing_is_half_written(output_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("policy", "name", "write"),
     [
-        # Three files of tensors, the state, the manifest, the syncs of the five and of their folder, the rename, a last sync.
+        # Three files of tensors, two writes of the state and of the manifest, the syncs of the five and of their folder, the rename.
         *[("stop", "checkpoint-4.tmp", write) for write in (0, 4, 8, 12)],
         *[("continue", "checkpoint-4.tmp", write) for write in (1, 11)],
         ("continue", "student.tmp", 0),  # what the stage has made must be saved

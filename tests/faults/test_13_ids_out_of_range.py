@@ -23,17 +23,19 @@ TOKENS, WIDTH, VOCABULARY = 4, 3, 11
 
 
 @pytest.mark.parametrize("bad", [-1, 600, 2**31 - 1])
-def test_a_token_id_in_a_cache_of_rows(tmp_path: Path, bad: int) -> None:
-    """The files have the right sizes, so only the ids themselves can tell."""
+def test_a_token_id_in_a_cache_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    """It came there after the files were verified, so only the ids themselves can tell."""
     settings = runs.settings(
         tmp_path, method="kd", teacher_model_name_or_path=runs.bert_teacher(tmp_path), text=runs.write_text(tmp_path), max_steps=1
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StageTrainer, "run", lambda trainer: stop())
-        with pytest.raises(Stopped):
-            fastkd.distill(settings)
-    for file in (tmp_path / "cache" / "tokens").glob("*/ids.npy"):
-        np.lib.format.open_memmap(file, mode="r+")[:] = bad
+    run = StageTrainer.run
+
+    def run_on_spoiled_rows(trainer: StageTrainer) -> Any:
+        for file in (tmp_path / "cache" / "tokens").glob("*/ids.npy"):
+            np.lib.format.open_memmap(file, mode="r+")[:] = bad
+        return run(trainer)
+
+    monkeypatch.setattr(StageTrainer, "run", run_on_spoiled_rows)
     with pytest.raises(ValueError, match=rf"Row \d+ of .*cache.tokens.* holds ids from {bad} to {bad}, and the tokenizer has 600"):
         fastkd.distill(settings)
 

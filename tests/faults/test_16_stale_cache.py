@@ -7,6 +7,7 @@ cache`: ended by SIGTERM it has exit code 143, and the same command goes on to t
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -19,15 +20,15 @@ from tokenizers import normalizers
 
 import fastkd
 from fastkd.cli.main import main
-from fastkd.files import file_sha256
 from fastkd.models.teacher_cache import read_header
+from fastkd.sealed import file_sha256
 from fastkd.train import cache
 from fastkd.train.config import read_config
 from fastkd.train.log import LOG_FILE
 from fastkd.train.schema import to_yaml
 from tests import tiny
 from tests.caches import cached, glmd, losses, write
-from tests.faults.disturbed import terminate
+from tests.faults.disturbed import crashes, terminate
 
 ON_HUB = "organisation/teacher"
 
@@ -90,6 +91,17 @@ def test_a_stale_cache_is_refused_with_both_hashes(
     assert old[key] != new[key] and f"{old[key]}, and this run has {new[key]}" in said
     fastkd.distill(cached(run))
     assert len(losses(Path(run["output_dir"]))) == 1
+
+
+def test_rows_that_were_touched_and_put_back_are_the_same_rows(tmp_path: Path, run: dict[str, Any]) -> None:
+    """After `cp train.txt x && mv x train.txt` and `touch`, a run that was killed goes on, with its teacher's cache."""
+    config = {**run, "max_steps": 3, "save_steps": 1}
+    write(config)
+    crashes(cached(config), "pretrain", "begin_step", 2)
+    shutil.copy(tmp_path / "train.txt", tmp_path / "x").rename(tmp_path / "train.txt")
+    os.utime(tmp_path / "train.txt", ns=(0, 0))
+    fastkd.distill(cached(config))
+    assert len(losses(Path(run["output_dir"]))) == 3
 
 
 def test_the_revision_stands_for_weights_that_are_not_here(tmp_path: Path, run: dict[str, Any]) -> None:

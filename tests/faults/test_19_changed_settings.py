@@ -20,7 +20,6 @@ REFUSED = {
     "accumulation": ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps \(2 there, 4 here\)"),
     "method": ({"method": "kd", "stages": {}, "task": None}, r"method \('glmd' there, 'kd' here\)"),
     "vocabulary": ({"vocabulary": {"keep": 0.25}}, r"vocabulary.keep \(0.5 there, 0.25 here\)"),
-    "counts": ({"vocabulary": {"keep": 0.5, "multiple_of": 8, "counts": "counts"}}, r"vocabulary.counts \(None there, 'counts' here\)"),
 }
 ALLOWED = {"logging_steps": 2, "save_steps": 3, "save_total_limit": 1}
 

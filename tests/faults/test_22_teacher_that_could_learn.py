@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd.files import file_sha256
 from fastkd.methods.kd import KDOptions, KnowledgeDistillation
 from fastkd.models.language_model import LanguageModel
+from fastkd.sealed import file_sha256
 from fastkd.train import run as driver
 from tests import runs, tiny
 

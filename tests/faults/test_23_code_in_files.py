@@ -15,9 +15,9 @@ import safetensors
 import torch
 
 import fastkd
-from fastkd.files import file_sha256
+from fastkd import sealed
 from fastkd.models.load import load_config, load_language_model, load_tokenizer
-from fastkd.train import checkpoint
+from fastkd.sealed import file_sha256
 from fastkd.train.checkpoint import list_checkpoints
 from tests import runs
 from tests.faults.disturbed import config, crashes
@@ -61,7 +61,7 @@ def test_a_pickle_in_a_checkpoint_is_not_read(tmp_path, marker):
     manifest = json.loads((saved / "MANIFEST.json").read_text())
     manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     del manifest["sha256"]
-    (saved / "MANIFEST.json").write_bytes(checkpoint._sealed(manifest))
+    (saved / "MANIFEST.json").write_bytes(sealed._sealed(manifest))
     with pytest.raises((ValueError, safetensors.SafetensorError)):
         fastkd.distill(run)
     assert not marker.exists()

@@ -1,4 +1,4 @@
-"""Fault 27: the clock jumps, the log cannot be written, TensorBoard is missing.
+"""Fault 27: the clock jumps, the log cannot be written or was damaged, matplotlib is broken, TensorBoard is missing.
 
 Clocks decide nothing: weights, losses and evaluations are bit for bit those of an undisturbed run. A log that cannot be written stops
 the run cleanly, as a checkpoint that cannot be written does; checkpoints are kept, and with space the run goes on to the same end.
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import fastkd
+from fastkd.train import curves
 from fastkd.train.checkpoint import list_checkpoints, verify_checkpoint
 from fastkd.train.log import RunLog
 from tests import runs
@@ -99,3 +100,46 @@ def test_nothing_needs_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(sys.modules, name, None)
     fastkd.distill({**settings, "output_dir": str(tmp_path / "run")})
     assert ends_alike(whole, tmp_path / "run" / "distill")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("compiled against another ABI"), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_stage_is_finished_without_its_curves(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    settings: dict[str, Any],
+    whole: Path,
+    error: Exception,
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(curves, "_figure", failing)
+    settings = {**settings, "output_dir": str(tmp_path / "run")}
+    first = fastkd.distill(settings)
+    assert [str(error) in record.getMessage() for record in caplog.records if "is not drawn" in record.getMessage()] == [True]
+    assert ends_alike(whole, tmp_path / "run" / "distill")
+    assert fastkd.distill(settings) == first  # its seconds too: it is not trained again
+
+
+def test_a_damaged_line_of_the_log_stops_neither_resuming_nor_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], whole: Path
+) -> None:
+    settings = {**settings, "output_dir": str(tmp_path / "run"), "report_to": "tensorboard"}
+    write = RunLog.write
+
+    def failing(log: RunLog, values: Any) -> None:
+        if values["step"] == STEPS:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(log, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "write", failing)
+        with pytest.raises(OSError, match="No space left on device"):
+            fastkd.distill(settings)
+    log = tmp_path / "run" / "distill" / "log.jsonl"
+    damaged = b"\0" * 20 + log.read_bytes()[20:]
+    log.write_bytes(damaged)
+    fastkd.distill(settings)
+    assert log.read_bytes().startswith(damaged)
+    assert runs.same_bits(runs.weights(whole / "student"), runs.weights(tmp_path / "run" / "distill" / "student"))

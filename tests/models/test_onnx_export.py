@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,6 +119,14 @@ def test_what_cannot_be_exported_is_refused_before_it_is_loaded(tmp_path, monkey
     tiny.save(tmp_path / "classifier", tiny.transformer("llama"), load_tokenizer(decoder))
     with pytest.raises(ValueError, match="is a decoder"):
         check_onnx(str(tmp_path / "classifier"))
-    monkeypatch.setattr(onnx_export, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(ValueError, match=r"ONNX needs onnxscript: pip install 'fastkd\[onnx\]'"):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match=r"ONNX needs onnxscript, which cannot be imported .*pip install 'fastkd\[onnx\]'"):
         check_onnx(encoder)
+
+
+def test_a_broken_package_is_named_before_the_model_is_read(tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime.py").write_text("raise RuntimeError('built for another numpy')")
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"ONNX needs onnxruntime, .*built for another numpy"):
+        check_onnx(str(tmp_path / "no model is here"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,12 @@ def test_a_shard_is_finished_if_its_content_is_what_its_name_says(tmp_path):
     assert finished_shard(tmp_path, 2, LENGTHS[0]) is None
     path = tmp_path / shard.file
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert finished_shard(tmp_path, 0, LENGTHS[0]) is None and not path.exists()
+    assert finished_shard(tmp_path, 0, LENGTHS[0]) is None and path.exists()
+    other = path.with_name(f"shard-00000-{'0' * 16}.safetensors")
+    other.write_bytes(b"mine")
+    os.mkfifo(path.with_name("shard-00000-pipe.safetensors"))
+    assert write_shard(tmp_path, 0, LENGTHS[0], tensors(0)) == finished_shard(tmp_path, 0, LENGTHS[0]) == shard
+    assert other.read_bytes() == b"mine"
 
 
 def spoil_size(folder: Path, shard: Path) -> None:
@@ -93,13 +99,27 @@ def unfinish(folder: Path, shard: Path) -> None:
     write_header(folder, {"teacher": "t"}, None)
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
     "missing": (lambda folder, shard: shard.unlink(), "Shard .*{name} of the teacher cache is missing"),
     "size": (spoil_size, r"Shard .*{name} of the teacher cache is damaged: it has \d+ bytes, the header says \d+"),
     "content": (spoil_content, r"Shard .*{name} of the teacher cache is damaged: its sha256 is \w+, the header says \w+"),
     "seal": (unseal, r"header.json was changed after it was written: its sha256 is \w+, and it says \w+"),
-    "json": (lambda folder, shard: (folder / HEADER).write_text("{"), "header.json cannot be read.*Delete the folder"),
-    "format": (lambda folder, shard: (folder / HEADER).write_text('{"format": 9, "sha256": ""}'), "has format 9 and .* reads format 1"),
+    "json": (lambda folder, shard: (folder / HEADER).write_text("{"), "header.json is not JSON.*Delete the folder"),
+    "empty": (lambda folder, shard: (folder / HEADER).write_text(""), "header.json is empty.*Delete the folder"),
+    "object": (lambda folder, shard: (folder / HEADER).write_text("{}"), "header.json lacks sha256, format.*Delete the folder"),
+    "null": (lambda folder, shard: (folder / HEADER).write_text("null"), "header.json holds no JSON object.*Delete the folder"),
+    "no-format": (
+        lambda folder, shard: (folder / HEADER).write_text('{"sha256": ""}'),
+        "header.json lacks format.*Delete the folder",
+    ),
+    "pipe": (lambda folder, shard: pipe(folder / HEADER), r"it is no regular file: '.*header\.json'"),
+    "shard-pipe": (lambda folder, shard: pipe(shard), "Shard .*{name} of the teacher cache is no regular file"),
+    "format": (lambda folder, shard: (folder / HEADER).write_text('{"format": 9, "sha256": ""}'), "has format 9 and .* reads format 2"),
     "unfinished": (unfinish, "is not finished. Run the `fastkd cache` command that wrote it again"),
     "no-header": (lambda folder, shard: (folder / HEADER).unlink(), "holds no header.json"),
 }
@@ -111,7 +131,7 @@ def test_what_is_not_whole_is_refused_by_name(tmp_path, case):
     write(tmp_path)
     shard = sorted(tmp_path.glob("shard-*"))[1]
     spoil(tmp_path, shard)
-    with pytest.raises(ValueError, match=sentence.format(name=shard.name) if "{name}" in sentence else sentence):
+    with pytest.raises((ValueError, OSError), match=sentence.format(name=shard.name) if "{name}" in sentence else sentence):
         TeacherCache(tmp_path)
     if case == "content":
         TeacherCache(tmp_path, check_hashes=False)
@@ -132,3 +152,9 @@ def test_a_cached_teacher_has_no_weights(tmp_path):
     teacher = CachedTeacher(tiny.save(tmp_path / "t", tiny.llama(), tiny.byte_level()), tmp_path)
     assert teacher.causal and all(parameter.is_meta for parameter in teacher.model.parameters())
     assert not CachedTeacher(tiny.save(tmp_path / "e", tiny.bert(), tiny.wordpiece()), tmp_path).causal
+
+
+def test_a_cache_of_an_earlier_fastkd_names_the_version_that_reads_it(tmp_path):
+    (tmp_path / HEADER).write_text('{"format": 1, "contents": {}, "shards": null, "sha256": ""}')
+    with pytest.raises(ValueError, match=r"fastkd 0\.1 reads it"):
+        read_header(tmp_path)

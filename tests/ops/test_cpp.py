@@ -1,4 +1,7 @@
-"""What only the C++ backend has: products of 16-bit matrices into float32, and refusals. Values of its row kernel: test_rows.py."""
+"""What only the C++ backend has: products of 16-bit matrices into float32, variants for processors, and refusals.
+
+Values of its row kernel in the variant that this machine takes: test_rows.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from fastkd.ops import cpp
 from fastkd.ops.divergence import Divergence
 from fastkd.ops.rows import LogitTransform, RowOptions, softmax_divergence_
 from tests.oracle import assert_close
-from tests.row_kernels import make_logits, make_losses
+from tests.row_kernels import DIVERGENCES, DTYPES, assert_losses, check, make_logits, make_losses
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
@@ -88,6 +91,85 @@ def test_products_that_do_not_fit_are_refused():
         cpp.mm_16bit_(torch.empty(5, 3).T, a, b, False)
 
 
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def variant(request, backend, monkeypatch):
+    """Each in turn is what FASTKD_CPU_VARIANT asked for; the one that the process takes comes back at the end."""
+    if request.param not in backend.variants():
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setenv("FASTKD_CPU_VARIANT", request.param)
+    cpp._choose_variant.cache_clear()
+    cpp.extension(build=False)
+    yield request.param
+    monkeypatch.undo()
+    cpp._choose_variant.cache_clear()
+    cpp.extension(build=False)
+
+
+def test_the_environment_chooses_the_variant(variant, backend):
+    assert backend.variant() == variant
+
+
+def test_the_best_variant_is_the_default(backend, monkeypatch):
+    order = ["avx512", "avx2", "baseline"]
+    assert backend.variants() == [name for name in order if name in backend.variants()] and backend.variants()[-1] == "baseline"
+    for unset in (None, ""):
+        monkeypatch.delenv("FASTKD_CPU_VARIANT", raising=False) if unset is None else monkeypatch.setenv("FASTKD_CPU_VARIANT", unset)
+        backend.choose_variant("baseline")
+        cpp._choose_variant.cache_clear()
+        assert cpp.extension(build=False).variant() == backend.variants()[0]
+
+
+def test_a_variant_that_the_cpu_lacks_is_refused(backend, monkeypatch):
+    """In words at every call, not by an illegal instruction."""
+
+    class WithoutAvx512:
+        def variants(self):
+            return ["avx2", "baseline"]
+
+    for name, module in (("avx512", WithoutAvx512()), ("sse9", backend)):
+        monkeypatch.setenv("FASTKD_CPU_VARIANT", name)
+        cpp._choose_variant.cache_clear()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"FASTKD_CPU_VARIANT is '{name}', and this CPU has .*baseline; choose one of these"):
+                cpp._choose_variant(module)
+    with pytest.raises(ValueError, match="FASTKD_CPU_VARIANT is 'sse9'"):
+        cpp.extension(build=False)
+    with pytest.raises(RuntimeError, match="no variant sse9"):
+        backend.choose_variant("sse9")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "place"), [("float32", "in place"), ("float32", "over it in bfloat16"), ("float16", "float16"), ("float64", "none")]
+)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_variant_is_exact(variant, divergence, dtype, place):
+    """Widths below, at and beside multiples of a vector, over several blocks, and the paths of labels and of plain forward KL."""
+    for vocabulary in (1, 2, 16, 33, 1023, 2049):
+        student, teacher = (x.to(DTYPES[dtype]) for x in make_logits(3, vocabulary))
+        plain = RowOptions(Divergence.parse(divergence), 2.0)
+        check(cpp.softmax_divergence_, student, teacher, plain, place)
+        labels, weight = torch.tensor([vocabulary - 1, -1, 0]), torch.tensor([1.0, 1.0, 0.5])
+        capped = RowOptions(plain.divergence, 2.0, LogitTransform(1.5, 6.0), LogitTransform(-0.7, 30.0), stats=True)
+        check(cpp.softmax_divergence_, student, teacher, capped, place, labels=labels, label_weight=weight)
+
+
+def test_variants_differ_by_rounding_alone(backend):
+    """Where a CPU has several, they are not one machine code under several names."""
+    if len(backend.variants()) == 1:
+        pytest.skip("this CPU has the baseline alone")
+    student, teacher = (x.float() for x in make_logits(64, 1023))
+    found = []
+    try:
+        for name in backend.variants():
+            backend.choose_variant(name)
+            losses = make_losses(64, torch.float32, True, False, False)
+            cpp.softmax_divergence_(student.clone(), teacher.clone(), RowOptions(), losses, row_weight=torch.ones(64))
+            found.append(losses.divergence)
+    finally:
+        backend.choose_variant(backend.variants()[0])
+    assert not any(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_a_tie_is_rounded_to_even():
     """Student (1/2, 1/2), teacher (1, 0): the gradient is half the row's weight, here midway between two bfloat16 numbers."""
     half = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])
@@ -115,8 +197,8 @@ LONG = 2500  # more than two of the blocks that forward KL goes by
 LABELS = torch.tensor([-1, 7, -1, 2400])
 
 
-def both(student: Tensor, teacher: Tensor, options: RowOptions, biases: dict[str, Tensor], **settings) -> list[tuple[Tensor, Tensor]]:
-    """Divergence and gradient of the kernel with these biases, and of torch in float64 on logits that have them."""
+def compare(student: Tensor, teacher: Tensor, options: RowOptions, biases: dict[str, Tensor], **settings) -> Tensor:
+    """The kernel's gradient with these biases. It and the losses are those of torch in float64 on logits that have them."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     results = []
     for kernel, kind in ((cpp.softmax_divergence_, dtype), (softmax_divergence_, torch.float64)):
@@ -130,8 +212,12 @@ def both(student: Tensor, teacher: Tensor, options: RowOptions, biases: dict[str
         losses = make_losses(len(student), kind, True, "labels" in settings, False)
         gradient = torch.empty(student.shape, dtype=kind)
         kernel(*rows, options, losses, row_weight=torch.linspace(0.5, 2, len(student), dtype=kind), gradient=gradient, **own, **late)
-        results.append((losses.divergence, gradient))
-    return results
+        results.append((losses, gradient))
+    (losses, gradient), (expected, truth) = results
+    biased = student.double() + biases["student_bias"].double(), teacher.double() + biases["teacher_bias"].double()
+    assert_losses(losses, expected, *biased, options, dtype)
+    assert_close(gradient, truth, 1e-12 if dtype == torch.float64 else 2e-5)
+    return gradient
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -144,10 +230,7 @@ def test_biases_are_added_first(dtype, divergence, scale, labels):
     biases = {f"{side}_bias": torch.randn(LONG, generator=generator) for side in ("student", "teacher")}
     options = RowOptions(Divergence.parse(divergence), 2.0, LogitTransform(scale), LogitTransform(1.5))
     settings = {"labels": LABELS, "label_weight": torch.full((4,), 0.3)} if labels else {}
-    (value, gradient), (truth, true_gradient) = both(student, teacher, options, biases, **settings)
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-    assert_close(value, truth, tolerance)
-    assert_close(gradient, true_gradient, tolerance)
+    compare(student, teacher, options, biases, **settings)
 
 
 @pytest.mark.parametrize("where", ["beginning", "middle", "end"])
@@ -159,7 +242,5 @@ def test_blocks_that_no_probability_is_in(where):
         logits += sign * torch.linspace(-60, 60, LONG)
         logits[:, hidden] = -torch.inf
     none = {f"{side}_bias": torch.zeros(LONG) for side in ("student", "teacher")}
-    (value, gradient), (truth, true_gradient) = both(student.float(), teacher.float(), RowOptions(), none)
-    assert_close(value, truth, 2e-5)
-    assert_close(gradient, true_gradient, 2e-5)
+    gradient = compare(student.float(), teacher.float(), RowOptions(), none)
     assert not gradient[:, hidden].any()

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import fastkd
+from fastkd import Divergence
+from fastkd.ops.arguments import LARGEST_TEMPERATURE
 from tests.ops.test_linear_kl import DIVERGENCES, INDEX, LABELS, MASK, STUDENT_VOCAB, TEACHER_VOCAB, TOKENS
 from tests.oracle import assert_close
 
@@ -79,12 +81,22 @@ def test_the_gradient_of_a_row_sums_to_zero_and_a_shift_changes_nothing(divergen
     assert torch.autograd.grad(value, student)[0].sum(-1).abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "tvd", Divergence.jsd(0.5)], ids=str)
+def test_the_largest_temperature_still_holds_float32s_value(divergence):
+    student, teacher = make_logits(torch.float32)
+    truth, value = (
+        function(student.detach().to(dtype), teacher.to(dtype), divergence=divergence, temperature=LARGEST_TEMPERATURE)
+        for function, dtype in ((fastkd.reference.kl_div, torch.float64), (fastkd.kl_div, torch.float32))
+    )
+    assert_close(value, truth, 1e-4)
+
+
 def test_large_temperature_is_centred_logit_regression():
     """T^2 KL -> ||centred(z_s) - centred(z_t)||^2 / (2 V) as T grows."""
     student, teacher = make_logits()
     difference = student.detach() - teacher[:, :STUDENT_VOCAB]
     limit = (difference - difference.mean(-1, keepdim=True)).square().mean() / 2
-    assert_close(fastkd.kl_div(student, teacher, temperature=1e4), limit, 1e-3)
+    assert_close(fastkd.kl_div(student, teacher, temperature=LARGEST_TEMPERATURE), limit, 1e-2)
 
 
 def test_nan_logits_are_never_hidden():

@@ -8,9 +8,22 @@ from torch import Tensor
 
 from fastkd.ops.backends import row_kernel
 from fastkd.ops.divergence import Divergence
-from fastkd.ops.rows import LogitTransform, RowOptions
+from fastkd.ops.rows import LogitTransform, RowLosses, RowOptions
 from tests.oracle import relative_error, wrong_gradients
-from tests.row_kernels import CASES, DIVERGENCES, DTYPES, TOLERANCE, check, check_far_rows, make_logits, make_losses, make_place, oracle
+from tests.row_kernels import (
+    CASES,
+    DIVERGENCES,
+    DTYPES,
+    TOLERANCE,
+    allowed_errors,
+    assert_losses,
+    check,
+    check_far_rows,
+    make_logits,
+    make_losses,
+    make_place,
+    oracle,
+)
 
 INFINITY = float("inf")
 SINGLE = [case for case in CASES if case[0] != "float64"]
@@ -69,9 +82,10 @@ def test_every_width(kernel, vocabulary, dtype, place):
 def test_a_vocabulary_of_one(kernel, divergence, dtype, place):
     """Nothing can differ: zero, up to the rounding of the logarithm of the mixing weight."""
     student, teacher = (x.to(DTYPES[dtype]) for x in make_logits(3, 1))
+    rows, options = (student.clone(), teacher.clone()), RowOptions(Divergence.parse(divergence))
     gradient = make_place(student, place)
-    found = call(kernel, student, teacher, gradient, options=RowOptions(Divergence.parse(divergence)))
-    assert found.abs().max() < 2e-7
+    found = call(kernel, student, teacher, gradient, options=options)
+    assert_losses(RowLosses(found), RowLosses(torch.zeros(3)), *rows, options, torch.float32)
     assert gradient is None or gradient.abs().max() < 2e-7
 
 
@@ -117,11 +131,12 @@ def test_no_rows(kernel, dtype, place):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_rows_of_no_weight_have_no_gradient(kernel, divergence, dtype, place):
     student, teacher = (x.to(DTYPES[dtype]) for x in make_logits(3, 47))
-    expected, _ = oracle(student, teacher, RowOptions(Divergence.parse(divergence)), torch.zeros(3))
+    rows, options = (student.clone(), teacher.clone()), RowOptions(Divergence.parse(divergence))
+    expected, _ = oracle(*rows, options, torch.zeros(3))
     gradient = make_place(student, place)
-    found = call(kernel, student, teacher, gradient, row_weight=0.0, options=RowOptions(Divergence.parse(divergence)))
+    found = call(kernel, student, teacher, gradient, row_weight=0.0, options=options)
     assert torch.count_nonzero(gradient) == 0
-    assert relative_error(found, expected.divergence) < TOLERANCE[torch.float32]
+    assert_losses(RowLosses(found), expected, *rows, options, torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "place"), [case for case in SINGLE if case[1] != "none"])
@@ -132,11 +147,12 @@ def test_tokens_that_neither_model_may_say(kernel, divergence, dtype, place):
     allowed = torch.ones(47, dtype=torch.bool)
     allowed[[0, 5, 31, 32, 33, 46]] = False
     options = RowOptions(Divergence.parse(divergence))
-    expected, truth = oracle(student[:, allowed], teacher[:, allowed], options, torch.ones(3))
+    rows = student[:, allowed], teacher[:, allowed]
+    expected, truth = oracle(*rows, options, torch.ones(3))
     student[:, ~allowed], teacher[:, ~allowed] = -INFINITY, -INFINITY
     gradient = make_place(student, place)
     found = call(kernel, student, teacher, gradient, options=options)
-    assert relative_error(found, expected.divergence) < TOLERANCE[torch.float32]
+    assert_losses(RowLosses(found), expected, *rows, options, torch.float32)
     assert relative_error(gradient[:, allowed], truth) < TOLERANCE[torch.float32] + TOLERANCE[gradient.dtype]
     assert torch.count_nonzero(gradient[:, ~allowed]) == 0
 
@@ -165,3 +181,18 @@ def test_the_check_refuses_wrong_gradients(divergence):
     _, truth = oracle(student, teacher, RowOptions(Divergence.parse(divergence)), torch.ones(4))
     for wrong in wrong_gradients(truth).values():
         assert relative_error(wrong, truth) > 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("vocabulary", [7, 83, 2049, 30522, 128256])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_check_refuses_wrong_losses(divergence, vocabulary, temperature):
+    """At every width: none of them is what float32 may leave."""
+    student, teacher = make_logits(3, vocabulary)
+    options = RowOptions(Divergence.parse(divergence), temperature, stats=True)
+    expected, _ = oracle(student, teacher, options, torch.ones(3), torch.zeros(3, dtype=torch.int64))
+    allowed = allowed_errors(expected, student, teacher, options, torch.float32)
+    for name in ("divergence", "cross_entropy", "student_entropy", "teacher_entropy"):
+        truth = getattr(expected, name).detach()
+        for wrong in wrong_gradients(truth).values():
+            assert bool(((wrong - truth).abs() > allowed[name]).any()), name

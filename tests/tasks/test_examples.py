@@ -123,6 +123,14 @@ def test_rows_without_text_are_refused_or_left_out(tmp_path, caplog):
         load_examples(path, text_columns=["premise"], bad_rows=BadRowPolicy("skip", 1))
 
 
+def test_a_number_that_is_none_is_no_text(tmp_path):
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([{"premise": 1.5}, {"premise": float("nan")}]).to_parquet(path)
+    with pytest.raises(ValueError, match=r"Row 1 .*column 'premise' holds nan; it must hold text or a number"):
+        load_examples(path, text_columns=["premise"])
+    assert load_examples(path, text_columns=["premise"], bad_rows=BadRowPolicy("skip")) == [{"premise": 1.5}]
+
+
 def test_words_of_csv_files_are_words(tmp_path):
     (tmp_path / "rows.csv").write_text("premise,label\nNA,1\nNone,2\n")
     wanted = [{"premise": "NA", "label": 1}, {"premise": "None", "label": 2}]

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
+from fastkd.tasks import glue
 from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy
 from fastkd.tasks.glue import TASKS, load_task
 from fastkd.tasks.labelled import Answer, LabelledExample, TaskDataset
@@ -203,6 +205,20 @@ def test_an_answer_that_is_a_little_off_is_put_right(tmp_path):
         ("glue/stsb", {"label": None}, "from 0 to 5"),
         ("super_glue/copa", {"question": "reason"}, "column 'question' holds 'reason'; it must be one of 'cause', 'effect'"),
         ("super_glue/copa", {"choice2": " "}, "two or more are needed, none empty"),
+        ("super_glue/copa", {"choice1": None}, r"Row 1 .*column 'choice1' holds None; it must hold text"),
+        ("super_glue/copa", {"question": None}, r"Row 1 .*column 'question' holds None; it must hold text"),
+        ("super_glue/multirc", {"answer": None}, r"Row 1 .*column 'answer' holds None"),
+        ("super_glue/wic", {"word": None}, r"Row 1 .*column 'word' holds None"),
+        ("super_glue/boolq", {"label": None}, r"Row 1 .*holds the label None"),
+        ("squad", {"question": None}, r"Row 1 .*column 'question' holds None"),
+        ("squad", {"context": None}, r"Row 1 .*column 'context' holds None"),
+        ("squad", {"answers": None}, r"Row 1 .*column 'answers' holds None; it must hold lists"),
+        ("squad", {"answers": {"text": None}}, r"Row 1 .*column 'answers' holds .*; it must hold lists"),
+        ("squad", {"answers": {"text": ["said"]}}, r"Row 1 .*column 'answers' holds .*; it must hold lists"),
+        ("squad", {"answers": {"text": [None], "answer_start": [0]}}, r"Row 1 .*'answers' holds the answer None at 0; it must be text"),
+        ("squad", {"answers": {"text": ["d"], "answer_start": [None]}}, r"Row 1 .*holds the answer 'd' at None; .* a number"),
+        ("squad", {"answers": {"text": ["said"], "answer_start": [-9]}}, r"Row 1 .*holds the answer 'said' at -9"),
+        ("squad", {"answers": {"text": [""], "answer_start": [0]}}, r"Row 1 .*has the answer ''"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, name, columns, message):
@@ -213,6 +229,34 @@ def test_bad_rows_are_named(tmp_path, name, columns, message):
     assert kept == (whole[0], *whole[2:])
     with pytest.raises(ValueError, match="More than max_bad_rows=0 rows of"):
         change(tmp_path / "capped", name, bad_rows=BadRowPolicy("skip", 0), **columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "values", "message"),
+    [
+        ("squad", "answers", [{"text": [7], "answer_start": [0]}], "holds the answer 7 at 0"),
+        ("squad", "answers", [{"text": ["said"], "answer_start": ["0"]}], "holds the answer 'said' at '0'"),
+        ("squad", "answers", [{"text": ["said"], "answer_start": [0.5]}], r"holds the answer 'said' at 0\.5"),
+        ("squad", "answers", [{"text": ["said"], "answer_start": [True]}], "holds the answer 'said' at True"),
+        ("squad", "answers", [["said"], "said", 3], "it must hold lists"),
+        ("glue/rte", "sentence1", [math.nan], "holds nan; it must hold text"),
+        ("glue/rte", "sentence1", [["a"], {"a": "b"}, True], "it must hold text"),
+        ("glue/rte", "label", ["9" * 5_000, 1.5, math.nan, [1], {"a": 1}, True], "it must be one of 'entailment', 'not_entailment'"),
+        ("glue/stsb", "label", [10**400, math.nan, [1.0], True, "high"], "it must be a number from 0 to 5"),
+        ("super_glue/copa", "choice1", [["a"], True], "it must hold text"),
+    ],
+)
+def test_cells_of_another_type_are_bad_rows_too(monkeypatch, caplog, name, column, values, message):
+    """As far as a row has them: files of one type throughout have no others."""
+    for value in values:
+        rows = [*hub_rows(name, "train"), {**hub_rows(name, "train")[0], column: value}]
+        monkeypatch.setattr(glue, "read_split", lambda *_, rows=rows: (rows, "the copy"))
+        with pytest.raises(ValueError, match=rf"Row 4 \(the first is 0\) of the copy.*{message}"):
+            load_task(name)
+        caplog.clear()
+        kept = load_task(name, bad_rows=BadRowPolicy("skip"))
+        assert all(len(kept.split(split)) == 4 for split in kept.splits)
+        assert "1 rows of the copy cannot be used and were left out (on_bad_row: skip)." in caplog.text
 
 
 def test_labels_may_be_names_booleans_or_digits(tmp_path):

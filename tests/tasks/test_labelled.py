@@ -137,6 +137,20 @@ def test_fingerprint_is_the_contents():
     assert len(prints) == 11
 
 
+def test_a_splits_fingerprint_is_its_own_contents():
+    task = classes()
+    prints = {task.split_fingerprint("train"), task.split_fingerprint("validation")}
+    for same in (replace(task, name="other"), replace(task, metrics=("f1_macro",)), task.limited("validation", 4)):
+        assert same.split_fingerprint("train") in prints
+    assert replace(task, splits={"train": task.split("validation"), "test": task.split("train")}).split_fingerprint("test") in prints
+    for changed in (with_row(task, 5, label=0), with_row(task, 5, text="other"), replace(task, label_names=("a", "c", "b"))):
+        prints.add(changed.split_fingerprint("train"))
+    prints.add(questions().split_fingerprint("train"))
+    assert len(prints) == 6 and all(len(bytes.fromhex(found)) == 32 for found in prints)
+    with pytest.raises(ValueError, match="split='dev' is not a split of toy"):
+        task.split_fingerprint("dev")
+
+
 def test_fingerprint_is_the_same_for_ever():
     assert classes(3).fingerprint == "1df3f602776205e6aee5001e042b21844e4f4039d1b4dd28ac406d2a039b9631"
 

@@ -59,6 +59,16 @@ def test_class_names_of_a_saved_folder_outlive_another_order(tmp_path):
         rows_at(tmp_path / "saved", "validation")
 
 
+def test_a_class_that_has_no_name_is_left_to_its_row(tmp_path):
+    """It is no index into another order of the classes either."""
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_list([{"sentence": "a", "label": label} for label in (0, 7, -1, None)], features=features)
+    named = datasets.Features({**features, "label": datasets.ClassLabel(names=["positive", "negative"])})
+    table = datasets.Dataset(table.data, info=datasets.DatasetInfo(features=named))
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path)
+    assert [row["label"] for row in rows_at(tmp_path)] == ["positive", "class 7 of 2", -1, None]
+
+
 def test_cells_are_text_to_the_letter(tmp_path):
     (tmp_path / "train.csv").write_text('\ufeffsentence,label\nNA,0\n"1,5 ""quoted""\nline",1\n,1\n', encoding="utf-8")
     (tmp_path / "dev.tsv").write_text('label\tsentence\n0\tnull\n1\t"opened, and never closed\n1\t007\n')

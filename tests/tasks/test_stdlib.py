@@ -91,16 +91,6 @@ def test_undecodable_file_is_left_out(library: Path) -> None:
     assert list(stdlib.stdlib_rows("train")) == ["import os\n"]
 
 
-def test_fingerprint_follows_split_names_and_sizes(library: Path) -> None:
-    seen = {stdlib.stdlib_fingerprint("train"), stdlib.stdlib_fingerprint("dev")}
-    assert stdlib.stdlib_fingerprint("train") in seen
-    (library / "os.py").write_text("import sys, io\n")
-    seen.add(stdlib.stdlib_fingerprint("train"))
-    (library / "typing.py").rename(library / "inspect.py")
-    seen.add(stdlib.stdlib_fingerprint("train"))
-    assert len(seen) == 4
-
-
 def test_unknown_split_and_missing_sources_are_refused(library: Path) -> None:
     with pytest.raises(ValueError, match=r"split='validation'.*train, dev, test"):
         stdlib.stdlib_files("validation")

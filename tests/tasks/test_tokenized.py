@@ -1,5 +1,7 @@
 """Token caches equal a plain in-memory reference, are written once, and are never half there."""
 
+import errno
+import hashlib
 import json
 import logging
 import os
@@ -15,14 +17,17 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import pytest
-from filelock import FileLock
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from fastkd import store
+from fastkd.sealed import MANIFEST_FILE
+from fastkd.store import lock
 from fastkd.tasks import corpus as corpus_module
+from fastkd.tasks import sources, token_writing, tokenized
 from fastkd.tasks.bad_rows import BadRowPolicy
 from fastkd.tasks.corpus import Corpus, StreamState, open_corpus
 from fastkd.tasks.tokenized import Layout, TokenRows, tokenize_corpus
@@ -188,7 +193,7 @@ def test_killed_at_any_text_goes_on_behind_the_last_saved_one(tmp_path: Path, op
     whole = tokenize_corpus(Texts().corpus, tokenizer, cache_dir=tmp_path / "whole", **sizes, **options)
     with pytest.raises(Stopped):
         tokenize_corpus(Killed().corpus, tokenizer, cache_dir=tmp_path / "cut", **sizes, **options)
-    assert not any((path / "manifest.json").exists() for path in (tmp_path / "cut").iterdir())
+    assert not any((path / MANIFEST_FILE).exists() for path in (tmp_path / "cut").iterdir())
     texts = Texts()
     rows = tokenize_corpus(texts.corpus, tokenizer, max_length=6, batch_size=3, cache_dir=tmp_path / "cut", **options)
     assert texts.starts == [killed_at // 4 * 4]
@@ -221,8 +226,8 @@ def test_who_waits_for_another_process_can_be_stopped(tmp_path: Path) -> None:
         raise Stopped
 
     rows = tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=6, layout="rows", cache_dir=tmp_path)
-    (rows.folder / "manifest.json").unlink()
-    with FileLock(f"{rows.folder}.lock"), pytest.raises(Stopped):
+    (rows.folder / MANIFEST_FILE).unlink()
+    with lock(tmp_path / f"{rows.fingerprint}.lock"), pytest.raises(Stopped):
         tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=6, layout="rows", cache_dir=tmp_path, poll=poll)
 
 
@@ -278,27 +283,135 @@ def test_a_stream_goes_on_by_its_own_state(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(Stopped):
         tokenize_corpus(corpus(), make_tokenizer(), cache_dir=tmp_path / "cut", poll=poll, **options)
     again = corpus()
-    os.truncate(tmp_path / "shard-0.jsonl", 0)  # nobody looks at it any more
+    monkeypatch.setattr(sources.HashedFile, "require_unchanged", lambda file: None)
+    os.truncate(tmp_path / "shard-0.jsonl", 0)  # nobody reads it any more
     rows = tokenize_corpus(again, make_tokenizer(), cache_dir=tmp_path / "cut", **options)
     assert len(rows) == 36 and content(rows.folder) == content(whole.folder)
     with pytest.raises(ValueError, match="More than max_bad_rows=2 rows"):
         tokenize_corpus(replace(corpus(), bad_rows=BadRowPolicy("skip", 2)), make_tokenizer(), cache_dir=tmp_path / "few", **options)
 
 
-@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "manifest.json"])
-@pytest.mark.parametrize("damage", ["shorter", "missing"])
-def test_damaged_cache_is_refused_and_written_anew(tmp_path: Path, name: str, damage: str) -> None:
+@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", MANIFEST_FILE])
+@pytest.mark.parametrize("damage", ["shorter", "missing", "flipped"])
+def test_damaged_cache_is_refused_and_written_anew(tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     texts, tokenizer = Texts(), make_tokenizer()
-    rows = tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)
-    expected = as_lists(rows)
-    if damage == "shorter":
-        (rows.folder / name).write_bytes((rows.folder / name).read_bytes()[:-4])
+    options: dict[str, Any] = {"max_length": 10, "layout": "rows", "cache_dir": tmp_path}
+    rows = tokenize_corpus(texts.corpus, tokenizer, **options)
+    expected, file = as_lists(rows), rows.folder / name
+    if damage == "missing":
+        file.unlink()
     else:
-        (rows.folder / name).unlink()
+        data = file.read_bytes()
+        file.write_bytes(data[:-4] if damage == "shorter" else data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
     with pytest.raises(ValueError, match=f"{rows.fingerprint}.*elete it and tokenise again"):
         TokenRows(rows.folder)
-    assert as_lists(tokenize_corpus(texts.corpus, tokenizer, max_length=10, layout="rows", cache_dir=tmp_path)) == expected
+    for _ in range(2):
+        assert as_lists(tokenize_corpus(texts.corpus, tokenizer, **options)) == expected
     assert texts.times_read == 2
+    assert f"{rows.folder} is not a whole token cache" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ids.npy", MANIFEST_FILE])
+def test_what_fastkd_did_not_write_outlives_a_damaged_cache(tmp_path: Path, name: str) -> None:
+    texts, tokenizer = Texts(), make_tokenizer()
+    options: dict[str, Any] = {"max_length": 10, "layout": "rows", "cache_dir": tmp_path}
+    rows = tokenize_corpus(texts.corpus, tokenizer, **options)
+    (rows.folder / "notes.txt").write_text("mine")
+    data = (rows.folder / name).read_bytes()
+    (rows.folder / name).write_bytes(data[:-4] + bytes(4))
+    again = tokenize_corpus(texts.corpus, tokenizer, **options)
+    assert as_lists(again) == as_lists(tokenize_corpus(texts.corpus, tokenizer, **options)) and texts.times_read == 2
+    assert (rows.folder / "notes.txt").read_text() == "mine" and again.fingerprint == rows.fingerprint
+
+
+def test_what_fastkd_did_not_write_outlives_an_unfinished_cache(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_length": 10, "layout": "rows", "cache_dir": tmp_path, "batch_size": 1}
+    bad = Texts(["w1", cast(str, None)])
+    with pytest.raises(TypeError):
+        tokenize_corpus(bad.corpus, make_tokenizer(), **options, poll=lambda: note(tmp_path))
+    assert [path.name for path in tmp_path.glob("*.unfinished/*")] == ["notes.txt"]
+    rows = tokenize_corpus(Texts(["w1", "w2"]).corpus, make_tokenizer(), **options)  # of the same fingerprint
+    assert len(rows) == 2 and sorted(content(rows.folder)) == [MANIFEST_FILE, "ids.npy", "offsets.npy"]
+    assert [path.read_text() for path in tmp_path.glob("*.unfinished/*")] == ["mine"]
+
+
+def note(cache_dir: Path) -> None:
+    [folder] = cache_dir.glob("*.unfinished")
+    (folder / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize("name", ["lock", "unfinished", "unfinished/ids.npy"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    options: dict[str, Any] = {"max_length": 6, "layout": "rows"}
+    fingerprint = tokenize_corpus(Texts().corpus, make_tokenizer(), cache_dir=tmp_path / "elsewhere", **options).fingerprint
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ids.npy").write_text("mine")
+    link = tmp_path / "cache" / f"{fingerprint}.{name}"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "mine" if name == "unfinished" else tmp_path / "mine" / "ids.npy")
+    with pytest.raises(OSError, match=f"{link}"):
+        tokenize_corpus(Texts().corpus, make_tokenizer(), cache_dir=tmp_path / "cache", **options)
+    assert content(tmp_path / "mine") == {"ids.npy": b"mine"}
+
+
+@pytest.mark.parametrize("damaged", [b"{}", b"null", b"", b'{"bookmark": {}, "pages": 3}'])
+def test_a_record_of_progress_that_says_nothing_is_begun_anew(tmp_path: Path, damaged: bytes) -> None:
+    def poll() -> None:
+        raise Stopped
+
+    options: dict[str, Any] = {"max_length": 6, "layout": "rows", "cache_dir": tmp_path}
+    with pytest.raises(Stopped):
+        tokenize_corpus(Texts().corpus, make_tokenizer(), poll=poll, **options)
+    [progress] = tmp_path.glob("*.unfinished/progress.json")
+    progress.write_bytes(damaged)
+    assert len(tokenize_corpus(Texts().corpus, make_tokenizer(), **options)) == sum(map(bool, TEXTS))
+
+
+@pytest.mark.parametrize("moment", ["sync", "append"])
+def test_a_full_disk_is_told_with_its_folder_and_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    original, calls = getattr(token_writing.ArrayWriter, moment), []
+
+    def full(*arguments: Any) -> None:
+        calls.append(moment)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*arguments)
+
+    options: dict[str, Any] = {"max_length": 6, "layout": "rows", "cache_dir": tmp_path, "batch_size": 2, "save_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(token_writing.ArrayWriter, moment, full)
+        with pytest.raises(OSError, match=rf"No space left on device: .*free some space.*another cache_dir.*{tmp_path}") as raised:
+            tokenize_corpus(Texts().corpus, make_tokenizer(), **options)
+    assert raised.value.errno == errno.ENOSPC
+    texts = Texts()
+    assert len(tokenize_corpus(texts.corpus, make_tokenizer(), **options)) == sum(map(bool, TEXTS)) and texts.starts == [2]
+
+
+def test_a_whole_cache_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it may be on a disk that this user cannot write to; and a worker that unpickles the rows reads no more than they."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    rows = tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=6, layout="rows", cache_dir=tmp_path)
+    (tmp_path / f"{rows.fingerprint}.lock").unlink()
+    entries = content(rows.folder)
+    monkeypatch.setattr(tokenized, "lock", refused)
+    again = tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=6, layout="rows", cache_dir=tmp_path)
+    assert content(rows.folder) == entries and list(tmp_path.iterdir()) == [rows.folder]
+    monkeypatch.setattr(store, "file_sha256", refused)
+    assert as_lists(pickle.loads(pickle.dumps(again))) == as_lists(rows)
+
+
+def test_two_files_of_one_name_size_and_time_have_two_caches(tmp_path: Path) -> None:
+    made = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "train.txt"
+        file.write_text("w1 w2\n" if folder == "a" else "w3 w4\n")
+        os.utime(file, ns=(0, 0))
+        made.append(tokenize_corpus(open_corpus(file), make_tokenizer(), max_length=6, layout="rows", cache_dir=tmp_path / "cache"))
+    assert [as_lists(rows) for rows in made] == [[[CLS, *word_ids(text), SEP]] for text in ("w1 w2", "w3 w4")]
 
 
 def test_two_writers_at_once_end_with_one_cache(tmp_path: Path) -> None:
@@ -316,17 +429,19 @@ def test_two_writers_at_once_end_with_one_cache(tmp_path: Path) -> None:
 
 def test_manifest_says_what_was_tokenised(tmp_path: Path) -> None:
     rows = tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=10, layout="packed", cache_dir=tmp_path)
-    manifest = json.loads((rows.folder / "manifest.json").read_text())
+    manifest = json.loads((rows.folder / MANIFEST_FILE).read_text())
     assert manifest["corpus"] == "the toy corpus"
     assert (manifest["layout"], manifest["max_length"], manifest["fingerprint"]) == ("packed", 10, rows.fingerprint)
-    assert manifest["bytes"] == {name: (rows.folder / name).stat().st_size for name in ("ids.npy", "offsets.npy")}
+    for name in ("ids.npy", "offsets.npy"):
+        data = (rows.folder / name).read_bytes()
+        assert manifest["files"][name] == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 @pytest.mark.parametrize("layout", ["packed", "rows"])
 def test_corpus_without_ids_is_refused(tmp_path: Path, layout: Layout) -> None:
     with pytest.raises(ValueError, match="None of the 2 texts of the toy corpus"):
         tokenize_corpus(Texts(["", " "]).corpus, make_tokenizer(), max_length=10, layout=layout, cache_dir=tmp_path)
-    assert not any((path / "manifest.json").exists() for path in tmp_path.iterdir())
+    assert not any((path / MANIFEST_FILE).exists() for path in tmp_path.iterdir())
 
 
 def test_id_beyond_the_tokenizer_is_refused(tmp_path: Path) -> None:

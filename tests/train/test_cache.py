@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file
 
 import fastkd
 from fastkd.cli.main import main
 from fastkd.models.teacher_cache import HEADER, read_header, write_shard
+from fastkd.store import lock
 from fastkd.train import cache as cache_module
 from fastkd.train.config import read_config
+from fastkd.train.output import LOCK_FILE
 from fastkd.train.ranks import Ranks
 from fastkd.train.schema import to_yaml
 from fastkd.train.signals import Preempted
@@ -201,7 +202,7 @@ def test_a_folder_in_use_or_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"is a teacher cache of something else: dtype is 'float32' there and 'float16' here"):
         write(config, dtype="float16")
     assert content(folder) == before
-    with FileLock(folder / ".lock"), pytest.raises(ValueError, match="Another process is writing the teacher cache"):
+    with lock(folder / LOCK_FILE), pytest.raises(ValueError, match=r"The teacher cache .* is in use by process"):
         write(config)
     (folder / HEADER).unlink()
     with pytest.raises(ValueError, match=r"holds shard-.* and no header.json"):

@@ -1,5 +1,6 @@
 """Checkpoints: exact round trips, every kind of damage noticed, and no failure that costs an older one."""
 
+import errno
 import json
 import logging
 import os
@@ -8,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from fastkd import sealed
+from fastkd.sealed import read_manifest
 from fastkd.train.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
     CheckpointWriter,
     Piece,
-    discard_checkpoints_after,
+    UnreadableCheckpoint,
+    checkpoint_identity,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
@@ -25,12 +29,12 @@ from fastkd.train.ranks import Ranks
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
 
 
-def save(output_dir, step):
+def save(output_dir, step, **more):
     tensors = {
         "model": {"weight": torch.arange(6.0).reshape(2, 3) + step, "half": torch.ones(3, dtype=torch.bfloat16)},
         "optimizer": {"weight.step": torch.tensor(float(step))},
     }
-    return save_checkpoint(output_dir, step, tensors, {"step": step, "loss": 0.1 + 0.2})
+    return save_checkpoint(output_dir, step, tensors, {"step": step, "loss": 0.1 + 0.2}, **more)
 
 
 def names(output_dir):
@@ -99,12 +103,106 @@ def test_every_single_flipped_byte_is_noticed(tmp_path, file):
     verify_checkpoint(path)
 
 
-def test_newer_format_is_refused_with_the_version(tmp_path, monkeypatch):
+def test_another_format_is_refused_with_the_version_that_reads_it(tmp_path, monkeypatch):
+    older = save(tmp_path, 1)
     monkeypatch.setattr("fastkd.train.checkpoint.FORMAT_VERSION", 99)
-    path = save(tmp_path, 1)
+    monkeypatch.setattr("fastkd.train.checkpoint.__version__", "9.9")
+    path = save(tmp_path, 2)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format_version 99"):
+    with pytest.raises(UnreadableCheckpoint, match=r"format_version 99.*use the fastkd that wrote it \(9\.9\)"):
         verify_checkpoint(path)
+    with pytest.raises(UnreadableCheckpoint, match=r"checkpoint-2 has format_version 99.*move it away"):
+        newest_checkpoint(tmp_path)  # and never silently the one before
+    assert names(tmp_path) == [older.name, path.name]
+
+
+def test_a_manifest_without_its_keys_is_told_from_a_bug(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = {key: value for key, value in read_manifest(path).items() if key not in ("format_version", "fastkd", "sha256")}
+    (path / "MANIFEST.json").write_bytes(sealed._sealed(manifest))
+    with pytest.raises(UnreadableCheckpoint, match=r"format_version None.*does not say which"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_bears_the_identity_of_its_run(tmp_path):
+    assert checkpoint_identity(save(tmp_path, 1, identity="of this run")) == "of this run"
+
+
+# ---- what cannot be read is not damaged
+
+
+def deny(monkeypatch, path, error, times=10**6):
+    """Let the system refuse to open what lies below `path`, so many times."""
+    real, left = os.open, [times]
+
+    def refusing(name, *arguments, **options):
+        if str(name).startswith(f"{path}{os.sep}") and left[0] > 0:
+            left[0] -= 1
+            raise OSError(error, os.strerror(error), str(name))
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_a_checkpoint_that_cannot_be_read_is_neither_passed_over_nor_touched(tmp_path, monkeypatch, error):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        deny(patch, newest, error)
+        with pytest.raises(UnreadableCheckpoint, match=r"checkpoint-2 cannot be read.*move it away"):
+            newest_checkpoint(tmp_path)
+        with pytest.raises(UnreadableCheckpoint, match=r"checkpoint-2 cannot be read"):
+            save(tmp_path, 2)
+        prune_checkpoints(tmp_path, 1)
+    assert newest_checkpoint(tmp_path) == newest and names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_three_stale_reads_are_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    path = save(tmp_path, 2)
+    deny(monkeypatch, path, errno.ESTALE, times=3)
+    assert newest_checkpoint(tmp_path) == path
+
+
+def test_where_none_verifies_nothing_starts_over(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path, step) / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"None of the checkpoints.*checkpoint-2.*checkpoint-1.*Put back a copy"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_pipe_in_a_checkpoint_does_not_hang(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "state.json").unlink()
+    os.mkfifo(path / "state.json")
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        newest_checkpoint(tmp_path)
+
+
+# ---- links
+
+
+def test_a_checkpoint_on_another_disk_is_read_and_left_alone(tmp_path):
+    """It was moved there by hand and linked back: neither starting nor pruning minds, and its data stay."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk").mkdir()
+    for step in (1, 2, 3):
+        save(tmp_path / "run", step)
+    os.rename(tmp_path / "run" / "checkpoint-1", tmp_path / "disk" / "moved")
+    (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "disk" / "moved")
+    prune_checkpoints(tmp_path / "run", 1)
+    assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-3"]
+    verify_checkpoint(tmp_path / "disk" / "moved")
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+
+
+def test_a_link_whose_disk_is_away_is_not_damaged(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoint-2").symlink_to(tmp_path / "unmounted" / "checkpoint-2")
+    with pytest.raises(UnreadableCheckpoint, match=r"checkpoint-2 cannot be read"):
+        newest_checkpoint(tmp_path)
 
 
 def test_something_else_is_not_a_checkpoint(tmp_path):
@@ -156,28 +254,21 @@ def test_everything_is_synced_and_the_manifest_is_written_last(tmp_path, monkeyp
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), real_rename(a, b)))
     path = save(tmp_path, 1)
     monkeypatch.undo()
-    temporary = f"checkpoint-1.tmp-{os.getpid()}"
-    assert sorted(events[: len(FILES)]) == sorted(FILES)
-    assert events[len(FILES) :] == [temporary, "rename", tmp_path.name]
+    assert {*events[:-3]} == {*FILES}
+    assert events[-3].startswith(f".checkpoint-1.tmp-{os.getpid()}-") and events[-2:] == ["rename", tmp_path.name]
     assert max(path.iterdir(), key=lambda file: file.stat().st_mtime_ns).name == "MANIFEST.json"
 
 
-def test_verified_checkpoint_is_not_overwritten_and_a_broken_one_is_replaced(tmp_path):
+def test_verified_checkpoint_is_not_overwritten_and_a_damaged_one_is_set_aside(tmp_path):
     path = save(tmp_path, 5)
     with pytest.raises(CheckpointError, match="not overwritten"):
         save(tmp_path, 5)
-    (path / "state.json").write_text("{}")
-    save(tmp_path, 5)
+    for _ in range(2):
+        (path / "state.json").write_text("{}")
+        save(tmp_path, 5)
     verify_checkpoint(path)
-    assert names(tmp_path) == ["checkpoint-5"]
-
-
-def test_leftover_of_a_killed_process_with_our_process_id_does_not_hinder(tmp_path):
-    leftover = tmp_path / f"checkpoint-5.tmp-{os.getpid()}"
-    leftover.mkdir()
-    (leftover / "junk.safetensors").write_bytes(b"half")
-    path = save(tmp_path, 5)
-    assert sorted(os.listdir(path)) == sorted(FILES) and not leftover.exists()
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-5.damaged", "checkpoint-5.damaged-2"]
+    assert (tmp_path / "checkpoint-5.damaged" / "state.json").read_text() == "{}" and newest_checkpoint(tmp_path) == path
 
 
 # ---- pruning
@@ -204,12 +295,14 @@ def test_prune_never_deletes_the_last_verified_one(tmp_path):
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_going_back_discards_later_history(tmp_path):
-    for step in (100, 200, 300):
+def test_prune_leaves_what_fastkd_did_not_write(tmp_path):
+    for step in (1, 2, 3):
         save(tmp_path, step)
-    discard_checkpoints_after(tmp_path, 100)
-    assert names(tmp_path) == ["checkpoint-100"]
-    save(tmp_path, 200)
+    (tmp_path / "checkpoint-1" / "notes.txt").write_text("foreign")
+    (tmp_path / "checkpoint-2" / "MANIFEST.json").write_text("{}")
+    prune_checkpoints(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert names(tmp_path / "checkpoint-1") == ["notes.txt"] and len(names(tmp_path / "checkpoint-2")) == len(FILES)
 
 
 def test_pieces_are_never_left_to_the_background(tmp_path):

@@ -105,7 +105,19 @@ def test_every_key_has_its_help():
         ({"text": {"path": "a", "max_lenght": 1}}, ["text.max_lenght is not a known key", "text.max_length?"]),
         ({"vocabulary": {"keeps": 0.5}}, ["vocabulary.keeps", "vocabulary.keep?"]),
         ({"method": "glmdd"}, ["method is the text 'glmdd'; it must be glmd | crild | ted | kd | lm | finetune"]),
-        ({"learning_rate": "2e-5"}, ["learning_rate is the text '2e-5'", "write 2.0e-5"]),
+        ({"learning_rate": "2e-5"}, ["learning_rate is the text '2e-5'; it must be float: write a number"]),
+        ({"learning_rate": float("inf")}, ["learning_rate is inf; it must be a finite number"]),
+        ({"num_train_epochs": 1e308}, ["num_train_epochs is 1e+308; it must be at most 2147483648"]),
+        ({"ddp_timeout": 10**12}, ["ddp_timeout is 1000000000000; it must be at most 2147483647 seconds"]),
+        ({"seed": 2**64}, ["seed is a number beyond 64 bits"]),
+        ({"student": {"a": [float("nan")]}}, ["student.a[0] is nan; it must be a finite number"]),
+        ({"options": {"temperature": float("inf")}}, ["options.temperature is inf; it must be a finite number"]),
+        ({"output_dir": ""}, ["output_dir is '', which names nothing"]),
+        ({"output_dir": "~nobody-has-this-name/x"}, ["output_dir: '~nobody-has-this-name/x' begins with ~, and there is no such home"]),
+        ({"cache_dir": " "}, ["cache_dir is ' ', which names nothing"]),
+        ({"text": {"path": ""}}, ["text.path is '', which names nothing"]),
+        ({"model_name_or_path": "a\0b"}, ["model_name_or_path is 'a\\x00b', which names nothing"]),
+        ({"vocabulary": {"counts": ""}}, ["vocabulary.counts is ''"]),
         ({"learning_rate": 0}, ["learning_rate is 0.0; it must be a finite number > 0"]),
         ({"learning_rate": float("nan")}, ["learning_rate is nan"]),
         ({"max_steps": 0}, ["max_steps is 0; give a number >= 1, or -1"]),
@@ -156,13 +168,58 @@ def test_missing_keys_are_named():
         (["--max_steps", "many"], "max_steps is the text 'many'; it must be int"),
         (["--stages.pretrain.learning_rat", "1"], "did you mean --stages.pretrain.learning_rate?"),
         (["max_steps", "3"], "max_steps is not a flag; write --key VALUE"),
+        (["--stages", "pretrain"], "stages must map a stage's name to its settings"),
+        (["--stages.pretrain", "3"], "stages must map a stage's name to its settings"),
+        (["--output_dir", ""], "output_dir is '', which names nothing"),
+        (["--max_steps", "1:30"], "max_steps is the text '1:30'; it must be int"),
+        (["--max_steps", "1_000"], "max_steps is the text '1_000'; it must be int"),
+        (["--learning_rate", "1e999"], "learning_rate is inf; it must be a finite number"),
+        (["--learning_rate", "nan"], "learning_rate is the text 'nan'; it must be float"),
     ],
 )
 def test_a_bad_flag_is_named_with_its_remedy(flags, sentence):
     assert sentence in refusal(BASE, *flags)
 
 
-def test_a_yaml_number_without_a_point_is_explained(tmp_path: Path):
-    (tmp_path / "run.yaml").write_text(to_yaml(read_config(BASE)).replace("learning_rate: 0.0005", "learning_rate: 2e-5"))
+def test_a_home_folder_stands_for_its_sign_in_every_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    data = {
+        **BASE,
+        "output_dir": "~/run",
+        "cache_dir": "~",
+        "teacher_model_name_or_path": "~/teacher",
+        "model_name_or_path": "~/student",
+        "tokenizer_name_or_path": "~/tokenizer",
+        "text": {"path": "~/*.txt", "eval_path": "~/dev.txt"},
+        "task": {**BASE["task"], "path": "~/task", "cloze": {**BASE["task"]["cloze"], "template": "~ {text} {mask}"}},
+        "vocabulary": {"counts": "~/counts"},
+        "teacher": {"kind": "cache", "path": "./~/cache"},
+        "stages": {"pretrain": {"dataset": {"task": "glue/rte", "path": "~/rte"}}},
+    }
+    config = read_config(data, ["--text.eval_path=~/other.txt"])
+    stage = config.stages["pretrain"]
+    assert stage.text and stage.dataset and stage.task and config.vocabulary
+    assert [config.output_dir, config.cache_dir, config.model_name_or_path, config.tokenizer_name_or_path] == [
+        "/home/somebody/run",
+        "/home/somebody",
+        "/home/somebody/student",
+        "/home/somebody/tokenizer",
+    ]
+    assert [stage.teacher_model_name_or_path, stage.text.path, stage.text.eval_path, stage.dataset.path, config.vocabulary.counts] == [
+        "/home/somebody/teacher",
+        "/home/somebody/*.txt",
+        "/home/somebody/other.txt",
+        "/home/somebody/rte",
+        "/home/somebody/counts",
+    ]
+    assert stage.teacher.path == "./~/cache" and stage.task.cloze.template == "~ {text} {mask}"
+
+
+def test_numbers_in_a_file_are_those_of_yaml_1_2(tmp_path: Path):
+    text = to_yaml(read_config(BASE)).replace("learning_rate: 0.0005", "learning_rate: 2e-5").replace("seed: 0", "seed: 010")
+    (tmp_path / "run.yaml").write_text(text)
+    config = read_config(load_yaml(tmp_path / "run.yaml"))
+    assert (config.learning_rate, config.seed) == (2e-5, 10)
+    (tmp_path / "run.yaml").write_text(text.replace("max_steps: 100", "max_steps: 1:30").replace("bf16: false", "bf16: on"))
     message = refusal(load_yaml(tmp_path / "run.yaml"))
-    assert "YAML 1.1 reads it as a string; write 2.0e-5" in message
+    assert "max_steps is the text '1:30'; it must be int" in message and "bf16 is the text 'on'; it must be bool" in message

@@ -1,10 +1,13 @@
+import json
 import logging
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from fastkd.train.curves import plot_curves
+from fastkd.cli.main import main
+from fastkd.train.curves import draw_stage, plot_bars, plot_curves
 
 SERIES = {
     "KL divergence": [(step, 3.0 * 0.99**step) for step in range(200)],
@@ -39,3 +42,103 @@ def test_without_matplotlib_one_line_is_logged(tmp_path, monkeypatch, caplog):
         assert plot_curves(SERIES, tmp_path / "loss.png", **LABELS) is None
     assert len(caplog.records) == 1 and "fastkd[plots]" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def broken_import(monkeypatch, folder):
+    """A matplotlib that was built for another numpy."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    (folder / "matplotlib").mkdir()
+    (folder / "matplotlib" / "__init__.py").write_text("raise RuntimeError('numpy ABI')")
+    monkeypatch.syspath_prepend(folder)
+
+
+def broken_figure(monkeypatch, folder):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+
+    def savefig(*_, **__):
+        raise ValueError("numpy ABI")
+
+    monkeypatch.setattr(figure, "savefig", savefig)
+
+
+def broken_module(monkeypatch, folder):
+    """Without what it should have."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", SimpleNamespace(__name__="numpy ABI"))
+
+
+BROKEN = [broken_import, broken_figure, broken_module]
+
+
+@pytest.fixture
+def stage(tmp_path):
+    folder = tmp_path / "distill"
+    folder.mkdir()
+    lines = [{"step": step, "loss": 1 / step, "eval_perplexity": 9.0, "eval_accuracy": 0.5} for step in (1, 2, 3)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_finished_stage_is_drawn_beside_its_log(stage, caplog):
+    pytest.importorskip("matplotlib")
+    draw_stage(stage)
+    assert sorted(path.name for path in stage.glob("*.png")) == ["accuracy.png", "loss.png", "perplexity.png"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_whatever_keeps_a_stage_from_being_drawn_is_one_warning(stage, tmp_path, monkeypatch, caplog, broken):
+    broken(monkeypatch, tmp_path)
+    draw_stage(stage)
+    assert len(caplog.records) == 1 and str(stage) in caplog.text
+    assert "numpy ABI" in caplog.text or "ImportError: cannot import name 'Figure'" in caplog.text
+    assert not list(stage.glob("*.png"))
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_evaluations_and_quickstarts_go_on_without_their_plots(tmp_path, monkeypatch, caplog, broken):
+    broken(monkeypatch, tmp_path)
+    assert plot_curves(SERIES, tmp_path / "curves.png", **LABELS) is None
+    assert plot_bars({"accuracy": {"student": 0.5}}, tmp_path / "bars.png", title="t") is None
+    assert [record.getMessage().partition(" is not drawn: ")[0] for record in caplog.records] == [
+        str(tmp_path / "curves.png"),
+        str(tmp_path / "bars.png"),
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_told(stage, monkeypatch, caplog):
+    pytest.importorskip("matplotlib")
+    (stage / "loss.png").mkdir()
+    draw_stage(stage)
+    assert len(caplog.records) == 1 and "loss.png" in caplog.text
+
+
+def test_no_log_is_told(tmp_path, caplog):
+    draw_stage(tmp_path)
+    assert len(caplog.records) == 1 and "log.jsonl" in caplog.text
+
+
+GARBAGE = [b"nonsense", b"\0\0\0\0", b"[1, 2]", b"[" * 100_000, b"\xff\xfe", b"half\ra line", b'{"step": null, "loss": []}', b""]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_in_the_log_is_passed_over(stage, monkeypatch, caplog, garbage):
+    log = stage / "log.jsonl"
+    first, *rest = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(first + garbage + b"\n" + b"".join(rest))
+    drawn = {}
+    monkeypatch.setattr("fastkd.train.curves._draw_curves", lambda series, *_, **__: drawn.update(series))
+    draw_stage(stage)
+    assert drawn["loss"] == [(step, 1 / step) for step in (1, 2, 3)] and not caplog.records
+
+
+def test_the_plot_command_says_why_and_fails(stage, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        broken_figure(patch, tmp_path)
+        assert main(["plot", str(stage)]) == 2
+    assert "loss.png is not drawn: ValueError: numpy ABI." in caplog.text
+    with (stage / "log.jsonl").open("a") as log:
+        log.write("nonsense\n")
+    assert main(["plot", str(stage)]) == 2
+    assert "line 4 is no JSON object: b'nonsense'" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 import sys
 
 import numpy as np
@@ -79,11 +80,51 @@ def test_half_line_is_dropped(tmp_path, half):
     assert path.read_bytes() == whole
 
 
-def test_broken_line_in_the_middle_is_named(tmp_path):
+@pytest.mark.parametrize("garbage", ["nonsense", "[1]", "3", "", "[" * 100_000], ids=["text", "list", "number", "empty", "deep"])
+def test_broken_line_in_the_middle_is_named_or_passed_over(tmp_path, garbage):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    path.write_text(f'{{"step": 1}}\n{garbage}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match="line 2 is no JSON object"):
         read_log(path)
+    assert read_log(path, strict=False) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("garbage", [b"nonsense", b'{"step": "x"}', b"[]", b"\0\0", b"half\ra line"])
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_a_run_resumes_behind_garbage_in_its_log(tmp_path, garbage, report_to):
+    path = tmp_path / "log.jsonl"
+    before = b'{"step": 1}\n' + garbage + b'\n{"step": 2}\n'
+    path.write_bytes(before + b'{"step": 3}\n{"step"')
+    with RunLog(tmp_path, keep=len(before), report_to=report_to) as lines:
+        lines.write({"step": 3, "loss": 1.0})
+    assert path.read_bytes() == before + b'{"step": 3, "loss": 1.0}\n'
+
+
+def test_a_link_is_neither_followed_nor_cut(tmp_path):
+    foreign = tmp_path / "precious.txt"
+    foreign.write_text("no line break at its end")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").symlink_to(foreign)
+    with pytest.raises(OSError, match=r"log\.jsonl' is a link, .*remove the link"):
+        RunLog(tmp_path / "run", keep=3)
+    assert foreign.read_text() == "no line break at its end"
+
+
+def test_what_is_cut_is_the_file_that_was_read(tmp_path, monkeypatch):
+    """Another file under the log's name while it is opened is not cut."""
+    path, foreign = tmp_path / "log.jsonl", tmp_path / "foreign"
+    path.write_text('{"step": 1}\nhalf')
+    foreign.write_text("precious")
+    truncate = os.ftruncate
+
+    def swapped(target, size):
+        os.replace(foreign, path)
+        truncate(target, size)
+
+    monkeypatch.setattr(os, "ftruncate", swapped)
+    monkeypatch.setattr(os, "truncate", lambda target, size: pytest.fail("cut by its name"))
+    RunLog(tmp_path).close()
+    assert path.read_text() == "precious"
 
 
 def use_progress():
@@ -98,6 +139,11 @@ def test_progress_writes_nothing_to_a_file(monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     use_progress()
     assert stream.getvalue() == ""
+
+
+def test_progress_needs_no_stderr(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    use_progress()
 
 
 def test_progress_shows_on_a_terminal(monkeypatch):
@@ -158,6 +204,36 @@ def test_a_board_that_fails_is_told_once_and_stops_nothing(tmp_path, monkeypatch
     assert [record.message for record in caplog.records] == [
         "TensorBoard cannot be written (No space left on device); training goes on without it."
     ]
+
+
+@pytest.mark.parametrize("method", ["__init__", "add_scalar", "flush", "close"])
+def test_no_part_of_tensorboard_can_stop_a_run(tmp_path, monkeypatch, caplog, method):
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+
+    def broken(*_, **__):
+        raise RuntimeError("protobuf is too new")
+
+    monkeypatch.setattr(writer, method, broken)
+    board(tmp_path, [1, 2])
+    assert steps(tmp_path / "log.jsonl") == [(None, 1), (None, 2)]
+    assert len(caplog.records) == 1 and "protobuf is too new" in caplog.text
+
+
+def test_tensorboard_writes_through_no_link(tmp_path, caplog):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tensorboard").symlink_to(tmp_path / "elsewhere")
+    board(tmp_path, [1])
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert len(caplog.records) == 1 and "tensorboard is a link" in caplog.text
+
+
+def test_a_broken_tensorboard_is_not_called_missing(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("tensorboard")
+    monkeypatch.delattr("tensorboard.__version__")
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    board(tmp_path, [1])
+    assert len(caplog.records) == 1 and "requires TensorBoard version" in caplog.text
 
 
 def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch, caplog):

@@ -337,11 +337,11 @@ def test_killed_around_a_checkpoint_ends_alike(tmp_path, monkeypatch, save, mome
     expected = whole.run()
     saves, save_checkpoint = [], checkpoint.save_checkpoint
 
-    def killing(*arguments: Any) -> None:
+    def killing(*arguments: Any, **options: Any) -> None:
         saves.append(arguments)
         if len(saves) == save + 1 and moment == "before":
             kill()
-        save_checkpoint(*arguments)
+        save_checkpoint(*arguments, **options)
         if len(saves) == save + 1:
             kill()
 
@@ -363,9 +363,9 @@ def test_what_is_written_in_the_background_is_of_the_step_it_was_asked_at(tmp_pa
     Toy(tmp_path / "whole", **steps).run()
     toy, further, save_checkpoint = Toy(tmp_path / "late", async_save=True, **steps), threading.Event(), checkpoint.save_checkpoint
 
-    def late(output_dir: Path, step: int, *arguments: Any) -> Path:
+    def late(output_dir: Path, step: int, *arguments: Any, **options: Any) -> Path:
         assert further.wait(60)
-        return save_checkpoint(output_dir, step, *arguments)
+        return save_checkpoint(output_dir, step, *arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", late)
     toy.on_batch = lambda number: further.set() if number == 5 else None
@@ -379,10 +379,10 @@ def test_a_save_in_the_background_that_fails_is_not_lost(tmp_path, monkeypatch):
     save_checkpoint = checkpoint.save_checkpoint
     expected = Toy(tmp_path / "whole", max_steps=6, eval_steps=6, save_steps=2).run()
 
-    def full(output_dir: Path, step: int, *arguments: Any) -> Path:
+    def full(output_dir: Path, step: int, *arguments: Any, **options: Any) -> Path:
         if step == 2:
             raise OSError(28, "No space left on device")
-        return save_checkpoint(output_dir, step, *arguments)
+        return save_checkpoint(output_dir, step, *arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
@@ -397,8 +397,8 @@ def test_a_signal_after_the_last_micro_batch_is_not_swallowed(tmp_path, monkeypa
     toy = Toy(tmp_path, max_steps=2)
     save_checkpoint = checkpoint.save_checkpoint
 
-    def signalled(*arguments: Any) -> None:
-        save_checkpoint(*arguments)
+    def signalled(*arguments: Any, **options: Any) -> None:
+        save_checkpoint(*arguments, **options)
         terminate()
 
     with monkeypatch.context() as patch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -159,3 +161,114 @@ def test_only_results_of_this_student_are_taken(tmp_path, monkeypatch):
         file.write_text(content)
         with pytest.raises(ValueError, match="is no file that `fastkd eval --output_dir` writes"):
             read_evaluation(file, "runs/x/student")
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"a": b',
+    "'a': b",
+    "x|y",
+    "``",
+    "a `b` c",
+    "a\n```\n<b>",
+    "line\nbreak: [x]",
+    "---",
+    "a\n---\nb",
+    "[x](javascript:y)",
+    "&lt;i&gt;",
+    "*star* _under_ __score__",
+    "# head #",
+    "null",
+    "1.0",
+    "- item",
+    "\u202egnp.exe",
+    "tab\tbell\x07",
+    "\udcff",
+    "a\\|b",
+    "$x$",
+]
+
+
+def hostile_card(name: str, *, hub: bool) -> str:
+    """A card in which every name that is not fastkd's own is `name`."""
+    provenance = copy.deepcopy(PROVENANCE)
+    place = {"name": name, "hub": hub}
+    provenance["student"] = {"from": place, "layers": name, "settings": {name: name}, "vocabulary": None}
+    (stage,) = provenance["stages"]
+    stage |= {"stage": name, "teacher": place, "device": name, "scores": {name: 0.5}, "trains": name, "kept_step": name}
+    stage["data"] = {"kind": "dataset", "task": name, "path": place, "text_columns": [name]}
+    stage["versions"] = dict.fromkeys(VERSIONS, name)
+    evaluation = copy.deepcopy(EVALUATION)
+    evaluation["data"] |= {"task": name, "split": name, "examples": name}
+    evaluation["versions"] = dict.fromkeys(VERSIONS, name)
+    evaluation["models"] |= {name: {"scores": {name: 0.5}, "parameters": 1}}
+    return model_card(classifier(), name, provenance=provenance, evaluations=[evaluation], onnx_difference=1e-7)
+
+
+@pytest.mark.parametrize("hub", [True, False], ids=["hub", "folder"])
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_are_never_markup(name, hub):
+    card = hostile_card(name, hub=hub)
+    card.encode()
+    start, front, body = re.split(r"^---$", card, maxsplit=2, flags=re.MULTILINE)
+    data = yaml.safe_load(front)
+    assert start == "" and data["base_model" if hub else "pipeline_tag"] == (name if hub else "text-classification")
+    (model,) = data["model-index"]
+    assert model["name"] == name and ModelCard(card).data.model_name == name
+    found = [(result["dataset"]["type"], result["dataset"]["name"]) for result in model["results"]]
+    assert (name, name) in found
+
+    prose, blocks, fence = [], [], ""
+    for line in body.strip().split("\n"):
+        marks = re.match(r" {0,3}(`{3,})", line)
+        if fence:
+            if marks and marks[1] == line.strip() and len(marks[1]) >= len(fence):
+                fence = ""
+            else:
+                blocks[-1].append(line)
+        elif marks:
+            fence = marks[1]
+            blocks.append([])
+        else:
+            prose.append(line)
+    use, onnx, settings = ["\n".join(block) for block in blocks]
+    assert name in [node.value for node in ast.walk(ast.parse(use)) if isinstance(node, ast.Constant)]
+    assert f"{name}/model.onnx" in [node.value for node in ast.walk(ast.parse(onnx)) if isinstance(node, ast.Constant)]
+    assert yaml.safe_load(settings)["student"]["settings"] == {name: name}
+
+    assert [line for line in prose if line.startswith("#")][1:] == [
+        f"## {title}" for title in ("Use", "Origin", "Training", "Results", "Limits", "Versions")
+    ]
+    columns = {line.replace("\\|", "").count("|") for line in prose if line.startswith("|")}
+    assert columns == {9, 6} and not any(set(line) == {"-"} for line in prose)
+    for line in prose:
+        line = re.sub(r"\\[!-/:-@\[-`{-~]", "", line)  # an escaped character is a character
+        assert line.count("`") % 2 == 0
+        line = re.sub(r"`[^`]*`", "", line)
+        line = re.sub(r"\[[^\[\]]*\]\(https://[\w./%:-]*\)", "", line)
+        assert not set(line) & set("<>[]$"), line
+
+
+def test_a_record_of_another_shape_is_told_and_left_out(caplog):
+    provenance = {**PROVENANCE, "stages": [{"stage": "kd"}]}
+    card = model_card(classifier(), "small", provenance=provenance, evaluations=[EVALUATION])
+    assert "- Student: not recorded" in card and "on `glue/rte`, split validation" in card
+    assert len(caplog.records) == 1 and "The card of 'small' does not tell what made the model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": None},
+        {"data": {"task": "glue/rte"}},
+        {"settings": None},
+        {"versions": {}},
+        {"models": {"student": {"scores": {"accuracy": "high"}, "parameters": 1, "model_name_or_path": "runs/x/student"}}},
+        {"models": {**EVALUATION["models"], "teacher": {}}},
+    ],
+)
+def test_results_that_no_card_can_show_are_refused_by_name(tmp_path, change):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({**EVALUATION, **change}))
+    with pytest.raises(ValueError, match=r"results\.json' is no file that `fastkd eval --output_dir` writes"):
+        read_evaluation(file, "runs/x/student")

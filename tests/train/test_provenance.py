@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 import fastkd
-from fastkd.train.provenance import PROVENANCE_FILE, read_provenance, source
+from fastkd.cli.main import main
+from fastkd.train import provenance
+from fastkd.train.provenance import PROVENANCE_FILE, read_provenance, source, versions
 from tests import runs
 
 
@@ -63,3 +67,46 @@ def test_places_here_are_told_by_their_last_part(tmp_path, monkeypatch, name, to
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "teacher").mkdir(parents=True)
     assert source(name) == told
+
+
+NO_RECORDS = {
+    "empty": "",
+    "no keys": "{}",
+    "no JSON": "nonsense",
+    "half": '{"method": "kd", "stages": [{"st',
+    "a list": "[1]",
+    "no stages": '{"method": "kd", "stages": []}',
+    "stages of another kind": '{"method": "kd", "stages": {"stage": 1}}',
+    "an unknown method": '{"method": ["kd"], "stages": [{"stage": "distill"}]}',
+    "nested too deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", NO_RECORDS.values(), ids=NO_RECORDS)
+def test_a_file_that_is_no_record_is_told_once_and_counts_as_none(tmp_path, caplog, content):
+    (tmp_path / PROVENANCE_FILE).write_text(content)
+    for _ in range(3):
+        assert read_provenance(tmp_path) is None
+    assert len(caplog.records) == 1 and str(tmp_path / PROVENANCE_FILE) in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"method": "glmd", "stages": [{"stage": "pretrain"}]}'])
+def test_neither_a_later_stage_nor_an_export_needs_the_record(tmp_path, content):
+    config = runs.glmd(tmp_path, runs.bert_teacher(tmp_path))
+    results = fastkd.distill(config, only_stage="pretrain")
+    (tmp_path / "run" / "pretrain" / "student" / PROVENANCE_FILE).write_text(content)
+    results = fastkd.distill(config, only_stage="task_words")
+    student = results["task_words"]["student_dir"]
+    assert read_provenance(student)["stages"][-1]["stage"] == "task_words"
+    for name, folder in (("first", tmp_path / "run" / "pretrain" / "student"), ("second", student)):
+        assert main(["export", str(folder), "--output_dir", str(tmp_path / name)]) == 0
+        assert (tmp_path / name / "README.md").read_text().startswith("---\n")
+
+
+@pytest.mark.parametrize("broken", [SimpleNamespace(), None], ids=["without a version", "that cannot be imported"])
+def test_a_package_without_a_version_is_told_once(monkeypatch, caplog, broken):
+    monkeypatch.setitem(sys.modules, "transformers", broken)
+    provenance._warn_once.cache_clear()
+    for _ in range(2):
+        assert versions()["transformers"] == "unknown" and versions()["fastkd"] == fastkd.__version__
+    assert len(caplog.records) == 1 and "The version of transformers is not known" in caplog.text

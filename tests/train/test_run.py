@@ -53,7 +53,8 @@ def test_all_stages_run_and_hand_over(tmp_path, make, kind, stages):
     assert list(results) == stages
     output = tmp_path / "run"
     for name in stages:
-        assert json.loads((output / name / "result.json").read_text()) == results[name]
+        recorded = json.loads((output / name / "result.json").read_text())
+        assert {**recorded, "student_dir": str(output / name / "student")} == results[name]
         assert results[name]["student_dir"] == str(output / name / "student")
         assert results[name]["steps"] == config["stages"][name].get("max_steps", 4)
         assert (output / name / "log.jsonl").is_file() and (output / name / "loss.png").is_file() == (results[name]["steps"] > 1)

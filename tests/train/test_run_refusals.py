@@ -65,7 +65,7 @@ BAD = {
         change("options", to={"temprature": 1}),
         r"options.temprature is not a known key; did you mean .*options.temperature\?",
     ),
-    "temperature": (change("options", to={"temperature": 0.0}), "options.temperature=0.0 must be > 0"),
+    "temperature": (change("options", to={"temperature": 0.0}), "options.temperature=0.0 must be from"),
     "temperature-text": (change("options", to={"temperature": "2e-1"}), "options.temperature is the text '2e-1'.*write 2.0e-1"),
     "divergence": (change("options", to={"divergence": "kl"}), "options.*divergence.*forward_kl"),
     "no-teacher": (change("teacher_model_name_or_path", to=None), "teacher_model_name_or_path is not set, and stage pretrain needs"),

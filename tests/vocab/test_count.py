@@ -1,16 +1,22 @@
+import errno
 import hashlib
 import json
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fastkd.store import lock, temporary_path
+from fastkd.vocab import storage
 from fastkd.vocab.count import TokenCounts, count_tokens, tokenizer_fingerprint
 
 WORDS = ["[UNK]", "[CLS]", "[PAD]", *(f"w{i}" for i in range(30)), "never"]
@@ -216,10 +222,89 @@ def test_a_save_cut_short_leaves_the_previous_record(tmp_path: Path, monkeypatch
     assert TokenCounts.load(tmp_path).counts.tolist() == [1, 2]
 
     for name in ("token_counts.json", f"token_counts-{'0' * 16}.safetensors"):
-        (tmp_path / f"{name}.tmp-1").write_bytes(b"left by a killed process")
+        left_by_a_killed_process(tmp_path / name)
     TokenCounts(torch.tensor([5, 6]), 3, "c", "t").save(tmp_path)
     assert TokenCounts.load(tmp_path).counts.tolist() == [5, 6]
     assert len(list(tmp_path.iterdir())) == 2, "files of replaced or cut-short saves are cleared away"
+
+
+def left_by_a_killed_process(path: Path) -> None:
+    """Write the file that a save of `path` leaves if it is killed in its middle."""
+    name = re.sub(r"tmp-(\d+)-(\d+)", lambda found: f"tmp-{found[1]}-{int(found[2]) + 1}", temporary_path(path).name)
+    path.with_name(name).write_bytes(b"half")
+
+
+def test_a_save_deletes_nothing_that_it_did_not_write(tmp_path: Path) -> None:
+    TokenCounts(torch.tensor([1, 2]), 1, "c", "t").save(tmp_path)
+    [stale] = tmp_path.glob("*.safetensors")
+    orphan = b"of a save that was killed before its manifest"
+    (tmp_path / f"token_counts-{hashlib.sha256(orphan).hexdigest()[:16]}.safetensors").write_bytes(orphan)
+    foreign = {
+        "token_counts-notes.safetensors": b"mine",
+        f"token_counts-{'0' * 16}.safetensors": b"of another content than its name says",
+        "token_counts.json.tmp-1": b"mine too",
+    }
+    for name, data in foreign.items():
+        (tmp_path / name).write_bytes(data)
+    linked = tmp_path / f"token_counts-{hashlib.sha256(b'mine').hexdigest()[:16]}.safetensors"
+    linked.symlink_to(tmp_path / "token_counts-notes.safetensors")
+    TokenCounts(torch.tensor([3, 4]), 2, "c", "t").save(tmp_path)
+    assert all((tmp_path / name).read_bytes() == data for name, data in foreign.items()) and linked.is_symlink()
+    assert not stale.exists() and len(list(tmp_path.iterdir())) == len(foreign) + 3
+
+
+def test_several_that_count_at_once_end_with_one_count(tmp_path: Path) -> None:
+    rows, tokenizer, polls = make_rows(), make_tokenizer(), []
+    corpora = [ListCorpus(rows) for _ in range(4)]
+
+    def count(corpus: ListCorpus) -> torch.Tensor:
+        return count_tokens(corpus, tokenizer, tmp_path, batch_size=1, save_every=1, poll=lambda: polls.append(None)).counts
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(count, corpora))
+    assert all(torch.equal(counts, expected_counts(rows, tokenizer)) for counts in results)
+    assert sorted(corpus.starts for corpus in corpora) == [[], [], [], [0]]
+    assert len(polls) > len(rows), "who waits is polled too"
+
+
+def test_who_waits_for_another_count_can_be_stopped(tmp_path: Path) -> None:
+    def poll() -> None:
+        raise KeyboardInterrupt
+
+    with lock(tmp_path / "token_counts.lock"), pytest.raises(KeyboardInterrupt):
+        count_tokens(ListCorpus(make_rows()), make_tokenizer(), tmp_path, poll=poll)
+    assert [path.name for path in tmp_path.iterdir()] == ["token_counts.lock"], "nothing was counted"
+
+
+def test_a_record_replaced_while_it_is_read_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TokenCounts(torch.tensor([1, 2]), 1, "c", "t").save(tmp_path)
+    original = storage.read_bytes
+
+    def replaced_before(path: Path) -> bytes:
+        monkeypatch.setattr(storage, "read_bytes", original)
+        TokenCounts(torch.tensor([3, 4]), 2, "c", "t").save(tmp_path)
+        return original(path)
+
+    monkeypatch.setattr(storage, "read_bytes", replaced_before)
+    assert TokenCounts.load(tmp_path).counts.tolist() == [3, 4]
+
+
+def test_a_full_disk_is_told_with_its_folder_and_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, tokenizer, writes, original = make_rows(), make_tokenizer(), [], storage.write_bytes_atomic
+
+    def full(*arguments: Any) -> None:
+        writes.append(None)
+        if len(writes) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes_atomic", full)
+        with pytest.raises(OSError, match=rf"No space left on device: .*free some space.*another output_dir.*{tmp_path}"):
+            count_tokens(ListCorpus(rows), tokenizer, tmp_path, batch_size=10, save_every=1)
+    corpus = ListCorpus(rows)
+    assert torch.equal(count_tokens(corpus, tokenizer, tmp_path).counts, expected_counts(rows, tokenizer))
+    assert corpus.starts == [30]
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])

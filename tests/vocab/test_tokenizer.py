@@ -1,5 +1,6 @@
 """Vocab room: pruned tokenizers keep the contract of `fastkd.vocab.tokenizer`, and refuse what cannot work."""
 
+import logging
 import random
 import types
 
@@ -188,10 +189,17 @@ def test_protected_ids_hold_every_character_where_nothing_catches_a_missing_one(
     assert protected_ids(backed_by(with_unknown, pre_tokenizers.ByteLevel())) == [0, 1, 3]
 
 
-def test_extra_tokens_count_only_if_they_are_one_token():
+def test_words_are_kept_with_all_their_tokens_which_the_log_names(caplog):
     vocab = {"[UNK]": 0, "yes": 1, "Yes": 2, "no": 3, "##w": 4, "other": 5}
     tokenizer = backed_by(models.WordPiece(vocab, unk_token="[UNK]"), unk_token="[UNK]")
-    assert protected_ids(tokenizer, [" Yes ", "now"]) == [0, 1, 2, 4]
+    with caplog.at_level(logging.INFO, logger="fastkd"):
+        assert protected_ids(tokenizer, [" Yes "]) == [0, 1, 2, 4]
+        assert caplog.messages == []
+        assert protected_ids(tokenizer, [" Yes ", "now", "é"]) == [0, 1, 2, 3, 4]
+    assert caplog.messages == [
+        "These words are several tokens, all of which are kept: 'now' (no ##w).",
+        "The tokenizer has no tokens for 'é', so nothing keeps them.",
+    ]
 
     vocab = {"Ġ": 0, "Y": 1, "y": 2, "ĠY": 3, "Ġy": 4}
     byte_level = backed_by(models.BPE(vocab, [("Ġ", "Y"), ("Ġ", "y")]), pre_tokenizers.ByteLevel(add_prefix_space=False))

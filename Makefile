@@ -25,9 +25,12 @@ quickstart: setup
 test: setup lint kernels site
 	$(BIN)/python -m pytest $(ARGS)
 
-# Every fault's test, then processes killed at random instants: 100 of a GLMD run, 20 each of TED and CR-ILD.
+# Every fault's test; 2000 wrong inputs; 200 random trees of foreign files; processes killed at random instants, 100 of a GLMD run and
+# 20 each of TED and CR-ILD.
 test-faults: setup
 	$(BIN)/python -m pytest tests/faults $(ARGS)
+	$(BIN)/python -m tests.faults.fuzz --cases 2000
+	$(BIN)/python -m tests.faults.test_32_ownership --trees 200
 	$(BIN)/python -m tests.faults.kills --method glmd --kills 100
 	$(BIN)/python -m tests.faults.kills --method ted --kills 20
 	$(BIN)/python -m tests.faults.kills --method crild --kills 20

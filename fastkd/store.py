@@ -47,16 +47,26 @@ class InUse(ValueError):
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a kill at any instant, finds the old content or the new, never a part."""
     path = Path(path)
-    if path.is_symlink():
-        raise FileExistsError(errno.EEXIST, "it is a link, which fastkd neither replaces nor writes through; move it away", str(path))
+    _refuse_link(path)
     temporary = temporary_path(path)
     write_bytes_synced(temporary, data)
+    commit_file(temporary, path)
+
+
+def commit_file(temporary: Path, path: Path) -> None:
+    """Let a file that is flushed, under a temporary name of `path`, take that name and the place of what has it."""
     try:
+        _refuse_link(path)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "it is a link, which fastkd neither replaces nor writes through; move it away", str(path))
 
 
 def write_json_atomic(path: str | Path, data: Any) -> None:

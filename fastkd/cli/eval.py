@@ -60,9 +60,12 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _output_folder(folder: Path | None) -> Iterator[None]:
-    """Make the folder before the work, so that one that cannot be is refused; a new one goes again if the work fails."""
+    """Make the folder before the work, so that one that cannot be, or holds other results, is refused; a new one goes if that fails."""
     is_new = folder is not None and not folder.exists()
     if folder is not None:
+        from ..train.evaluate import check_folder
+
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
     try:
         yield

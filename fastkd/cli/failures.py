@@ -23,8 +23,8 @@ def explained(error: Exception) -> tuple[str, int]:
     where = what_was_done(error)
     if isinstance(error, OSError) and error.strerror:
         places = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        parts = ([] if where is None else [where]) + ([" -> ".join(places)] if places else []) + [error.strerror]
-        return f"{': '.join(parts)}.", BAD_INPUT
+        doing = where or ("" if places else f"in {_place(error)}")
+        return f"{': '.join(filter(None, [doing, ' -> '.join(places), error.strerror]))}.", BAD_INPUT
     if _is_sentence(error):
         is_input = isinstance(error, ValueError | TypeError | OSError | MemoryError)
         return str(error), getattr(error, "exit_code", BAD_INPUT if is_input else FAILED)

@@ -85,7 +85,7 @@ def save_checkpoint(
     """
     ranks = ranks or Ranks()
     final = Path(output_dir) / f"checkpoint-{step}"
-    started = ranks.on_main(lambda: _start(final))
+    started = ranks.on_main(lambda: _start(final, identity))
     folder = Path(ranks.gather(None if started is None else str(started))[0])
     error: Exception | None = None
     written: dict[str, Any] = {}
@@ -104,13 +104,15 @@ def save_checkpoint(
     return final
 
 
-def _start(final: Path) -> Path:
+def _start(final: Path, identity: str) -> Path:
     if os.path.lexists(final):
         try:
             verify_checkpoint(final)
         except UnreadableCheckpoint:
             raise
         except CheckpointError as damage:
+            if not (_is_of(final, identity) or _is_of(final, None)):
+                raise CheckpointError(f"{final} is damaged, and of another run; move it away: {damage}") from damage
             logger.warning("%s does not verify and is set aside: %s", final.name, damage)
             _set_aside(final)
         else:
@@ -174,13 +176,13 @@ class CheckpointWriter:
         is_split = any(isinstance(value, Piece) for entries in tensors.values() for value in entries.values())
         if is_split or not self.in_background:
             save_checkpoint(output_dir, step, tensors, state, self.ranks, identity=self.identity)
-            self.ranks.on_main(lambda: prune_checkpoints(output_dir, keep))
+            self.ranks.on_main(lambda: prune_checkpoints(output_dir, keep, self.identity))
         elif self.ranks.is_main:
             copies = {group: on_cpu(entries) for group, entries in tensors.items()}
 
             def work() -> None:
                 save_checkpoint(output_dir, step, copies, state, identity=self.identity)
-                prune_checkpoints(output_dir, keep)
+                prune_checkpoints(output_dir, keep, self.identity)
 
             self._running = self._pool.submit(work)
 
@@ -221,7 +223,7 @@ def verify_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def checkpoint_identity(path: Path) -> str:
     """The run that checkpoint `path`, which verifies, says it is of."""
-    return str(read_manifest(path)["identity"])
+    return str(read_manifest(path).get("identity"))
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -299,20 +301,28 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
-def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
-    """Delete all but the newest verified checkpoint and the `keep - 1` before it; nothing when none verifies.
+def prune_checkpoints(output_dir: str | Path, keep: int, identity: str = "") -> None:
+    """Delete all of a run's checkpoints but the newest verified one and the `keep - 1` before it; nothing when none verifies.
 
     Links, and what fastkd did not write into a checkpoint, stay, and so does what cannot be deleted: a warning names it.
     """
     if keep < 1:
         raise ValueError(f"keep={keep} would delete every checkpoint; at least 1 is needed.")
-    whole = [path for path in list_checkpoints(output_dir) if (path / MANIFEST_FILE).is_file()]
-    newest = next((number for number, path in enumerate(whole) if _verifies(path)), len(whole))
-    for path in whole[newest + keep :]:
+    own = [path for path in list_checkpoints(output_dir) if _is_of(path, identity)]
+    newest = next((number for number, path in enumerate(own) if _verifies(path)), len(own))
+    for path in own[newest + keep :]:
         try:
             remove_sealed(path)
         except (OSError, Damaged) as error:
             logger.warning("%s stays: %s", path, error)
+
+
+def _is_of(path: Path, identity: str | None) -> bool:
+    """Whether a checkpoint says that this run made it; None: whether it does not say which, its manifest being damaged."""
+    try:
+        return checkpoint_identity(path) == identity
+    except (OSError, Damaged):
+        return identity is None
 
 
 def _verifies(path: Path) -> bool:

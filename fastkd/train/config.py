@@ -24,6 +24,7 @@ PATHS = frozenset(
 """Keys that name a file or a folder, or what may be one."""
 _MOST_SECONDS = 2**31 - 1
 _MOST_EPOCHS = 2**31
+_LEAST_EPSILON = 2.0**-126  # the smallest that float32 holds in full: less is 0 there, and 0 / 0 for a weight without a gradient
 
 
 def is_path(text: str) -> bool:
@@ -300,6 +301,8 @@ class StageArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1).")
         if not 0 <= self.lr_final_ratio <= 1:
             raise ValueError(f"lr_final_ratio is {self.lr_final_ratio}; it is a share of the peak, between 0 and 1.")
+        if self.adam_epsilon < _LEAST_EPSILON:
+            raise ValueError(f"adam_epsilon is {self.adam_epsilon}; it must be at least {_LEAST_EPSILON:.2g}, or it is 0 in float32.")
         if self.num_train_epochs > _MOST_EPOCHS:
             raise ValueError(f"num_train_epochs is {self.num_train_epochs}; it must be at most {_MOST_EPOCHS}.")
         if self.max_steps == 0 or self.max_steps < -1:

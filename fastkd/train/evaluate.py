@@ -35,10 +35,11 @@ from .config import DatasetArguments, TextData
 from .curves import plot_bars, plot_curves
 from .data import eval_corpus, load_dataset, tokenized
 from .log import Progress
+from .output import RESULTS_FILE, check_results
 from .provenance import versions
 
+SCORES_FILE, DIVERGENCE_FILE = "scores.png", "divergence.png"
 TEACHER = "teacher"
-RESULTS_FILE = "results.json"
 MASK_PROBABILITY = 0.15
 TITLES = {
     "calibration_error": "calibration error",
@@ -140,6 +141,11 @@ def evaluate_on_text(models: Mapping[str, str], text: TextData, *, batch_size: i
     return _evaluation(data, settings if first.causal else {**settings, "mask_probability": MASK_PROBABILITY}, results)
 
 
+def check_folder(output_dir: Path) -> None:
+    """Refuse a folder with results or plots that `write_evaluation` would replace and has not written."""
+    check_results(output_dir, ("data", "models", "settings"), [SCORES_FILE, DIVERGENCE_FILE])
+
+
 def write_evaluation(evaluation: Mapping[str, Any], output_dir: Path) -> None:
     """Into an existing folder: results.json, scores.png and, for text beside a teacher, divergence.png; the plots need matplotlib."""
     write_json_atomic(output_dir / RESULTS_FILE, evaluation)
@@ -154,9 +160,9 @@ def write_evaluation(evaluation: Mapping[str, Any], output_dir: Path) -> None:
         for name, result in evaluation["models"].items()
         if "divergence_by_position" in result
     }
-    if plot_bars(panels, output_dir / "scores.png", title=title) is not None and series:
+    if plot_bars(panels, output_dir / SCORES_FILE, title=title) is not None and series:
         plot_curves(
-            series, output_dir / "divergence.png", title=title, xlabel="position in the row", ylabel=TITLES["teacher_divergence"]
+            series, output_dir / DIVERGENCE_FILE, title=title, xlabel="position in the row", ylabel=TITLES["teacher_divergence"]
         )
 
 

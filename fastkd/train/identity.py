@@ -65,6 +65,8 @@ def model_digest(name_or_path: str) -> str:
     """Hex SHA-256 of the configuration, weights and vocabulary map of a model, or of filters, in a folder or of the hub."""
     folder = Path(name_or_path)
     if not folder.is_dir():
+        if folder.is_absolute():
+            raise FileNotFoundError(f"{folder} does not exist.")
         from transformers.utils.hub import cached_file
 
         folder = Path(str(cached_file(name_or_path, "config.json"))).parent

@@ -16,6 +16,9 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from ..sealed import read_bytes
+from ..store import write_bytes_atomic
+
 LOG_FILE = "log.jsonl"
 log = logging.getLogger("fastkd")
 
@@ -104,6 +107,10 @@ def _open_log(path: Path, keep: int | None) -> tuple[TextIO, list[bytes]]:
         if error.errno != errno.ELOOP:
             raise
         raise OSError(f"The log {str(path)!r} is a link, and what it leads to may not be this run's; remove the link.") from error
+    if os.fstat(descriptor).st_nlink > 1:  # a copy made by hard links has this file too, and keeps what it holds
+        os.close(descriptor)
+        write_bytes_atomic(path, read_bytes(path))
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW)
     file = os.fdopen(descriptor, "a", encoding="utf-8", buffering=1)  # line-buffered: one write per line
     with os.fdopen(descriptor, "rb", closefd=False) as existing:
         existing.seek(0)

@@ -17,6 +17,7 @@ from ..models.language_model import LanguageModel
 from ..models.onnx_export import ONNX_FILE
 from ..models.student import count_parameters
 from ..models.task_model import TaskModel
+from ..sealed import read_bytes
 from ..tasks.glue import HUB_PATHS
 from .evaluate import TITLES
 from .markdown import code_span, escaped, fenced, python_literal, table
@@ -32,7 +33,7 @@ _PAIR = '"A question?", "A text that has the answer."'
 def read_evaluation(path: Path, student: str) -> dict[str, Any]:
     """A results.json of `fastkd eval` that judges this `student`; any other file is refused by `ValueError`."""
     try:
-        evaluation = json.loads(path.read_bytes())
+        evaluation = json.loads(read_bytes(path))
         data, judged_name = evaluation["data"], Path(evaluation["models"]["student"]["model_name_or_path"])
         _evaluation_scores(evaluation), _evaluation_section(evaluation)  # what the card makes of it
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 from .. import __version__
 from ..models.load import VOCAB_MAP_FOLDER
-from ..sealed import Damaged, read_json, read_manifest, remove_sealed
+from ..sealed import Damaged, read_json, read_manifest, remove_sealed, verify
 from ..store import InUse, Lock, lock, sweep, write_json_atomic
 from .log import LOG_FILE
 
@@ -100,6 +100,22 @@ class OutputFolder:
                 self._delete_vocabulary_map()  # chosen by settings that were refused before the first step
             self._record = record
             write_json_atomic(self.path / RUN_FILE, record)
+
+    def check_finished(self, stage: str, made: str) -> None:
+        """Refuse a finished stage whose result, or the folder `made` that goes on from it, is another run's, damaged or gone."""
+        folder, identity = self.path / stage, self.digest(stage)
+        if not os.path.lexists(folder / RESULT_FILE):
+            return
+        try:
+            if read_json(folder / RESULT_FILE, "identity")["identity"] != identity:
+                raise Damaged(f"{folder / RESULT_FILE} is of a run with other settings, models or rows.")
+            if verify(folder / made).get("identity") != identity:
+                raise Damaged(f"{folder / made} is of a run with other settings, models or rows.")
+        except (Damaged, OSError) as error:
+            raise ValueError(
+                f"Stage {stage} is finished, and what it made is not there as it was: {error} Put back a copy, or move "
+                f"{folder / RESULT_FILE} and {folder / made} away: the stage then goes on from its newest checkpoint."
+            ) from error
 
     def _conflict(self, settings: Mapping[str, Any], identities: Identities) -> str | None:
         """Why this folder cannot be such a run's, as a part of a sentence. A stage refused before its first step binds nothing."""
@@ -206,7 +222,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         before, after = old.get(key, "absent"), new.get(key, "absent")
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             phrases += differences(before, after, f"{prefix}{key}.")
-        elif key == LABEL_WORDS and isinstance(before, list) and isinstance(after, list):
+        elif f"{prefix}{key}" == f"vocabulary.{LABEL_WORDS}" and isinstance(before, list) and isinstance(after, list):
             if gone := sorted({*before} - {*after}):
                 phrases.append(f"{prefix}{key} (the ids {gone} are not kept any more)")
         elif before != after:

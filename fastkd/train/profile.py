@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from ..methods.objective import Objective
-from ..store import write_json_atomic
+from ..store import commit_file, sync, temporary_path, write_json_atomic
 
 log = logging.getLogger("fastkd")
 
@@ -88,14 +88,23 @@ class StepProfiler:
         if steps < 1:
             log.info("No optimizer step was traced: the stage ended with the %d that warm up.", _WARM_UP)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / TRACE_FILE))
         times = section_seconds(profiler.events())
         total = sum(times.values())
         shares = {name: {"seconds_per_step": seconds / steps, "share": seconds / total} for name, seconds in times.items()}
-        write_json_atomic(self.folder / SHARES_FILE, {"steps": steps, "sections": shares})
+        try:
+            self._write(profiler, {"steps": steps, "sections": shares})
+        except OSError as error:
+            log.warning("The trace is not kept: %s", error)
         table = "\n".join(f"  {name:<26}{1e3 * s['seconds_per_step']:10.2f} ms{100 * s['share']:8.1f} %" for name, s in shares.items())
         log.info("Time of an optimizer step, mean of %d (%s):\n%s", steps, self.folder / TRACE_FILE, table)
+
+    def _write(self, profiler: Any, shares: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trace = temporary_path(self.folder / TRACE_FILE)
+        profiler.export_chrome_trace(str(trace))
+        sync(trace)
+        commit_file(trace, self.folder / TRACE_FILE)
+        write_json_atomic(self.folder / SHARES_FILE, shares)
 
 
 def section_seconds(events: Iterable[Any]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from ..models.load import check_row_length, check_same_tokenizer, is_decoder, lo
 from ..models.task_model import TaskHead
 from ..models.teacher_cache import HEADER, CachedTeacher, TeacherCache
 from ..recipes import config_path
-from ..sealed import Damaged, file_sha256, read_json, remove_sealed, seal
+from ..sealed import Damaged, file_sha256, read_json, read_manifest, remove_sealed, seal
 from ..store import new_folder, write_json_atomic
 from .batches import counter_torch_generator
 from .cached_teacher import cached_lesson, check_cacheable, lesson_contents, lesson_of, models_contents, open_cache
@@ -149,11 +149,22 @@ class Run:
     def claim_all(self) -> None:
         """Refuse an output folder that is another run's, by the settings and the contents of everything that can be read by now."""
         assert self.held is not None
+        if not self.config.overwrite_output_dir:
+            self._check_finished()
         identities = {
             planned.spec.name: None if self.models.waits(planned.spec) else self._identity(planned) for planned in self.stages
         }
         self.held.claim(run_settings(self.config), identities, overwrite=self.config.overwrite_output_dir)
+        if self.config.overwrite_output_dir:
+            self._check_finished()
         self.claimed = {name for name, identity in identities.items() if identity is not None}
+
+    def _check_finished(self) -> None:
+        """Refuse what finished stages have left if it is not what they made, before another stage starts from it."""
+        assert self.held is not None
+        for spec in METHODS[self.config.method].stages:
+            if self.held.recorded(spec.name) is not None:
+                self.held.check_finished(spec.name, _made_name(spec))
 
     def _claim(self, planned: PlannedStage) -> str:
         """Make a stage's folder this run's; return the digest of its identity."""
@@ -377,8 +388,8 @@ class Run:
         spec = planned.spec
         folder = self.output_dir / spec.name
         name = _made_name(spec)
-        if (folder / name).exists():  # a process was killed between this name and the result
-            remove_sealed(folder / name)
+        if (folder / name).exists() and read_manifest(folder / name).get("identity") == identity:
+            remove_sealed(folder / name)  # a process was killed between this name and the result
         with new_folder(folder / name) as unfinished:
             if spec.makes == "filters":
                 made.save(unfinished)
@@ -386,16 +397,17 @@ class Run:
                 save_model(made, self.tokenizer, unfinished)
             write_json_atomic(unfinished / PROVENANCE_FILE, provenance(self.config, planned, result, self.ranks, self.output_dir))
             seal(unfinished, {"identity": identity})
-        write_json_atomic(folder / RESULT_FILE, asdict(result))
+        write_json_atomic(folder / RESULT_FILE, {**asdict(result), "identity": identity})
         draw_stage(folder)
 
     def _result(self, planned: PlannedStage) -> dict[str, Any]:
         """What a finished stage has recorded, and the folder that it made."""
         folder, name = self.output_dir / planned.spec.name, _made_name(planned.spec)
         try:
-            result = read_json(folder / RESULT_FILE, *(field.name for field in fields(StageResult)))
+            result = read_json(folder / RESULT_FILE, "identity", *(field.name for field in fields(StageResult)))
         except Damaged as damage:
             raise ValueError(f"{damage} Put back a copy, or delete it: the stage then goes on from its newest checkpoint.") from damage
+        del result["identity"]
         return {**result, f"{name}_dir": str(folder / name)}
 
 

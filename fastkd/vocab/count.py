@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from multiprocessing import get_context
@@ -220,7 +222,8 @@ def _counted(batches: Iterator[list[str]], tokenizer_json: str, vocab_size: int,
     try:
         pending: deque[Future[tuple[int, np.ndarray]]] = deque()  # bounded: Executor.map would read the whole corpus
         for batch in batches:
-            pending.append(pool.submit(_count_in_worker, batch))
+            with _interrupts_held():
+                pending.append(pool.submit(_count_in_worker, batch))
             if len(pending) > 2 * num_proc:
                 yield pending.popleft().result()
         for future in pending:
@@ -232,6 +235,16 @@ def _counted(batches: Iterator[list[str]], tokenizer_json: str, vocab_size: int,
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold SIGINT back in the block, and for good from processes that are started in it: a Ctrl-C, which all get, this one alone tells."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _batches(rows: Iterator[str], batch_size: int) -> Iterator[list[str]]:

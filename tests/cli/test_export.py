@@ -115,6 +115,7 @@ def headless(folder: Path) -> str:
         (runs.llama_teacher, ["--onnx"], "is a decoder, and ONNX files are made of encoders alone"),
         (runs.bert_teacher, ["--results", "RESULTS"], "judges runs/other/student on glue/rte, and the card is of"),
         (runs.bert_teacher, ["--results", "NOWHERE"], "NOWHERE"),
+        (runs.bert_teacher, ["--results", "/dev/full"], "/dev/full: it is no regular file"),
         (runs.bert_teacher, ["--results", "EMPTY"], "is no file that `fastkd eval --output_dir` writes"),
         (headless, [], "was saved as BertModel, which has no head for words, classes or answers"),
         (lambda folder: str(folder / "none"), [], "does not exist; give a folder made by save_pretrained"),

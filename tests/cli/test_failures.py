@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd.cli import table
+from fastkd.cli import process, table
 from fastkd.cli.failures import explained
 from fastkd.cli.main import main
 from fastkd.errors import doing
@@ -58,12 +58,19 @@ def test_sentences_of_fastkd_and_errors_of_the_system(act: Callable[[], Any], se
     assert said.startswith(sentence) and exit_code == code and "bug" not in said and "FASTKD_TRACEBACK" not in said
 
 
-def test_an_error_of_the_system_without_a_file_is_told_with_what_was_done() -> None:
+def test_an_error_of_the_system_without_a_file_is_told_with_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(process.select, "poll", full)
+
     def full_disk() -> None:
         with doing("writing the cache /somewhere"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     assert explained(caught(full_disk)) == ("writing the cache /somewhere: No space left on device.", 2)
+    said, code = explained(caught(lambda: process.stdout_is_closed()))
+    assert said.startswith("in fastkd.cli.process, line ") and said.endswith(": No space left on device.") and code == 2
 
 
 @pytest.mark.parametrize(

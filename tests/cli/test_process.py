@@ -98,6 +98,33 @@ def test_an_interrupt_is_a_sentence_and_130(tmp_path: Path, command: str) -> Non
     assert "Traceback" not in done.stderr and not list(tmp_path.rglob("*.tmp-*"))
 
 
+TO_ALL = """
+import os, signal, sys
+from fastkd.cli.main import main
+from fastkd.vocab import count
+
+batches = count._batches
+
+def interrupted(rows, size):
+    for number, batch in enumerate(batches(rows, 2)):
+        if number == 4:
+            os.killpg(0, signal.SIGINT)
+        yield batch
+
+count._batches = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_of_an_interrupt_to_all_processes_one_tells(tmp_path: Path) -> None:
+    argv = ["vocab", "count", "--model", runs.bert_teacher(tmp_path), "--data", runs.write_text(tmp_path)["path"], "--num_proc", "2"]
+    argv += ["--output_dir", str(tmp_path / "counts")]
+    program = [sys.executable, "-c", TO_ALL, *argv]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == "fastkd vocab: stopped by SIGINT."
+    assert "KeyboardInterrupt" not in done.stderr
+
+
 WRITING = """
 import os, signal, sys
 from pathlib import Path

@@ -32,6 +32,7 @@ import yaml
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # before anything imports the hub's library
 
+from fastkd.cli.failures import BAD_INPUT
 from fastkd.cli.main import main
 from fastkd.train.config import RunConfig
 from fastkd.train.schema import _rows
@@ -350,13 +351,8 @@ def run_case(case: Case, limit: float | None = None) -> None:
             case.faults.append(f"{said!r} is told")
     if case.code and not err.getvalue().strip():
         case.faults.append("nothing is told")
-    left = [path for path in case.folder.rglob("*") if ".tmp-" in path.name]
-    if (case.code and case.argv[0] != "vocab") or case.argv[:2] == ["vocab", "prune"]:
-        left += [
-            path
-            for path in case.folder.rglob("*")
-            if case.code and path.name in ("student", "result.json", "results.json", "config.json")
-        ]
+    names = ["student", "result.json", "results.json", "config.json"] if case.code == BAD_INPUT else []
+    left = [path for path in case.folder.rglob("*") if ".tmp-" in path.name or path.name in names]
     if left:
         case.faults.append(f"left are {', '.join(str(path.relative_to(case.folder)) for path in left)}")
 

@@ -21,13 +21,13 @@ def test_every_case_ends_as_a_command_or_a_sentence(tmp_path: Path) -> None:
 
 def test_the_harness_sees_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
-        (tmp_path / "results.json").touch()
+        (tmp_path / ".out.tmp-1").touch()
         return {}["loss"]  # type: ignore[no-any-return]
 
     monkeypatch.setattr(curves, "plot_logs", broken)
     case = fuzz.Case(tmp_path, ["plot", str(tmp_path)])
     fuzz.run_case(case)
-    assert case.code == 1 and case.faults == ["left are results.json"]
+    assert case.code == 1 and case.faults == ["left are .out.tmp-1"]
     monkeypatch.setattr("fastkd.cli.plot.doing", lambda what: fuzz.contextlib.nullcontext())
     fuzz.run_case(case)
     assert "'This is a bug in fastkd' is told" in case.faults

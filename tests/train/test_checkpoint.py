@@ -295,6 +295,20 @@ def test_prune_never_deletes_the_last_verified_one(tmp_path):
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_prune_leaves_the_checkpoints_of_another_run(tmp_path):
+    for step, identity in ((1, "other"), (2, "own"), (3, "own"), (9, "other")):
+        save(tmp_path, step, identity=identity)
+    prune_checkpoints(tmp_path, 1, "own")
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-9"]
+
+
+def test_a_damaged_checkpoint_of_another_run_is_not_set_aside(tmp_path):
+    (save(tmp_path, 5, identity="other") / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="damaged, and of another run; move it away"):
+        save(tmp_path, 5, identity="own")
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
 def test_prune_leaves_what_fastkd_did_not_write(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)

@@ -107,6 +107,7 @@ def test_every_key_has_its_help():
         ({"method": "glmdd"}, ["method is the text 'glmdd'; it must be glmd | crild | ted | kd | lm | finetune"]),
         ({"learning_rate": "2e-5"}, ["learning_rate is the text '2e-5'; it must be float: write a number"]),
         ({"learning_rate": float("inf")}, ["learning_rate is inf; it must be a finite number"]),
+        ({"adam_epsilon": 1e-320}, ["adam_epsilon is 1e-320; it must be at least 1.2e-38, or it is 0 in float32"]),
         ({"num_train_epochs": 1e308}, ["num_train_epochs is 1e+308; it must be at most 2147483648"]),
         ({"ddp_timeout": 10**12}, ["ddp_timeout is 1000000000000; it must be at most 2147483647 seconds"]),
         ({"seed": 2**64}, ["seed is a number beyond 64 bits"]),

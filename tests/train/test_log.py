@@ -253,3 +253,13 @@ def test_the_bar_shows_losses_speed_and_memory(tmp_path, monkeypatch):
         lines.write({"step": 1, "eval_loss": 3.0})
     shown = terminal.getvalue()
     assert "loss 2, labels 0.5123, 12,346 tokens/s, 812 MB" in shown and "eval" not in shown
+
+
+def test_a_copy_by_hard_links_keeps_its_log(tmp_path):
+    """`cp -al` of a run is a backup of it: going on with the run adds nothing to the backup."""
+    with RunLog(tmp_path) as log:
+        log.write({"step": 1})
+    (tmp_path / "backup.jsonl").hardlink_to(tmp_path / "log.jsonl")
+    with RunLog(tmp_path) as log:
+        log.write({"step": 2})
+    assert read_log(tmp_path / "backup.jsonl") == [{"step": 1}] and read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]

@@ -13,7 +13,7 @@ import pytest
 from fastkd.sealed import seal, verify
 from fastkd.store import new_folder
 from fastkd.train.checkpoint import list_checkpoints, newest_checkpoint, save_checkpoint
-from fastkd.train.output import LOCK_FILE, RUN_FILE, differences, prepare_output_dir
+from fastkd.train.output import LOCK_FILE, RUN_FILE, check_results, differences, prepare_output_dir
 from tests.test_store import contents, names, of_a_dead_process
 
 SETTINGS = {"method": "kd", "seed": 1}
@@ -289,3 +289,20 @@ def test_killed_while_saving(tmp_path):
     assert (leftover / "MANIFEST.json").exists()
     prepare_output_dir(tmp_path).close()
     assert names(tmp_path / "train") == ["checkpoint-1"]
+
+
+# ---- results of other commands
+
+
+@pytest.mark.parametrize("there", ["results.json", "scores.png"])
+def test_results_of_something_else_are_not_replaced(tmp_path, there):
+    (tmp_path / there).write_text("{}")
+    with pytest.raises(FileExistsError, match=f"{there} is there, and was not made by an earlier run"):
+        check_results(tmp_path, ("models",), ["scores.png"])
+
+
+def test_results_of_an_earlier_call_are(tmp_path):
+    check_results(tmp_path, ("models",), ["scores.png"])
+    (tmp_path / "results.json").write_text('{"models": {"student": {}}}')
+    (tmp_path / "scores.png").write_bytes(b"drawn")
+    check_results(tmp_path, ("models",), ["scores.png"])

@@ -54,6 +54,7 @@ def test_all_stages_run_and_hand_over(tmp_path, make, kind, stages):
     output = tmp_path / "run"
     for name in stages:
         recorded = json.loads((output / name / "result.json").read_text())
+        assert len(recorded.pop("identity")) == 64
         assert {**recorded, "student_dir": str(output / name / "student")} == results[name]
         assert results[name]["student_dir"] == str(output / name / "student")
         assert results[name]["steps"] == config["stages"][name].get("max_steps", 4)

@@ -239,7 +239,7 @@ def _counted(batches: Iterator[list[str]], tokenizer_json: str, vocab_size: int,
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back in the block, and for good from processes that are started in it: a Ctrl-C, which all get, this one alone tells."""
+    """Hold SIGINT back in the block, and for good from processes that are started in it: they need not tell of it too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -66,7 +66,10 @@ BAD = {
         r"options.temprature is not a known key; did you mean .*options.temperature\?",
     ),
     "temperature": (change("options", to={"temperature": 0.0}), "options.temperature=0.0 must be"),
-    "temperature-text": (change("options", to={"temperature": "2e-1"}), "options.temperature is the text '2e-1'; it must be float: write a number"),
+    "temperature-text": (
+        change("options", to={"temperature": "2e-1"}),
+        "options.temperature is the text '2e-1'; it must be float: write a number",
+    ),
     "divergence": (change("options", to={"divergence": "kl"}), "options.*divergence.*forward_kl"),
     "no-teacher": (change("teacher_model_name_or_path", to=None), "teacher_model_name_or_path is not set, and stage pretrain needs"),
     "teacher-path": (change("teacher_model_name_or_path", to="/no/where"), "/no/where does not exist; give a folder"),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..train.config import expand_home, is_path
+from ..train.paths import expand_home, is_path
 
 
 class Parser(argparse.ArgumentParser):

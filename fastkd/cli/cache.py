@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..recipes import config_path
-from ..train.config import expand_home, read_config
+from ..train.config import read_config
+from ..train.paths import expand_home
 from ..train.schema import load_yaml
 from .arguments import Parser, path, positive
 from .process import is_main_process

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..recipes import config_path, recipe_titles
-from ..train.config import RunConfig, expand_home, read_config
+from ..train.config import RunConfig, read_config
+from ..train.paths import expand_home
 from ..train.schema import help_text, load_yaml, to_yaml
 from .arguments import Parser
 from .process import is_main_process

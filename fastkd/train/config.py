@@ -6,33 +6,18 @@ The docstring under a field is its help text, its line in the docs and its comme
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..tasks.cloze_task import ClozeTask
+from .paths import PATHS, is_path, with_homes
 from .schedule import learning_rate_factor, resolve_warmup
 from .schema import ConfigError, apply_flags, from_mapping
 
-PATHS = frozenset(
-    {
-        *("output_dir", "cache_dir", "path", "eval_path", "counts"),
-        *("teacher_model_name_or_path", "model_name_or_path", "tokenizer_name_or_path"),
-    }
-)
-"""Keys that name a file or a folder, or what may be one."""
 _MOST_SECONDS = 2**31 - 1
 _MOST_EPOCHS = 2**31
 _LEAST_EPSILON = 2.0**-126  # the smallest that float32 holds in full: less is 0 there, and 0 / 0 for a weight without a gradient
-
-
-def is_path(text: str) -> bool:
-    """Whether `text` can name a file, a folder or something on the hub: it is neither empty nor beyond what the system can encode."""
-    try:
-        return bool(text.strip()) and b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_paths(config: Any) -> None:
@@ -383,15 +368,7 @@ def read_config(data: Mapping[str, Any], flags: Sequence[str] = ()) -> RunConfig
     merged["stages"] = {
         name: _merge(top, stages.get(name) or {}, flagged_top, flagged_stages.get(name) or {}) for name in {**stages, **flagged_stages}
     }
-    return from_mapping(RunConfig, _with_homes(merged))
-
-
-def expand_home(path: str) -> str:
-    """`path` with a leading `~` or `~user` replaced by that home; ValueError where there is no such home."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise ValueError(f"{path!r} begins with ~, and there is no such home; write the whole path, or ./{path} for what is called so.")
-    return expanded
+    return from_mapping(RunConfig, with_homes(merged))
 
 
 def _stages(data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -399,23 +376,6 @@ def _stages(data: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(stages, Mapping) or not all(stage is None or isinstance(stage, Mapping) for stage in stages.values()):
         raise ConfigError("stages must map a stage's name to its settings, such as {pretrain: {max_steps: 1000}}.")
     return stages
-
-
-def _with_homes(data: Any, where: str = "") -> Any:
-    """Plain data with the home folder in place of a leading `~` of every path."""
-    if not isinstance(data, Mapping):
-        return data
-    expanded = {}
-    for key, value in data.items():
-        name = f"{where}{key}"
-        if key not in PATHS or not isinstance(value, str):
-            expanded[key] = _with_homes(value, f"{name}.")
-            continue
-        try:
-            expanded[key] = expand_home(value)
-        except ValueError as error:
-            raise ConfigError(f"{name}: {error}") from error
-    return expanded
 
 
 def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..models.load import VOCAB_MAP_FOLDER
 from ..sealed import content_sha256
 from ..vocab.count import TokenCounts, tokenizer_fingerprint
 from .config import STAGE_KEYS, RunConfig, StageArguments, Vocabulary
+from .paths import PATHS
 
 # These change what is kept or shown of a run, not what it computes.
 COSMETIC = frozenset(
@@ -23,12 +24,7 @@ COSMETIC = frozenset(
     }
 )
 # Where something lies; what lies there is in the identity by its content.
-_PLACES = frozenset(
-    {
-        *("model_name_or_path", "tokenizer_name_or_path", "teacher_model_name_or_path"),
-        *("path", "eval_path", "counts", "teacher_filters", "student_filters"),
-    }
-)
+_PLACES = PATHS | {"teacher_filters", "student_filters"}
 _MODEL_FILES = ("config.json", "filters.json", "*.safetensors", f"{VOCAB_MAP_FOLDER}/*.safetensors")
 
 

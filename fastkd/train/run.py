@@ -30,7 +30,7 @@ from .config import DatasetArguments, RunConfig, StageArguments, read_config
 from .curves import draw_stage
 from .data import cloze_rows, dataset_rows, eval_corpus, load_dataset, text_rows, train_corpus
 from .identity import model_digest, run_settings, stage_settings, tokenizer_digest
-from .loop import StageResult, StageTrainer
+from .loop import NonFiniteError, StageResult, StageTrainer
 from .output import FILTERS_FOLDER, RESULT_FILE, OutputFolder, prepare_output_dir
 from .parallel import WholeCopy, place
 from .preflight import DOINGS, MemoryEstimate, check_disk, check_memory, explaining_shortage, memory_estimate
@@ -230,6 +230,7 @@ class Run:
         arguments, name = planned.arguments, planned.spec.name
         if self.models.finished(name) and not self.config.overwrite_output_dir:
             return
+        self.models.check_new_student(planned.spec, arguments)
         if planned.spec.check_models is not None:
             planned.spec.check_models(*self.models.skeletons(arguments), planned.options)
         if planned.spec.needs_teacher and arguments.teacher.kind == "cache":
@@ -388,6 +389,11 @@ class Run:
         spec = planned.spec
         folder = self.output_dir / spec.name
         name = _made_name(spec)
+        if broken := [name for name, value in made.named_parameters() if not bool(value.isfinite().all())]:
+            raise NonFiniteError(
+                f"Stage {spec.name} has made weights that are not finite, {', '.join(broken[:3])} among them, and does not save them. "
+                f"Lower learning_rate (now {planned.arguments.learning_rate}), or look at weight_decay and adam_epsilon."
+            )
         if (folder / name).exists() and read_manifest(folder / name).get("identity") == identity:
             remove_sealed(folder / name)  # a process was killed between this name and the result
         with new_folder(folder / name) as unfinished:

@@ -132,6 +132,14 @@ class RunModels:
         """Whether the stage begins with a student that no stage of the run has made."""
         return spec.trains == "student" and self._stage_before(spec, "student") is None
 
+    def check_new_student(self, spec: StageSpec, arguments: StageArguments) -> None:
+        """Refuse settings of a new student that make no model, before any row is read."""
+        config = self.config
+        if self.builds_student(spec) and config.model_name_or_path is None:
+            teacher = arguments.teacher_model_name_or_path
+            base = load_config(teacher) if teacher is not None else base_config(config.student)
+            student_config(base, {**config.student, **arguments.dropout}, None, len(self.tokenizer))
+
     def skeletons(self, arguments: StageArguments) -> tuple[Any, Any]:
         """Backbones of student and teacher without weights: what can be refused of them is refused before anything is trained."""
         from transformers import AutoModel

@@ -18,7 +18,7 @@ from fastkd.cli import process, table
 from fastkd.cli.failures import explained
 from fastkd.cli.main import main
 from fastkd.errors import doing
-from fastkd.train.config import expand_home
+from fastkd.train.paths import expand_home
 from fastkd.train.ranks import RankError
 from fastkd.train.signals import SignalFlag
 

@@ -168,4 +168,4 @@ def _final_tensors(stage: Path) -> dict[str, str]:
 
 def _result(stage: Path) -> dict[str, Any]:
     result = timeless(json.loads((stage / RESULT_FILE).read_bytes()))
-    return {key: value for key, value in result.items() if not key.endswith("_dir")}
+    return {key: value for key, value in result.items() if key != "identity"}

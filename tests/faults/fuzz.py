@@ -309,7 +309,8 @@ def short_work() -> Iterator[None]:
     run = loop.StageTrainer.run
 
     def short(self: Any) -> Any:
-        if not 1 <= self.arguments.max_steps <= 4 or self.arguments.torch_compile:
+        is_short = 1 <= self.arguments.max_steps <= 4 and self.arguments.gradient_accumulation_steps <= 4
+        if not is_short or self.arguments.torch_compile:
             raise Accepted
         return run(self)
 

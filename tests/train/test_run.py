@@ -307,3 +307,28 @@ def test_a_non_finite_loss_keeps_the_last_weights(tmp_path):
     with pytest.raises(NonFiniteError, match=r"Step 2 of stage pretrain has loss .*rows are \[\d+, \d+, \d+, \d+\]\..*learning_rate"):
         fastkd.distill(config)
     assert trained(tmp_path / "run") == ["checkpoint-1"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """A step may be finite and what it makes not, with an epsilon of almost nothing, say."""
+    run = StageTrainer.run
+
+    def spoiled(trainer):
+        result = run(trainer)
+        next(trainer.stage.objective.student.parameters()).data[0] = torch.nan
+        return result
+
+    monkeypatch.setattr(StageTrainer, "run", spoiled)
+    config = settings(tmp_path, method="kd", teacher_model_name_or_path=runs.bert_teacher(tmp_path), text=write_text(tmp_path))
+    with pytest.raises(NonFiniteError, match=r"has made weights that are not finite.*does not save them"):
+        fastkd.distill(config)
+    assert not (tmp_path / "run" / "distill" / "student").exists() and not (tmp_path / "run" / "distill" / "result.json").exists()
+
+
+def test_a_student_that_cannot_be_is_refused_before_any_row_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastkd.train.run.train_corpus", lambda *_: pytest.fail("the corpus was opened"))
+    teacher = runs.bert_teacher(tmp_path)
+    vocabulary = {"keep": 0.5, "multiple_of": 8}
+    config = settings(tmp_path, method="kd", teacher_model_name_or_path=teacher, text=write_text(tmp_path), vocabulary=vocabulary)
+    with pytest.raises(ValueError, match=r"student\.hidden_size"):
+        fastkd.distill({**config, "student": {"hidden_size": 33}})

@@ -177,17 +177,7 @@ def remove_sealed(folder: Path) -> None:
     if folder.is_symlink():
         logger.warning("%s is a link, which fastkd did not make: it stays.", folder)
         return
-    listed = {MANIFEST_FILE: None, **{name: entry["size"] for name, entry in read_manifest(folder)["files"].items()}}
-    ours, foreign = [], []
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if file.is_dir() and not file.is_symlink():
-            if not any(other.startswith(f"{name}/") for other in listed):
-                foreign.append(name)
-        elif name in listed and not file.is_symlink() and listed[name] in (None, file.stat().st_size):
-            ours.append(file)
-        else:
-            foreign.append(name)
+    ours, foreign = _split(folder)
     if not foreign:
         doomed = temporary_path(folder)
         os.rename(folder, doomed)
@@ -201,6 +191,27 @@ def remove_sealed(folder: Path) -> None:
             if inner.relative_to(folder).as_posix() not in foreign:
                 inner.rmdir()
     logger.warning("%s stays: fastkd did not write %s in it.", folder, ", ".join(foreign[:5]))
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What `remove_sealed` would leave in a sealed folder, by name; the folder's own where it is a link."""
+    return [folder.name] if folder.is_symlink() else _split(folder)[1]
+
+
+def _split(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of a sealed folder that its manifest lists, and the names of everything else in it."""
+    listed = {MANIFEST_FILE: None, **{name: entry["size"] for name, entry in read_manifest(folder)["files"].items()}}
+    ours, foreign = [], []
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_dir() and not file.is_symlink():
+            if not any(other.startswith(f"{name}/") for other in listed):
+                foreign.append(name)
+        elif name in listed and not file.is_symlink() and listed[name] in (None, file.stat().st_size):
+            ours.append(file)
+        else:
+            foreign.append(name)
+    return ours, foreign
 
 
 def _is_inside(name: str) -> bool:

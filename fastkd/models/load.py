@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import doing
+from ..sealed import read_json
 from ..store import write_bytes_atomic
 from ..vocab.map import VocabMap
 from .language_model import LanguageModel
@@ -185,10 +186,21 @@ def _check_folder(name_or_path: str, needed: str, what: str) -> None:
     if path.is_dir():
         if not (path / needed).is_file():
             raise ValueError(f"The folder {name_or_path} holds no {needed}, so it is not {what}; give one made by save_pretrained.")
-        for file in sorted([*path.glob("*.json"), *path.glob("*.safetensors")]):
+        for file in sorted([*path.glob("*.json"), *weight_files(path)]):
             _check_whole(file)
     elif path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
         raise ValueError(f"{name_or_path} does not exist; give a folder made by save_pretrained, or a hub name such as org/model.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder that transformers reads: those of the index, or the one of its name, or all."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        names = sorted({*read_json(index, "weight_map")["weight_map"].values()})
+        return [folder / name for name in names if (folder / name).is_file()]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _check_whole(file: Path) -> None:

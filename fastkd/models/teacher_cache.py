@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..sealed import Damaged, content_sha256, file_sha256, read_json
 from ..store import write_bytes_atomic, write_json_atomic
-from .load import is_decoder, load_config
+from .load import is_decoder, load_config, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ def model_hashes(name_or_path: str) -> tuple[str | None, str]:
     found = cached_file(name_or_path, "config.json")
     assert found is not None
     folder, digest = Path(found).parent, hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in sorted([folder / "config.json", *weight_files(folder)]):
         digest.update(f"{path.name} {content_sha256(path)}\n".encode())
     return extract_commit_hash(found, None), digest.hexdigest()
 

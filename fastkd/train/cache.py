@@ -27,7 +27,7 @@ from .batches import counter_torch_generator
 from .cached_teacher import check_cacheable, check_form, form_contents, lesson_contents, lesson_of, models_contents
 from .config import RunConfig, StageArguments, TeacherArguments
 from .log import Progress
-from .output import LOCK_FILE
+from .output import LOCK_FILE, RUN_FILE, refuse_model_folder
 from .ranks import Ranks
 from .run import PlannedStage, Run, plan_stages
 from .signals import SignalFlag
@@ -219,6 +219,9 @@ def _online(config: RunConfig) -> RunConfig:
 
 def _held(folder: Path) -> Lock:
     """The lock of the folder; what killed processes left half-written is deleted."""
+    refuse_model_folder(folder)
+    if (folder / RUN_FILE).exists():
+        raise ValueError(f"{folder} is the output_dir of a run; name another folder for the teacher cache.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         held = lock(folder / LOCK_FILE)

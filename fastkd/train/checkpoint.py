@@ -111,8 +111,9 @@ def _start(final: Path, identity: str) -> Path:
         except UnreadableCheckpoint:
             raise
         except CheckpointError as damage:
-            if not (_is_of(final, identity) or _is_of(final, None)):
-                raise CheckpointError(f"{final} is damaged, and of another run; move it away: {damage}") from damage
+            ours = (final / MANIFEST_FILE).is_file() and not final.is_symlink() and (_is_of(final, identity) or _is_of(final, None))
+            if not ours:
+                raise CheckpointError(f"{final} is damaged, and not known to be of this run; move it away: {damage}") from damage
             logger.warning("%s does not verify and is set aside: %s", final.name, damage)
             _set_aside(final)
         else:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..models.load import VOCAB_MAP_FOLDER
+from ..models.load import SLOT_BIAS_FILE, VOCAB_MAP_FOLDER, weight_files
 from ..sealed import content_sha256
 from ..vocab.count import TokenCounts, tokenizer_fingerprint
 from .config import STAGE_KEYS, RunConfig, StageArguments, Vocabulary
@@ -25,7 +25,7 @@ COSMETIC = frozenset(
 )
 # Where something lies; what lies there is in the identity by its content.
 _PLACES = PATHS | {"teacher_filters", "student_filters"}
-_MODEL_FILES = ("config.json", "filters.json", "*.safetensors", f"{VOCAB_MAP_FOLDER}/*.safetensors")
+_BESIDE_WEIGHTS = ("config.json", "filters.json", SLOT_BIAS_FILE, f"{VOCAB_MAP_FOLDER}/*.safetensors")
 
 
 def run_settings(config: RunConfig) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def model_digest(name_or_path: str) -> str:
         from transformers.utils.hub import cached_file
 
         folder = Path(str(cached_file(name_or_path, "config.json"))).parent
-    files = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)})
+    files = sorted({*weight_files(folder), *(file for pattern in _BESIDE_WEIGHTS for file in folder.glob(pattern))})
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
         hashes = list(pool.map(content_sha256, files))
     lines = [f"{file.relative_to(folder).as_posix()} {sha256}\n" for file, sha256 in zip(files, hashes, strict=True)]

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import resource
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,11 +103,14 @@ def _open_log(path: Path, keep: int | None) -> tuple[TextIO, list[bytes]]:
     It is opened once, and never through a link: what is cut is the file that was read.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         raise OSError(f"The log {str(path)!r} is a link, and what it leads to may not be this run's; remove the link.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file, and a log has to be one; move it away", str(path))
     if os.fstat(descriptor).st_nlink > 1:  # a copy made by hard links has this file too, and keeps what it holds
         os.close(descriptor)
         write_bytes_atomic(path, read_bytes(path))

@@ -19,7 +19,7 @@ from typing import Any
 
 from .. import __version__
 from ..models.load import VOCAB_MAP_FOLDER
-from ..sealed import Damaged, read_json, read_manifest, remove_sealed, verify
+from ..sealed import Damaged, foreign_files, read_json, read_manifest, remove_sealed, verify
 from ..store import InUse, Lock, lock, sweep, write_json_atomic
 from .log import LOG_FILE
 
@@ -79,13 +79,14 @@ class OutputFolder:
         settings, identities = json.loads(json.dumps([settings, identities]))  # as they will be read back
         conflict = self._conflict(settings, identities)
         if conflict is not None and overwrite:
+            if foreign := self._foreign({**self._record["stages"], **identities}):
+                raise ValueError(
+                    f"output_dir={str(self.path)!r} holds {foreign[0]}, and {RUN_FILE} does not say that this run made it. "
+                    f"overwrite_output_dir deletes what is recorded there and nothing else; move the rest away, or choose another "
+                    f"output_dir."
+                )
             self._delete()
             conflict = self._conflict(settings, identities)
-            if conflict is not None:
-                raise ValueError(
-                    f"output_dir={str(self.path)!r} {conflict}. overwrite_output_dir deletes what is recorded there and nothing else; "
-                    f"move the rest away, or choose another output_dir."
-                )
         if conflict is not None:
             raise ValueError(
                 f"output_dir={str(self.path)!r} {conflict}. Put back what it was, choose another output_dir, or set "
@@ -105,6 +106,8 @@ class OutputFolder:
         """Refuse a finished stage whose result, or the folder `made` that goes on from it, is another run's, damaged or gone."""
         folder, identity = self.path / stage, self.digest(stage)
         if not os.path.lexists(folder / RESULT_FILE):
+            if os.path.lexists(folder / made) and not _is_own(folder / made, identity):
+                raise ValueError(f"{folder / made} was not made by this run, and stage {stage} would put its own there; move it away.")
             return
         try:
             if read_json(folder / RESULT_FILE, "identity")["identity"] != identity:
@@ -145,6 +148,16 @@ class OutputFolder:
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
         return [f"{stage}/{name}" for name in names if _SEALED.fullmatch(name) or _FILES.fullmatch(name) or name in _VIEWS]
 
+    def _foreign(self, stages: Iterable[str]) -> list[str]:
+        """What lies in the folders of `stages` under names that a stage uses, and would not be deleted with the run."""
+        recorded = self._record["stages"]
+        return [
+            name
+            for stage in stages
+            for name in self._contents(stage)
+            if stage not in recorded or not _is_own(self.path / name, self.digest(stage))
+        ]
+
     def _delete(self) -> None:
         """Delete what the record says that the run has made, and the record."""
         for stage in self._record["stages"]:
@@ -174,6 +187,7 @@ def prepare_output_dir(output_dir: str | Path) -> OutputFolder:
             "output_dir is empty, which would be the current folder; name the folder of the run ('.' if you mean this one)."
         )
     path = Path(output_dir)
+    refuse_model_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = lock(path / LOCK_FILE)
@@ -194,6 +208,12 @@ def prepare_output_dir(output_dir: str | Path) -> OutputFolder:
     except BaseException:
         held.close()
         raise
+
+
+def refuse_model_folder(folder: Path) -> None:
+    """Refuse a folder that holds a model, which what is written there would become a part of."""
+    if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
+        raise ValueError(f"{str(folder)!r} is the folder of a model; name one of its own for what is written now.")
 
 
 def check_results(folder: Path, keys: Iterable[str], pictures: Iterable[str]) -> None:
@@ -285,6 +305,19 @@ def _delete_stage(folder: Path, identity: str) -> None:
                     view.unlink()
             with suppress(OSError):  # not empty
                 path.rmdir()
+
+
+def _is_own(path: Path, identity: str) -> bool:
+    """Whether `_delete_stage` would delete all of `path`."""
+    if path.is_symlink():
+        return False
+    if path.name in _VIEWS:
+        return path.is_dir() and all(_VIEWS[path.name].fullmatch(view.name) and not view.is_symlink() for view in _children(path))
+    if _FILES.fullmatch(path.name):
+        return path.is_file()
+    with suppress(OSError, Damaged):
+        return read_manifest(path).get("identity") == identity and not foreign_files(path)
+    return False
 
 
 def _children(folder: Path) -> Iterable[Path]:

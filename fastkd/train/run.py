@@ -411,6 +411,8 @@ class Run:
         folder, name = self.output_dir / planned.spec.name, _made_name(planned.spec)
         try:
             result = read_json(folder / RESULT_FILE, "identity", *(field.name for field in fields(StageResult)))
+            if not isinstance(result["scores"], dict) or not all(isinstance(result[key], int | float) for key in ("steps", "seconds")):
+                raise Damaged(f"{folder / RESULT_FILE} does not hold the result of a stage.")
         except Damaged as damage:
             raise ValueError(f"{damage} Put back a copy, or delete it: the stage then goes on from its newest checkpoint.") from damage
         del result["identity"]

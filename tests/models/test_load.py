@@ -10,7 +10,7 @@ import pytest
 
 from fastkd.cli.main import main
 from fastkd.errors import what_was_done
-from fastkd.models.load import load_config, load_frozen, load_tokenizer
+from fastkd.models.load import load_config, load_frozen, load_tokenizer, weight_files
 from fastkd.models.task_model import TaskHead, load_task_model
 from tests import runs
 
@@ -91,3 +91,14 @@ def test_a_tokenizer_that_is_none_is_named(tmp_path: Path, capsys: pytest.Captur
     assert main(["vocab", "count", "--model", str(folder), "--data", "stdlib", "--output_dir", str(tmp_path / "out")]) in (1, 2)
     told = capsys.readouterr().err.splitlines()[-1]
     assert f"the tokenizer {folder}" in told.lower() and "bug" not in told and not (tmp_path / "out").exists()
+
+
+def test_what_lies_beside_the_weights_is_none_of_them(tmp_path):
+    """Counts that were written into a model's folder, say; of shards, those of the index are read."""
+    for name in ("model.safetensors", "token_counts-0.safetensors", "model-1.safetensors", "model-2.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    assert [file.name for file in weight_files(tmp_path)] == ["model.safetensors"]
+    (tmp_path / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [file.name for file in weight_files(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]

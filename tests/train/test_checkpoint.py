@@ -304,8 +304,17 @@ def test_prune_leaves_the_checkpoints_of_another_run(tmp_path):
 
 def test_a_damaged_checkpoint_of_another_run_is_not_set_aside(tmp_path):
     (save(tmp_path, 5, identity="other") / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="damaged, and of another run; move it away"):
+    with pytest.raises(CheckpointError, match="damaged, and not known to be of this run; move it away"):
         save(tmp_path, 5, identity="own")
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("found", ["a file", "a folder", "a link"])
+def test_what_is_only_called_a_checkpoint_is_not_set_aside(tmp_path, found):
+    path = tmp_path / "checkpoint-5"
+    {"a file": path.touch, "a folder": path.mkdir, "a link": lambda: path.symlink_to(tmp_path)}[found]()
+    with pytest.raises(CheckpointError, match="not known to be of this run; move it away"):
+        save(tmp_path, 5)
     assert names(tmp_path) == ["checkpoint-5"]
 
 

@@ -263,3 +263,9 @@ def test_a_copy_by_hard_links_keeps_its_log(tmp_path):
     with RunLog(tmp_path) as log:
         log.write({"step": 2})
     assert read_log(tmp_path / "backup.jsonl") == [{"step": 1}] and read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_log_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(OSError, match="no regular file"):
+        RunLog(tmp_path)

@@ -137,28 +137,30 @@ def test_overwriting_deletes_what_the_run_made_and_nothing_else(tmp_path):
         seal(student, {"identity": folder.digest("train")})
     (train / "tensorboard").mkdir()
     (train / "tensorboard" / "events.out.tfevents.1").write_text("ours")
-    foreign = [
-        "notes.txt",
-        "train/notes.txt",
-        "train/student/notes.txt",
-        "train/tensorboard/notes.txt",
-        "photos/log.jsonl",
-        "vocab_map/a",
-    ]
+    foreign = ["notes.txt", "train/notes.txt", "photos/log.jsonl", "vocab_map/a"]
     for name in foreign:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("foreign")
-    (tmp_path / "disk").mkdir()
-    save_checkpoint(tmp_path / "disk", 9, {}, {}, identity=folder.digest("train"))
-    with pytest.raises(ValueError, match="deletes what is recorded there and nothing else"):
-        claim(tmp_path, {**SETTINGS, "seed": 2}, overwrite=True)  # train/student has notes, so it is still there
-    assert sorted(name for name in contents(tmp_path) if not name.startswith(("disk", "."))) == sorted(foreign)
-    (train / "student" / "notes.txt").rename(tmp_path / "notes-2.txt")
-    (train / "student").rmdir()
-    (train / "tensorboard" / "notes.txt").unlink()
-    (train / "tensorboard").rmdir()
     claim(tmp_path, {**SETTINGS, "seed": 2}, overwrite=True)
-    verify(tmp_path / "disk" / "checkpoint-9")
+    assert sorted(name for name in contents(tmp_path) if name not in (RUN_FILE, LOCK_FILE)) == sorted(foreign)
+
+
+@pytest.mark.parametrize("found", ["student/notes.txt", "checkpoint-1/notes.txt", "tensorboard/notes.txt", "checkpoint-9/a", "link"])
+def test_where_not_all_can_be_overwritten_nothing_is(tmp_path, found):
+    """What is deleted first could not be put back when the rest is refused."""
+    folder = begin(tmp_path)
+    with new_folder(tmp_path / "train" / "student") as student:
+        seal(student, {"identity": folder.digest("train")})
+    if found == "link":
+        (tmp_path / "train" / "checkpoint-7").symlink_to(tmp_path / "nowhere")
+    else:
+        (tmp_path / "train" / found).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / found).write_text("foreign")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="deletes what is recorded there and nothing else"):
+        claim(tmp_path, {**SETTINGS, "seed": 2}, overwrite=True)
+    assert contents(tmp_path) == before
+    claim(tmp_path)  # and the run that is there goes on
 
 
 def test_overwriting_leaves_links_and_checkpoints_of_other_runs(tmp_path):
@@ -170,7 +172,7 @@ def test_overwriting_leaves_links_and_checkpoints_of_other_runs(tmp_path):
     (tmp_path / "run" / "train" / "checkpoint-8").symlink_to(tmp_path / "disk" / "checkpoint-8")
     with pytest.raises(ValueError, match="holds train/checkpoint-7"):
         claim(tmp_path / "run", {**SETTINGS, "seed": 2}, overwrite=True)
-    assert [path.name for path in list_checkpoints(tmp_path / "run" / "train")] == ["checkpoint-8", "checkpoint-7"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "train")] == ["checkpoint-8", "checkpoint-7", "checkpoint-1"]
     verify(tmp_path / "disk" / "checkpoint-8")
 
 
@@ -193,7 +195,39 @@ def test_a_vocabulary_map_that_was_there_before_stays(tmp_path):
     assert {name: content for name, content in contents(tmp_path).items() if name.startswith("vocab_map")} == before
 
 
+# ---- what a finished stage has left
+
+
+def test_a_finished_stage_has_its_result_and_what_it_made(tmp_path):
+    folder = begin(tmp_path)
+    folder.check_finished("train", "student")  # not finished yet
+    with new_folder(tmp_path / "train" / "student") as student:
+        (student / "model.safetensors").write_bytes(b"weights")
+        seal(student, {"identity": folder.digest("train")})
+    (tmp_path / "train" / "result.json").write_text(json.dumps({"identity": folder.digest("train")}))
+    folder.check_finished("train", "student")
+    (tmp_path / "train" / "student" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(ValueError, match="Stage train is finished, and what it made is not there as it was"):
+        folder.check_finished("train", "student")
+
+
+def test_a_foreign_student_is_refused_before_the_stage_trains(tmp_path):
+    folder = begin(tmp_path)
+    (tmp_path / "train" / "student").mkdir()
+    with pytest.raises(ValueError, match=r"student was not made by this run.*move it away"):
+        folder.check_finished("train", "student")
+
+
 # ---- the folder itself
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_the_folder_of_a_model_is_refused(tmp_path, file):
+    """A vocabulary map beside a teacher's weights would be read as a part of it."""
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match="is the folder of a model"):
+        prepare_output_dir(tmp_path)
+    assert names(tmp_path) == [file]
 
 
 def test_an_empty_name_is_refused(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -22,8 +21,6 @@ from ..models.load import VOCAB_MAP_FOLDER
 from ..sealed import Damaged, foreign_files, read_json, read_manifest, remove_sealed, verify
 from ..store import InUse, Lock, lock, sweep, write_json_atomic
 from .log import LOG_FILE
-
-log = logging.getLogger("fastkd")
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
@@ -65,9 +62,7 @@ class OutputFolder:
         identity = {"run": self._record["settings"], "stage": self._record["stages"][stage]}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def claim(
-        self, settings: Mapping[str, Any], identities: Mapping[str, Mapping[str, Any] | None], *, overwrite: bool = False
-    ) -> None:
+    def claim(self, settings: Mapping[str, Any], identities: Identities, *, overwrite: bool = False) -> None:
         """Record that stages of these identities are this run's, before anything of them is written.
 
         settings: what all stages of the run share. identities: by stage; None where it is not known yet: such a stage is not recorded,

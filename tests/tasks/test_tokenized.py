@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fastkd import store
+from fastkd import sealed
 from fastkd.sealed import MANIFEST_FILE
 from fastkd.store import lock
 from fastkd.tasks import corpus as corpus_module
@@ -399,7 +399,7 @@ def test_a_whole_cache_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tokenized, "lock", refused)
     again = tokenize_corpus(Texts().corpus, make_tokenizer(), max_length=6, layout="rows", cache_dir=tmp_path)
     assert content(rows.folder) == entries and list(tmp_path.iterdir()) == [rows.folder]
-    monkeypatch.setattr(store, "file_sha256", refused)
+    monkeypatch.setattr(sealed, "file_sha256", refused)
     assert as_lists(pickle.loads(pickle.dumps(again))) == as_lists(rows)
 
 

@@ -26,6 +26,7 @@ RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 RESULTS_FILE = "results.json"
 LOCK_FILE = ".fastkd.lock"
+PROVENANCE_FILE = "fastkd.json"
 FILTERS_FOLDER = "filters"
 CURVES = ("loss", "perplexity", "accuracy")
 LABEL_WORDS = "label_words"
@@ -107,7 +108,7 @@ class OutputFolder:
         try:
             if read_json(folder / RESULT_FILE, "identity")["identity"] != identity:
                 raise Damaged(f"{folder / RESULT_FILE} is of a run with other settings, models or rows.")
-            if verify(folder / made).get("identity") != identity:
+            if verify(folder / made, leave_out={PROVENANCE_FILE}).get("identity") != identity:
                 raise Damaged(f"{folder / made} is of a run with other settings, models or rows.")
         except (Damaged, OSError) as error:
             raise ValueError(

@@ -22,13 +22,13 @@ from ..methods.registry import METHODS
 from ..sealed import read_json
 from .config import RunConfig, StageArguments
 from .loop import StageResult
+from .output import PROVENANCE_FILE
 from .ranks import Ranks
 
 if TYPE_CHECKING:
     from .run import PlannedStage
 
 log = logging.getLogger("fastkd")
-PROVENANCE_FILE = "fastkd.json"
 _TRAINING = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "dropout")
 
 

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers  # noqa: F401
+from tqdm import tqdm
 
 import fastkd
 from fastkd.train.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
@@ -154,6 +156,7 @@ class Run:
         """A process that runs it; prepare: called in it first."""
 
         def body() -> None:
+            tqdm.set_lock(threading.RLock())  # the one that all processes share stays taken when its holder is killed
             with self.errors_file.open("w") as file:
                 os.dup2(file.fileno(), sys.stderr.fileno())
             leave_out_drawing(pytest.MonkeyPatch())

@@ -2,7 +2,7 @@
 
 Everything durable is prepared beside its place under a temporary name, flushed to the disk and renamed: a reader finds what was there
 before or all of the new, and a power cut cannot undo it. The temporary name says which process of which host is writing, so that what a
-killed one left can be told from what a running one is at. A sealed folder lists its files with sizes and hashes in `MANIFEST.json`.
+killed one left can be told from what a running one is at.
 
 Three rules keep what is not fastkd's: a name that exists is never taken by a new folder; nothing is written over or through a link;
 what no temporary name and no manifest claims is never deleted.
@@ -26,10 +26,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-T = TypeVar("T")
 logger = logging.getLogger("fastkd")
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-(?P<pid>\d+)-(?P<start>\d+)-(?P<boot>\w{8})-[0-9a-f]{8}@(?P<host>.+)", re.DOTALL)
@@ -88,7 +86,7 @@ def write_bytes_synced(path: Path, data: bytes) -> None:
 
 
 def open_own(path: str | Path, flags: int) -> Any:
-    """The regular file `path` as an unbuffered-read, buffered-write binary file; `OSError` for a link and for what is no file."""
+    """Open the regular file `path` in binary, with the access that `flags` name; `OSError` for a link and for what is no file."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -259,7 +257,7 @@ class Lock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -111,8 +111,8 @@ def _start(final: Path, identity: str) -> Path:
         except UnreadableCheckpoint:
             raise
         except CheckpointError as damage:
-            ours = (final / MANIFEST_FILE).is_file() and not final.is_symlink() and (_is_of(final, identity) or _is_of(final, None))
-            if not ours:
+            has_manifest = (final / MANIFEST_FILE).is_file() and not final.is_symlink()
+            if not has_manifest or not (_is_of(final, identity) or _is_of(final, None)):
                 raise CheckpointError(f"{final} is damaged, and not known to be of this run; move it away: {damage}") from damage
             logger.warning("%s does not verify and is set aside: %s", final.name, damage)
             _set_aside(final)

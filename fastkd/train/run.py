@@ -203,7 +203,7 @@ class Run:
         return identity
 
     def _cache_digest(self, planned: PlannedStage) -> str | None:
-        """Of what the stage reads in place of its teacher; the header of a cache has the hashes of its shards."""
+        """Hash the header of the cache that stands for the stage's teacher: it has the hashes of all shards. None without one."""
         teacher = planned.arguments.teacher
         if not planned.spec.needs_teacher or teacher.kind != "cache":
             return None
@@ -211,7 +211,7 @@ class Run:
         return file_sha256(Path(teacher.path) / HEADER)
 
     def _row_fingerprints(self, planned: PlannedStage) -> dict[str, str | None]:
-        """Of the training and the evaluation rows, labels included."""
+        """Fingerprint the training and the evaluation rows, labels included."""
         arguments = planned.arguments
         if planned.data == "text":
             assert arguments.text is not None

@@ -44,7 +44,7 @@ OUTCOMES: dict[int | None, str] = {0: "done", 2: "refused", -signal.SIGKILL: "ki
 LONGEST_COMMAND = 120.0
 """Seconds; commands take one or two."""
 DURABLE_CALLS = 60
-"""Of a run; some of the processes that are to be killed end before."""
+"""Calls of a run; some of the processes that are to be killed end before."""
 
 
 @dataclass

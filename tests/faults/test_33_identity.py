@@ -85,7 +85,7 @@ def refuse(configuration: dict[str, Any], said: str, monkeypatch: pytest.MonkeyP
 
 
 def looks(folder: Path) -> dict[Path, Look]:
-    """Of all that lies there, but for the lock, which says who was the last to hold it."""
+    """Look at all that lies there, but for the lock, which says who was the last to hold it."""
     return {path: look(path) for path in folder.rglob("*") if not path.name.endswith(".lock")}
 
 
@@ -153,7 +153,7 @@ def edit(file: str, old: str, new: str) -> Callable[[Path], None]:
 
 
 def label(file: str) -> Callable[[Path], None]:
-    """That of the last row of a .jsonl file."""
+    """Change the label of the last row of a .jsonl file."""
 
     def change(folder: Path) -> None:
         path = folder / file
@@ -165,7 +165,7 @@ def label(file: str) -> Callable[[Path], None]:
 
 
 def tokenizers(folder: Path) -> None:
-    """Of all models: words keep their case."""
+    """Change how the tokenizers of all models treat the case of words."""
     for path in folder.glob("*/tokenizer.json"):
         definition = json.loads(path.read_text())
         if definition["normalizer"] is None:

@@ -240,20 +240,8 @@ def test_failed_save_leaves_the_older_checkpoint_and_nothing_else(tmp_path, monk
     assert newest_checkpoint(tmp_path) != save(tmp_path, 2)
 
 
-def test_everything_is_synced_and_the_manifest_is_written_last(tmp_path, monkeypatch):
-    events, by_descriptor = [], {}
-    real_open, real_fsync, real_rename = os.open, os.fsync, os.rename
-
-    def recording_open(path, *args, **kwargs):
-        descriptor = real_open(path, *args, **kwargs)
-        by_descriptor[descriptor] = os.path.basename(path)
-        return descriptor
-
-    monkeypatch.setattr(os, "open", recording_open)
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(by_descriptor[fd]), real_fsync(fd)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), real_rename(a, b)))
+def test_everything_is_synced_and_the_manifest_is_written_last(tmp_path, events):
     path = save(tmp_path, 1)
-    monkeypatch.undo()
     assert {*events[:-3]} == {*FILES}
     assert events[-3].startswith(f".checkpoint-1.tmp-{os.getpid()}-") and events[-2:] == ["rename", tmp_path.name]
     assert max(path.iterdir(), key=lambda file: file.stat().st_mtime_ns).name == "MANIFEST.json"

@@ -23,7 +23,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from fastkd.methods.mixup import MixedBatch
 from fastkd.models.filters import FilterBank
-from fastkd.models.load import VOCAB_MAP_FOLDER
+from fastkd.models.folder import VOCAB_MAP_FOLDER
 from fastkd.tasks.text import IGNORE_INDEX
 from fastkd.train.batches import counter_torch_generator
 from fastkd.vocab.map import VocabMap

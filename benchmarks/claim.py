@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastkd.cli.arguments import path
 from fastkd.store import write_json_atomic
 
 from . import CLAIMS
@@ -48,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, help="timed rounds (default: 5 on a CPU, 20 on a GPU, 1 with --smoke)")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds an implementation may take in all rounds (default: 60)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    parser.add_argument("--output", type=Path, help=f"folder of the JSON files (default: {RESULTS})")
-    parser.add_argument("--pair", type=Path, help="output folder of `fastkd quickstart`, whose models grad_filter measures")
+    parser.add_argument("--output", type=path, help=f"folder of the JSON files (default: {RESULTS})")
+    parser.add_argument("--pair", type=path, help="output folder of `fastkd quickstart`, whose models grad_filter measures")
 
 
 def read_settings(known: argparse.Namespace) -> Settings:

@@ -1,8 +1,9 @@
-"""What was being done when something failed: the part of a sentence that the exception of a library lacks."""
+"""Parts of error sentences that are needed everywhere: what was being done when a library failed, and which name was meant."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _NOTE = "While "
@@ -22,3 +23,8 @@ def what_was_done(error: BaseException) -> str | None:
     """The innermost note of `doing` on an exception."""
     notes = (note.removeprefix(_NOTE) for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE))
     return next(notes, None)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Find the one of the `known` names that a misspelled `name` most likely means; None where none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

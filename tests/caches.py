@@ -83,7 +83,7 @@ def cached(config: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def write(config: dict[str, Any], stage: str = "pretrain", **options: Any) -> Path:
     folder = Path(config["output_dir"]).parent / "caches" / stage
-    write_cache(read_config(config), stage, folder, **{"dtype": "float32", "shard_rows": 7, **options})
+    write_cache(read_config(config), stage, folder, **{"kind": "dense", "dtype": "float32", "shard_rows": 7, **options})
     return folder
 
 

@@ -30,10 +30,10 @@ LLAMA = {
 
 
 def write_text(folder: Path, train: int = 48, dev: int = 12) -> dict[str, Any]:
-    """`text` of a configuration: train.txt and dev.txt."""
+    """`text` of a configuration: train.txt and dev.txt, of which every line is a document."""
     for name, lines in (("train", tiny.lines()[:train]), ("dev", tiny.lines()[train : train + dev])):
         (folder / f"{name}.txt").write_text("\n".join(lines))
-    return {"path": str(folder / "train.txt"), "eval_path": str(folder / "dev.txt"), "max_length": 32}
+    return {"path": str(folder / "train.txt"), "eval_path": str(folder / "dev.txt"), "documents": "line", "max_length": 32}
 
 
 def write_task(folder: Path, kind: str = "verbalizer", rows: int = 24) -> dict[str, Any]:

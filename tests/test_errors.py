@@ -1,8 +1,8 @@
-"""What was being done, as a note on an exception."""
+"""What was being done, as a note on an exception, and which name a misspelled one means."""
 
 import pytest
 
-from fastkd.errors import doing, what_was_done
+from fastkd.errors import doing, nearest, what_was_done
 
 
 def test_the_innermost_note_is_told() -> None:
@@ -23,3 +23,8 @@ def test_what_goes_well_or_is_no_error_is_left_alone() -> None:
     with pytest.raises(SystemExit) as caught, doing("reading the file y"):
         raise SystemExit(3)
     assert what_was_done(caught.value) is None
+
+
+def test_the_nearest_name_is_the_likeliest() -> None:
+    assert nearest("num_atention_heads", ["num_hidden_layers", "num_attention_heads", "hidden_size"]) == "num_attention_heads"
+    assert nearest("zzz", ["num_hidden_layers"]) is None

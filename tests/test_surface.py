@@ -72,7 +72,7 @@ SIGNATURES = {
     "RelationKLLoss.forward": "(self, student_q, student_k, teacher_q, teacher_k, **per_batch)",
     "RelationTarget": "(q, k, weight=1.0, key_mask=None, query_mask=None)",
     "VocabMap": "(kept_ids, id_to_slot)",
-    "VocabMap.from_counts": "(counts, keep, protected=(), multiple_of=128, requires=None, vocab_size=None)",
+    "VocabMap.from_counts": "(counts, keep, protected=(), multiple_of=128, requires=None, vocab_size=None, exclude=())",
     "VocabMap.identity": "(vocab_size)",
     "VocabMap.assign_stand_ins": "(self, embedding, similarity='dot', *, unk_id=None, exclude=())",
     "VocabMap.map_ids": "(self, ids, ignore_index=None)",
@@ -83,14 +83,14 @@ SIGNATURES = {
     "VocabMap.load": "(directory)",
 }
 FLAGS = {
-    "quickstart": "--method --output_dir --seed --print_config",
-    "train": "config --stage --print_config",
+    "quickstart": "--method --output_dir --seed --print_config --all",
+    "train": "config --stage --print_config --all",
     "vocab count": "--model --data --name --split --text_column --streaming --max_rows --on_bad_row --num_proc --output_dir",
     "vocab prune": "--model --counts --keep --protected --output_dir",
     "export": "student --output_dir --results --onnx",
-    "cache": "config --stage --output --kind --k --dtype --shard_rows",
-    "eval": "model --teacher --baseline --task --text --path --name --text_column --split --max_rows --max_length --batch_size "
-    "--output_dir --use_cpu",
+    "cache": "config --stage --output --kind --k --dtype --shard_rows --yes",
+    "eval": "model --teacher --baseline --task --text --path --text_columns --label_column --name --text_column --split --max_rows "
+    "--max_length --batch_size --output_dir --use_cpu",
     "plot": "run --key --output",
     "doctor": "--vocabulary --student_hidden --teacher_hidden --dtype --temperature --tokens --teacher --student --student_layers "
     "--batch_size --length --json",
@@ -98,16 +98,17 @@ FLAGS = {
     "bench report": "--results --docs --readme",
 }
 KEYS = """
-    text text.path text.name text.train_split text.eval_split text.eval_path text.text_column text.streaming text.max_rows
-    text.max_eval_rows text.max_length text.layout text.on_bad_row text.max_bad_rows task task.path task.name task.train_split
-    task.eval_split task.eval_path task.max_rows task.max_eval_rows task.on_bad_row task.max_bad_rows task.cloze task.cloze.kind
-    task.cloze.template task.cloze.label_column task.cloze.label_words task.cloze.labels task.cloze.choices
-    task.cloze.choices_column task.cloze.choice_columns task.cloze.length_penalty task.cloze.max_length dataset dataset.task
-    dataset.path dataset.eval_split dataset.text_columns dataset.max_length dataset.doc_stride dataset.max_answer_length
-    dataset.few_sample dataset.label_noise dataset.sample_seed dataset.max_eval_rows dataset.on_bad_row dataset.max_bad_rows
-    teacher_model_name_or_path teacher teacher.kind teacher.path teacher.tail options.NAME dropout.NAME per_device_train_batch_size
-    per_device_eval_batch_size gradient_accumulation_steps max_steps num_train_epochs learning_rate weight_decay adam_beta1
-    adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type warmup_steps lr_decay_steps lr_final_ratio bf16 fp16 torch_compile
+    text text.path text.name text.train_split text.eval_split text.eval_path text.text_column text.documents text.streaming
+    text.max_rows text.max_eval_rows text.max_length text.layout text.on_bad_row text.max_bad_rows task task.path task.name
+    task.train_split task.eval_split task.eval_path task.max_rows task.max_eval_rows task.on_bad_row task.max_bad_rows task.cloze
+    task.cloze.kind task.cloze.template task.cloze.label_column task.cloze.label_words task.cloze.labels task.cloze.choices
+    task.cloze.choices_column task.cloze.choice_columns task.cloze.strip task.cloze.length_penalty task.cloze.max_length dataset
+    dataset.task dataset.path dataset.eval_path dataset.eval_split dataset.text_columns dataset.label_column dataset.kind
+    dataset.max_length dataset.pad_to_max_length dataset.doc_stride dataset.max_answer_length dataset.few_sample dataset.label_noise
+    dataset.sample_seed dataset.max_eval_rows dataset.on_bad_row dataset.max_bad_rows teacher_model_name_or_path teacher
+    teacher.kind teacher.path teacher.tail options.NAME dropout.NAME per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps max_steps num_train_epochs learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon
+    bias_correction max_grad_norm lr_scheduler_type warmup_steps lr_decay_steps lr_final_ratio bf16 fp16 torch_compile
     group_by_length logging_steps report_to profile_steps eval_steps save_steps save_total_limit async_save save_failure non_finite
     max_skipped_steps method output_dir model_name_or_path tokenizer_name_or_path student_layers student.NAME vocabulary
     vocabulary.keep vocabulary.multiple_of vocabulary.protected vocabulary.stand_ins vocabulary.counts stages.NAME seed use_cpu fsdp

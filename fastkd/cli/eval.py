@@ -13,8 +13,9 @@ from ..train.config import DatasetArguments, TextData
 from .arguments import Parser, path, positive, source
 from .table import print_table
 
-DESCRIPTION = """Judge a model on a labelled task by the task's own metrics, or on text by perplexity, beside its teacher and baselines.
-Models are folders or hub names: students with their vocabulary map, exported ones, and any other of transformers."""
+DESCRIPTION = """Judge a model beside its teacher and baselines: on a labelled task by the task's own metrics, on labelled rows of your
+own (--path without --task), or on text by perplexity. Models are folders or hub names: students with their vocabulary map, exported
+ones, and any other of transformers."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,15 +30,19 @@ def main(argv: Sequence[str]) -> int:
         metavar="NAME=FOLDER",
         help="models to judge beside it, each with its name",
     )
-    data = parser.add_mutually_exclusive_group(required=True)
+    data = parser.add_mutually_exclusive_group()
     data.add_argument("--task", help="glue/rte, super_glue/boolq, squad_v2, ..., stdlib/module: a task that the models are trained for")
     data.add_argument(
         "--text", type=source, metavar="PATH", help="hub name, folder, file or glob of text, or stdlib: for language models"
     )
-    parser.add_argument("--path", type=source, help="task: folder or hub name of a copy (default: the hub's own)")
+    parser.add_argument(
+        "--path", type=source, help="with --task the folder or hub name of a copy; alone, labelled rows: a file, folder or hub name"
+    )
+    parser.add_argument("--text_columns", type=_names, help="rows: column of the text, or of both texts as a,b (default: text)")
+    parser.add_argument("--label_column", help="rows: column of the label (default: label)")
     parser.add_argument("--name", help="text: configuration of a hub dataset")
     parser.add_argument("--text_column", help="text: column that holds the text (default: text)")
-    parser.add_argument("--split", help="default: a task's first besides train; test of a text, and all of a file")
+    parser.add_argument("--split", help="default: a task's first besides train, validation of rows, test of a text, and all of a file")
     parser.add_argument("--max_rows", type=positive, help="at most this many examples, or rows of text")
     parser.add_argument("--max_length", type=positive, help="tokens in a row (default: 128 of a task, 256 of text)")
     parser.add_argument("--batch_size", type=positive, default=32, help="rows in a batch (default: 32)")
@@ -78,14 +83,17 @@ def _output_folder(folder: Path | None) -> Iterator[None]:
 
 def _evaluated(models: Mapping[str, str], known: argparse.Namespace) -> dict[str, Any]:
     limits = _given(known, max_rows="max_eval_rows", max_length="max_length", split="eval_split")
-    of_task, of_text = _given(known, path="path"), _given(known, name="name", text_column="text_column")
-    if known.task is not None:
-        _refuse("task", of_text)
-        arguments = DatasetArguments(task=known.task, **of_task, **limits)
+    of_rows = _given(known, path="path", text_columns="text_columns", label_column="label_column")
+    of_text = _given(known, name="name", text_column="text_column")
+    if known.text is None:
+        if known.task is None and known.path is None:
+            raise ValueError("there is nothing to judge on; name a task by --task, labelled rows by --path, or a text by --text.")
+        _refuse("path" if known.task is None else "task", of_text)
+        arguments = DatasetArguments(task=known.task, **of_rows, **limits)
         from ..train.evaluate import evaluate_on_task
 
         return evaluate_on_task(models, arguments, batch_size=known.batch_size, use_cpu=known.use_cpu)
-    _refuse("text", of_task)
+    _refuse("text", of_rows)
     text = TextData(path=known.text, **of_text, **limits)
     from ..train.evaluate import evaluate_on_text
 
@@ -111,13 +119,18 @@ def _given(known: argparse.Namespace, **keys: str) -> dict[str, Any]:
     return {key: getattr(known, flag) for flag, key in keys.items() if getattr(known, flag) is not None}
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """Names between commas, as a list of `fastkd train` has them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def _refuse(kind: str, others: Mapping[str, Any]) -> None:
     for name in others:
         raise ValueError(f"--{name} does not go with --{kind}; leave it out.")
 
 
 def _show(evaluation: Mapping[str, Any]) -> None:
-    from ..train.evaluate import TITLES
+    from ..train.evaluate import TITLES, data_name
 
     models, data = evaluation["models"], evaluation["data"]
     scores = list(dict.fromkeys(score for result in models.values() for score in result["scores"]))
@@ -133,10 +146,14 @@ def _show(evaluation: Mapping[str, Any]) -> None:
             for name, result in models.items()
         ],
     )
-    if "task" in data:
-        print(f"\n{data['task']}, split {data['split']}: {data['examples']} examples.")
+    if "examples" in data:
+        split = "" if data["split"] is None else f", split {data['split']}"
+        classes = f" of the classes {', '.join(data['classes'])}" if data["classes"] else ""
+        print(f"\n{data_name(evaluation)}{split}: {data['examples']} examples{classes}.")
     else:
-        print(f"\n{data['text']}, split {data['split']}: {data['predictions']} {data['predicted']}, judged as {data['events']}.")
+        split = "" if data["split"] is None else f", split {data['split']}"
+        print(f"\n{data['text']}{split}: {data['predictions']} {data['predicted']}, judged over {data['events']}.")
+        print(f"Bits per byte: {evaluation['bits_per_byte']}.")
     if "calibration_error" in scores:
         print(f"Calibration error: {evaluation['calibration_error']}.")
 

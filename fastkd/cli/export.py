@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--onnx", action="store_true", help="also an ONNX file, compared with torch; encoders only, needs fastkd[onnx]")
     known = parser.parse_args(argv)
     _refuse_existing(known.output_dir)
+    from ..models.folder import model_folder
     from ..models.load import load_tokenizer
     from ..models.onnx_export import ONNX_FILE, check_onnx, export_onnx
     from ..models.student import export_student, load_student
@@ -40,10 +41,11 @@ def main(argv: Sequence[str]) -> int:
     if known.onnx:
         check_onnx(known.student)
     evaluations = [read_evaluation(file, known.student) for file in known.results]
-    student, provenance = load_student(known.student), read_provenance(known.student)
+    student, tokenizer = load_student(known.student), load_tokenizer(known.student)
+    provenance = read_provenance(model_folder(known.student))
     difference = None
     with exporting(known.output_dir) as folder:
-        tokenizer = export_student(student, load_tokenizer(known.student), folder)
+        tokenizer = export_student(student, tokenizer, folder)
         if known.onnx:
             difference = export_onnx(student.model, tokenizer, folder / ONNX_FILE)
         name = known.output_dir.resolve().name

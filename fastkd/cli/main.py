@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
+from ..errors import nearest
 from ..store import with_final_names
 from .failures import BAD_INPUT, explained
 from .process import Stopped, is_main_process, stdout_is_closed, stopping_cleanly
@@ -72,12 +73,17 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        raise ValueError(f"there is no command {name!r}; it has {', '.join(COMMANDS)}.")
+        meant = nearest(name, COMMANDS)
+        remedy = f"did you mean {meant}?" if meant else f"it has {', '.join(COMMANDS)}."
+        raise ValueError(f"there is no command {name!r}; {remedy}")
     if not sys.stderr.isatty():
         for bars in ("HF_HUB", "HF_DATASETS"):  # the hub's are transformers' too
             os.environ.setdefault(f"{bars}_DISABLE_PROGRESS_BARS", "1")
     # Torch's allocator on Linux: large tensors in large pages, which takes a tenth off a training step on a CPU.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Torch's C++ warnings: DDP's, that no parameter was unused this once, would come from every rank.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fastkd").setLevel(logging.INFO if is_main_process() else logging.ERROR)
     code: int = import_module(f".{name}", __package__).main(rest)

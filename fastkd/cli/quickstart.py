@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", type=path, help="default: runs/quickstart for glmd, runs/quickstart-task for crild and ted")
     parser.add_argument("--seed", type=int, default=0, help="of the students' weights and data order (default: 0)")
     parser.add_argument("--print_config", action="store_true", help="print the YAML that `fastkd train` would run for the same student")
+    parser.add_argument("--all", action="store_true", help="with --print_config: every key, not only what differs from the defaults")
     known = parser.parse_args(argv)
     output_dir = known.output_dir or Path("runs/quickstart" if known.method == "glmd" else "runs/quickstart-task")
     from ..train.quickstart import glmd_config, quickstart
@@ -31,14 +32,18 @@ def main(argv: Sequence[str]) -> int:
     if known.print_config:
         on_text = known.method == "glmd"
         config = glmd_config(output_dir, known.seed) if on_text else student_config(output_dir, known.method, known.seed)
-        print(to_yaml(config), end="")
+        print(to_yaml(config, defaults=known.all, inherited=not known.all), end="")
         return 0
+    if known.all:
+        raise ValueError("--all is of --print_config, which is not given; leave it out, or add --print_config.")
     if known.method == "glmd":
-        _show(quickstart(output_dir, known.seed), ["perplexity", "kept tokens only"], _perplexities)
+        results = quickstart(output_dir, known.seed)
+        _show(results, ["perplexity", "kept only"], _perplexities)
         print(
-            "\nPerplexity is over the same mapped tokens in every row, on files no model has seen: a dropped token counts as its"
-            "\nstand-in, and in the second figure not at all. GLMD uses no labels, and its teacher says nothing of dropped tokens."
-            "\nThe temperature here is 1: the paper's 15 asks for far longer training than a demo has."
+            f"\nPerplexity is over {results['events']} in every row, on files that no"
+            "\nmodel has seen: a dropped token counts as its stand-in, and in the second figure"
+            "\nnot at all. GLMD uses no labels, and its teacher says nothing of dropped tokens."
+            "\nThe temperature here is 1: the paper's 15 asks for far longer training."
         )
     else:
         _show(task_quickstart(output_dir, known.method, known.seed), ["accuracy"], lambda results, key: [f"{results[key]:.1%}"])
@@ -53,29 +58,27 @@ def _perplexities(results: dict[str, Any], key: str) -> list[str]:
 
 def _show(results: dict[str, Any], columns: list[str], scores: Any) -> None:
     """One row a model: its scores, and what it took."""
+    from ..train.readme import for_whom
+
     title = TITLES[results["method"]]
     rows = {
         "teacher": "teacher",
-        "student_alone": "student, hard labels alone",
-        "student_kd": "student, plain KD",
-        "student_distilled": f"student, {title}",
-        "student_alone_equal_time": f"student, hard labels, as long as {title}",
-        "student_kd_equal_time": f"student, plain KD, as long as {title}",
+        "student_alone": "hard labels alone",
+        "student_kd": "plain KD",
+        "student_distilled": title,
+        "student_alone_equal_time": f"hard labels, as long as {title}",
+        "student_kd_equal_time": f"plain KD, as long as {title}",
     }
     print()
     print_table(
-        ["", *columns, "steps", "train seconds", "parameters", "vocabulary"],
+        ["", *columns, "steps", "train seconds"],
         [
-            [
-                label,
-                *scores(results, key),
-                results["steps"][key],
-                f"{results['train_seconds'][key]:.0f}",
-                results["teacher_parameters" if key == "teacher" else "student_parameters"],
-                results["teacher_vocab" if key == "teacher" else "student_vocab"],
-            ]
+            [label, *scores(results, key), results["steps"][key], f"{results['train_seconds'][key]:.0f}"]
             for key, label in rows.items()
             if key in results
         ],
     )
-    print(f"\nStudent: {results['student_dir']}")
+    print()
+    for model, whose in (("teacher", "The teacher has"), ("student", "Each student has")):
+        print(f"{whose} {results[f'{model}_parameters']:,} parameters, and a vocabulary of {results[f'{model}_vocab']:,}.")
+    print(f"Student: {for_whom(Path(results['student_dir']))}")

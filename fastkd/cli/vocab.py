@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from .arguments import Parser, path, positive, source
 
@@ -54,17 +55,21 @@ def _count(known: argparse.Namespace) -> int:
 
 
 def _prune(known: argparse.Namespace) -> int:
-    from ..models.load import load_language_model, load_tokenizer
-    from ..models.student import count_parameters, export_student, prune_model
+    import torch
+
+    from ..models.load import load_config, load_language_model, load_tokenizer
+    from ..models.prune import prune_model
+    from ..models.student import count_parameters, export_student
     from ..train.config import Vocabulary
     from ..train.vocabulary import build_vocab_map
     from .export import exporting
 
     keep = int(known.keep) if known.keep >= 1 and known.keep.is_integer() else known.keep
     vocabulary = Vocabulary(keep=keep, counts=known.counts, protected=tuple(known.protected))
-    model, tokenizer = load_language_model(known.model), load_tokenizer(known.model)
-    vocab_map = build_vocab_map(vocabulary, tokenizer, model, None, [], known.output_dir)
-    pruned = prune_model(model.model, vocab_map)
+    config: Any = load_config(known.model)
+    saved_in = config.dtype or config.get_text_config().dtype or torch.float32
+    model, tokenizer = load_language_model(known.model, saved_in), load_tokenizer(known.model)
+    pruned = prune_model(model, build_vocab_map(vocabulary, tokenizer, model, None, [], known.output_dir))
     with exporting(known.output_dir) as folder:
         export_student(pruned, tokenizer, folder)
     rows = f"{model.vocabulary} -> {pruned.vocabulary}"

@@ -6,9 +6,11 @@ What Trainer promises holds, and no more: `fastkd train` has the checkpoints tha
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..methods.objective import Objective, Position
 from ..methods.teaching import Model
+from ..models.behaviour import forward_arguments
 from ..models.language_model import LanguageModel
 from ..models.load import save_vocabulary
 from ..train.batches import counter_torch_generator
@@ -28,7 +31,7 @@ from ..train.loop import NonFiniteError
 from ..train.parallel import StudentSide
 from .hf_head import patch_head, unpatch_head
 from .hf_models import COLUMNS, batch_of, labels_of
-from .hf_objectives import make_objective, reads_labels
+from .hf_objectives import check_vocabularies, make_objective, reads_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["KDTrainer", "patch_head", "unpatch_head"]
 
 AUXILIARY_FILE = "auxiliary.safetensors"
+_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+"""Columns that other trainers make labels of."""
 _STUDENT = "objective.student.model."  # what the names of the student's tensors begin with in the wrapped module
 
 
@@ -59,7 +64,7 @@ class KDTrainer(Trainer):
         model: Objective | PreTrainedModel | Model,
         args: TrainingArguments,
         *,
-        teacher: PreTrainedModel | Model | None = None,
+        teacher: PreTrainedModel | Model | str | os.PathLike[str] | None = None,
         method: str | None = None,
         options: Mapping[str, Any] | None = None,
         **trainer: Any,
@@ -69,9 +74,10 @@ class KDTrainer(Trainer):
         Args:
             model: the student, or an objective, which has its student and teacher.
             args: Trainer's own.
-            teacher: a model for the same task; it is frozen.
+            teacher: a model for the same task, or a folder or hub name from which it is loaded in float32; it is frozen.
             method: `kd`, `glmd` (word prediction) or `lm` on text, `crild` (logit distillation) or `finetune` on labelled tasks.
-            options: the method's, by name.
+            options: the method's, by name. `completion_only` of `kd` is True for a decoder unless it is given: as in TRL's trainers, a
+                token without a label is in no term of the loss.
             trainer: whatever else Trainer takes, by name.
 
         Raises:
@@ -84,7 +90,8 @@ class KDTrainer(Trainer):
             self.objective = model
         else:
             self.objective = make_objective(model, teacher, method, options or {}, args.device)
-        _check_objective(self.objective, args.device)
+        tokenizer = trainer.get("processing_class") or getattr(trainer.get("data_collator"), "tokenizer", None)
+        _check_objective(self.objective, args.device, getattr(tokenizer, "tokenizer", tokenizer))
         super().__init__(TrainedSide(self.objective), args, **trainer)
         self.add_callback(_EndStep(self))
 
@@ -140,7 +147,10 @@ class KDTrainer(Trainer):
         if not isinstance(inputs, Mapping):
             return inputs
         if judged and labels_of(inputs) is None and reads_labels(self.objective):
-            raise ValueError(f"The collator gives no labels, which {type(self.objective).__name__} reads; add them to the rows.")
+            raise ValueError(
+                f"The collator gives no labels, which {type(self.objective).__name__} reads; add them to the rows. Method kd needs "
+                "none with options={'label_weight': 0.0, 'completion_only': False}."
+            )
         return batch_of(inputs, self.objective.student)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -157,6 +167,17 @@ class KDTrainer(Trainer):
         # The last two are what collators make `labels` of.
         self._signature_columns: Any = [*COLUMNS, "label", "label_ids"]
 
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        _check_columns(dataset.column_names, self._read_by_the_student())
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        collate = super()._get_collator_with_removed_columns(data_collator, description)
+        return functools.partial(_collate_checked, collate, self._read_by_the_student())
+
+    def _read_by_the_student(self) -> set[str]:
+        return forward_arguments(self.objective.student.model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Trainer would apply a NaN and log a loss of 0."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -172,11 +193,10 @@ class KDTrainer(Trainer):
         """The student as plain from_pretrained opens it. state_dict: of the wrapped module, from FSDP."""
         if not self.args.should_save:
             return
-        folder, student = Path(output_dir or str(self.args.output_dir)), self.objective.student
+        folder = Path(output_dir or str(self.args.output_dir))
         if state_dict is not None:
             state_dict = {name.removeprefix(_STUDENT): tensor for name, tensor in state_dict.items() if name.startswith(_STUDENT)}
-        student.model.save_pretrained(folder, state_dict=state_dict)
-        save_vocabulary(student, folder)
+        _save_student(self.objective.student, folder, state_dict=state_dict)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -203,25 +223,36 @@ class KDTrainer(Trainer):
 
 
 class TrainedSide(StudentSide):
-    """The module that accelerate wraps, with what Trainer and accelerate ask of a transformers model."""
+    """The module that accelerate wraps, and that callbacks are given: what it has not itself is the student's transformers model's."""
 
     objective: Objective
     accepts_loss_kwargs = True  # the loss is divided by the count of its step, so Trainer does not divide it again
-    _ASKED = (
-        "config",
-        "_no_split_modules",
-        "get_input_embeddings",
-        "get_output_embeddings",
-        "activation_checkpointing_enable",
-        "gradient_checkpointing_enable",
-        "_keys_to_ignore_on_save",
-        "tie_weights",
-    )
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._ASKED:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "objective":  # a copy that has nothing yet
+                raise
             return getattr(self.objective.student.model, name)
-        return super().__getattr__(name)
+
+    def generate(self, inputs: Tensor | None = None, **options: Any) -> Tensor:
+        """`transformers` generation of a language model, with the ids of the rows in and out, also on a kept vocabulary.
+
+        Args:
+            inputs: (B, S) int64 ids; or by name, as input_ids.
+            options: of transformers' `generate`.
+
+        Returns:
+            (B, S + new) int64.
+        """
+        ids = options.pop("input_ids", inputs)
+        generated: Tensor = self.objective.student.generate(ids, **options)
+        return generated
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Save the student alone, as `KDTrainer.save_model` does, without a tokenizer. options: of transformers' `save_pretrained`."""
+        _save_student(self.objective.student, Path(save_directory), **options)
 
 
 class _EndStep(TrainerCallback):
@@ -249,14 +280,40 @@ def _check_arguments(args: TrainingArguments, trainer: Mapping[str, Any]) -> Non
         )
 
 
-def _check_objective(objective: Objective, device: torch.device) -> None:
-    if not any(p.requires_grad for p in objective.student.parameters()):
+def _check_objective(objective: Objective, device: torch.device, tokenizer: Any) -> None:
+    student, teacher = objective.student, getattr(objective, "teacher", None)
+    if not any(p.requires_grad for p in student.parameters()):
         raise ValueError(f"{type(objective).__name__} trains no weight of its student, and KDTrainer saves the student alone.")
-    teacher = getattr(objective, "teacher", None)
-    if teacher is not None and torch.empty(0, device=device).device != teacher.device:  # cpu:0 is cpu
+    if isinstance(student, LanguageModel):
+        student.check_own_loss()
+    if teacher is None:
+        return
+    if torch.empty(0, device=device).device != teacher.device:  # cpu:0 is cpu
         raise ValueError(
             f"The objective's teacher is on {teacher.device} and training on {device}; move it there before the objective is made."
         )
+    check_vocabularies(student, teacher, tokenizer)
+
+
+def _check_columns(names: Iterable[str], read: set[str]) -> None:
+    """Refuse (ValueError) rows with a column that would change what the student sees or learns. read: what its forward takes."""
+    lost = sorted((read.union(_MASKS) - set(COLUMNS)).intersection(names))
+    if lost:
+        raise ValueError(
+            f"The rows have {', '.join(lost)}, of which fastkd makes nothing. Remove the column; give rows that are packed into one as "
+            "rows of their own, and a mask of what is learned as labels of -100."
+        )
+
+
+def _collate_checked(collate: Callable[[Any], Any], read: set[str], rows: Sequence[Any]) -> Any:
+    if rows and isinstance(rows[0], Mapping):
+        _check_columns(rows[0], read)
+    return collate(rows)
+
+
+def _save_student(student: Model, folder: Path, **options: Any) -> None:
+    student.model.save_pretrained(folder, **options)
+    save_vocabulary(student, folder)
 
 
 def _denominator(weight: Any) -> Any:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..models.language_model import LanguageModel
+from ..models.behaviour import base_model, uncompiled
+from ..models.language_model import LanguageModel, loss_head
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.rows import LogitTransform
-from ..tasks.text import IGNORE_INDEX
-from .hf_models import shifted
+from ..tasks.text import IGNORE_INDEX, shifted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,17 +30,20 @@ def patch_head(model: M) -> M:
     BERT and others do, whose means are then added up by Trainer's gradient accumulation.
 
     The model is changed in place and returned. It keeps the name of its class, its parameters, its hooks and all else that it does.
+    Copies of it, also pickled ones, are patched too; what `save_pretrained` writes is the plain model.
 
     Raises:
-        TypeError: No masked or causal language model, or a head that is no plain nn.Linear.
+        TypeError: No masked or causal language model, one inside of a compiled or PEFT model, or a head that is no plain nn.Linear.
         ValueError: The model changes its logits after the head in an unknown way, or its own loss is another one.
     """
     if _unpatched(model) is not None:
         return model
+    if uncompiled(model) is not model or base_model(model) is not model:
+        raise TypeError(f"The model is wrapped in a {type(model).__name__}; patch the model inside, and wrap it then.")
     language_model = LanguageModel(model)
-    patched = _with_fused_loss(type(model), language_model.causal, language_model.transform)
-    _check_loss(language_model, patched)
-    model.__class__ = patched
+    language_model.check_own_loss()
+    own: Any = type(model)
+    model.__class__ = _with_fused_loss(own, language_model.causal, language_model.transform)
     return model
 
 
@@ -57,6 +60,7 @@ def _unpatched(model: PreTrainedModel) -> Any:
     return getattr(type(model), "unpatched_class", None)
 
 
+@functools.cache  # copies are of one class
 def _with_fused_loss(own: type, causal: bool, transform: LogitTransform) -> type:
     """A class like `own` but for what its forward does with labels."""
     forward: Any = own.forward  # type: ignore[attr-defined]
@@ -74,7 +78,7 @@ def _with_fused_loss(own: type, causal: bool, transform: LogitTransform) -> type
             targets = shifted(labels) if causal else labels
         if count is not None:  # a step may be without labels; its sums are zero, whatever they are divided by
             count = count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
-        head = self.get_output_embeddings()
+        head = loss_head(self)  # another one after resize_token_embeddings
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return linear_cross_entropy(
@@ -102,7 +106,20 @@ def _with_fused_loss(own: type, causal: bool, transform: LogitTransform) -> type
     # Trainer and others read from it what the model can be given. No __wrapped__: what accelerate unwraps must end here.
     with_fused_loss.__signature__ = signature  # type: ignore[attr-defined]
     same = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(own.__name__, (own,), {**same, "forward": with_fused_loss, "accepts_loss_kwargs": True, "unpatched_class": own})
+    changed = {
+        "forward": with_fused_loss,
+        "accepts_loss_kwargs": True,
+        "unpatched_class": own,
+        # By its name pickle would find the model's own class.
+        "__reduce__": lambda self: (_new_patched, (own, causal, transform), self.__getstate__()),
+    }
+    return type(own.__name__, (own,), {**same, **changed})
+
+
+def _new_patched(own: type, causal: bool, transform: LogitTransform) -> Any:
+    """A patched model that is still without its state."""
+    patched: Any = _with_fused_loss(own, causal, transform)
+    return patched.__new__(patched)
 
 
 def _loss_of_logits(logits: Tensor, targets: Tensor, count: float | Tensor | None) -> Tensor:
@@ -110,24 +127,3 @@ def _loss_of_logits(logits: Tensor, targets: Tensor, count: float | Tensor | Non
     targets = targets.to(logits.device)
     total = functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return total / ((targets != IGNORE_INDEX).sum().clamp_min(1) if count is None else count)
-
-
-def _check_loss(language_model: LanguageModel, patched: Any) -> None:
-    """The new loss is the model's own: unknown terms of it, such as a router's, are refused here."""
-    model, vocabulary = language_model.model, language_model.vocabulary
-    ids = torch.tensor([[vocabulary - 1, vocabulary // 2, vocabulary // 3, vocabulary // 5]], device=language_model.device)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        theirs, ours = (
-            forward(model, input_ids=ids, labels=ids.flip(1), return_dict=True).loss.float()
-            for forward in (type(model).forward, patched.forward)
-        )
-    model.train(training)
-    # A router's loss may be smaller than what 16 bits leave of the other one.
-    if getattr(model.config, "output_router_logits", False) or not torch.allclose(ours, theirs, rtol=1e-2):
-        raise ValueError(
-            f"{type(model).__name__} computes another loss than the mean cross-entropy of its labels ({float(theirs):.4g}, which is "
-            f"{float(ours):.4g}): it may add a router's, or weigh or smooth its labels. Switch that off in its config (the router's is "
-            "output_router_logits), or train it with its own loss."
-        )

@@ -3,46 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from ..models.behaviour import base_model, uncompiled
 from ..models.language_model import LanguageModel
 from ..models.task_model import TaskModel
 from ..tasks.encoded import TaskBatch
-from ..tasks.text import IGNORE_INDEX, TextBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ..tasks.text import IGNORE_INDEX, TextBatch, shifted
 
 COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "labels", "shift_labels", "start_positions", "end_positions")
 """What is read of a collated dict."""
 _ANSWERS = ("start_positions", "end_positions")
 
 
-def as_fastkd_model(model: PreTrainedModel | LanguageModel | TaskModel) -> LanguageModel | TaskModel:
-    """A language model by its head, a task model by the task that transformers' class is for."""
+def as_fastkd_model(model: Any) -> LanguageModel | TaskModel:
+    """A task model where the model's class, or one that it is derived from, is transformers' for that task; else a language model.
+
+    Raises:
+        TypeError: no model, an encoder-decoder, or one without a plain nn.Linear as its head.
+        ValueError: a model for labels that do not exclude one another, or what `LanguageModel` refuses.
+    """
     if isinstance(model, LanguageModel | TaskModel):
         return model
+    if getattr(model, "config", None) is None:
+        raise TypeError(f"{model!r} is a {type(model).__name__}; give a model, as transformers' from_pretrained returns it.")
     from transformers.models.auto import modeling_auto as auto
 
+    model = uncompiled(model)
     name, config = type(model).__name__, model.config
-    if name in auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values():
+    names = {kind.__name__ for kind in type(base_model(model)).__mro__}
+    if names.intersection(auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values()):
         return TaskModel(model, "question_answering")
-    if name not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+    if not names.intersection(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()):
         return LanguageModel(model)
     if config.problem_type == "multi_label_classification":
         raise ValueError(f"{name} has problem_type multi_label_classification, whose labels exclude nothing; no method here is for it.")
     return TaskModel(model, "regression" if config.num_labels == 1 else "classification")
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """Labels (..., S) of a causal model as transformers has them, those of the positions themselves, as what each position predicts:
-    (..., S), with -100 at the end.
-    """
-    return pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 def batch_of(inputs: Mapping[str, Tensor], student: LanguageModel | TaskModel) -> TextBatch | TaskBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,14 @@ _CHUNK_ROWS = 256
 _FIRST_POSITIONS = 8
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What all models were asked: the position (N,) of every prediction in its row, from 1, and the bytes of what is predicted."""
+
+    positions: np.ndarray
+    text_bytes: int
+
+
 @dataclass
 class Judged:
     """A language model, and what is known of its predictions so far."""
@@ -33,40 +42,40 @@ class Judged:
     agreement: list[Tensor] = field(default_factory=list)
     divergence: list[Tensor] = field(default_factory=list)
 
-    def summary(self, positions: np.ndarray) -> dict[str, Any]:
-        """`scores`, and beside a teacher `divergence_by_position`, from the position (N,) of every prediction."""
-        perplexity = perplexity_of(self.losses)
-        scores = {
-            "perplexity": perplexity,
-            "calibration_error": calibration_error(torch.cat(self.confidence), torch.cat(self.is_right)),
-        }
+    def summary(self, asked: Predictions) -> dict[str, Any]:
+        """`scores`, and beside a teacher `divergence_by_position`. Bits per byte are the perplexity's nats over the predicted bytes."""
+        scores = {"perplexity": perplexity_of(self.losses)}
+        if asked.text_bytes:
+            scores["bits_per_byte"] = sum(loss for loss, _ in self.losses) / math.log(2) / asked.text_bytes
+        scores["calibration_error"] = calibration_error(torch.cat(self.confidence), torch.cat(self.is_right))
         if not self.divergence:
             return {"scores": scores}
         divergence = torch.cat(self.divergence).double().numpy()
         scores["teacher_agreement"] = float(torch.cat(self.agreement).double().mean())
         scores["teacher_divergence"] = float(divergence.mean())
-        return {"scores": scores, "divergence_by_position": by_position(divergence, positions)}
+        return {"scores": scores, "divergence_by_position": by_position(divergence, asked.positions)}
 
 
 @torch.no_grad()
 def judge(
     models: Mapping[str, Judged],
-    batches: Iterable[TextBatch],
+    batches: Iterable[tuple[TextBatch, int]],
     *,
     teacher: str | None = None,
     fold: VocabMap | None = None,
     kept: slice | Tensor,
-) -> np.ndarray:
-    """Show every model the same batches and note what it predicts; (N,) the position of every prediction, from 1.
+) -> Predictions:
+    """Show every model the same batches, each with the bytes of the tokens that it has predicted, and note what it predicts.
 
     teacher: the model that all others are compared with. fold: the map on whose slots models over all ids are judged. kept: the ids
     over which models are compared.
     """
-    positions = []
-    for batch in batches:
+    positions, total = [], 0
+    for batch, text_bytes in batches:
         predicted = batch.labels != IGNORE_INDEX
         labels = batch.labels[predicted]
         positions.append(predicted.nonzero()[:, 1].numpy() + 1)
+        total += text_bytes
         states = {name: predicting_states(each.model, batch) for name, each in models.items()}
         for name, each in models.items():
             own_fold = fold if each.model.vocab_map is None else None
@@ -80,7 +89,7 @@ def judge(
                 assert stats.top1_agreement is not None and stats.divergence is not None
                 each.agreement.append(stats.top1_agreement.cpu())
                 each.divergence.append(stats.divergence.cpu())
-    return np.concatenate(positions)
+    return Predictions(np.concatenate(positions), total)
 
 
 def by_position(divergence: np.ndarray, positions: np.ndarray) -> list[dict[str, Any]]:
@@ -116,11 +125,14 @@ def top_predictions(model: LanguageModel, states: Tensor, labels: Tensor, *, fol
     """
     head, labels = model.head, labels.to(states.device)
     bias = bias_of_slots(model, head.bias)
-    id_to_slot = None if fold is None else fold.id_to_slot.to(states.device)
+    weight, id_to_slot = head.weight, None
+    if fold is not None:  # rows of the model that the map does not know are padding
+        id_to_slot = fold.id_to_slot[: len(weight)].to(states.device)
+        weight, bias = weight[: len(id_to_slot)], None if bias is None else bias[: len(id_to_slot)]
     events = model.to_slots(labels) if id_to_slot is None else id_to_slot[labels]
     parts = []
     for rows in torch.split(states, _CHUNK_ROWS):
-        probability = model.transform.apply(torch.nn.functional.linear(rows, head.weight, bias).float()).softmax(-1)
+        probability = model.transform.apply(torch.nn.functional.linear(rows, weight, bias).float()).softmax(-1)
         if fold is not None and id_to_slot is not None:
             probability = probability.new_zeros(len(rows), fold.num_kept).index_add_(1, id_to_slot, probability)
         parts.append(probability.max(-1))

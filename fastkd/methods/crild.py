@@ -92,6 +92,9 @@ class CRILDOptions:
     """Of stage kd; the loss carries its square."""
     label_weight: float = 0.0
     """Of the labels' loss in stage kd; the authors use no labels."""
+    relu_head: bool = False
+    """Scores of all stages are Linear(ReLU(pooled)) without dropout, as in the authors' BERT; with paper_script it is their command.
+    No class of transformers has this head: fastkd alone loads such models, and export refuses them."""
 
     def __post_init__(self) -> None:
         for name, kind in (("preset", Preset), ("layers", Layers), ("ramp", Ramp), ("padding", Padding), ("form", Form)):
@@ -334,6 +337,9 @@ class IntermediateLayerDistillation(Objective):
 
 def compared_layers(student: PreTrainedModel, teacher: PreTrainedModel, options: CRILDOptions) -> dict[str, LayerMap]:
     """(student layer, teacher layer) that stage `ild` compares, by letter; models that do not fit the options are refused."""
+    for model in (student, teacher):
+        if options.relu_head and model.config.model_type != "bert":
+            raise ValueError(f"relu_head is the head of the authors' BERT, and a model is {model.config.model_type}; set it to false.")
     settings, depths = options.resolved(), (num_layers(student), num_layers(teacher))
     pairs = {letter: layer_map(settings.layers, *depths, embeddings=letter == "H") for letter in settings.objects}
     for letter, layers in pairs.items():

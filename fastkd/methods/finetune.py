@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..models.deberta import zero_context_at_pads
 from ..models.task_model import TaskModel
 from ..tasks.encoded import TaskBatch
 from .objective import Objective
@@ -22,9 +24,10 @@ class FineTuning(Objective):
 
     student: TaskModel
 
-    def __init__(self, student: TaskModel) -> None:
+    def __init__(self, student: TaskModel, *, zero_context: bool = False) -> None:
+        """zero_context: DeBERTa's pads, which are in the softmax of questions, get no attention context; see `zero_context_at_pads`."""
         super().__init__()
-        self.student = student
+        self.student, self.zero_context = student, zero_context
 
     def weight(self, batch: TaskBatch) -> float:
         """How many examples the batch has."""
@@ -32,4 +35,6 @@ class FineTuning(Objective):
 
     def forward(self, batch: TaskBatch, denominator: float) -> Tensor:
         """(): the task's loss summed over examples, divided by the step's number of them."""
-        return label_loss(self.student.kind, self.student(batch), batch.labels).sum() / denominator
+        with zero_context_at_pads(self.student) if self.zero_context else nullcontext():
+            scores = self.student(batch)
+        return label_loss(self.student.kind, scores, batch.labels).sum() / denominator

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..models.cloze_scores import choice_scores, verbalizer_scores
+from ..models.cloze_scores import check_label_words, choice_scores, verbalizer_scores
 from ..models.language_model import LanguageModel
 from ..models.task_model import TaskModel
 from ..models.teacher_cache import CachedTeacher
@@ -30,6 +30,7 @@ from ..tasks.cloze import ClozeBatch
 from ..tasks.cloze_task import ClozeTask
 from .language_modeling import check_mask_probability
 from .objective import Objective
+from .task_losses import upcast
 from .teaching import Lesson, plain
 
 STAGES = ("pretrain", "task_words", "task_scores")
@@ -162,9 +163,12 @@ class TaskScores(Objective):
             label_word_ids: (C,) int64 teacher ids of the label words; of verbalizers.
 
         Raises:
-            ValueError: a teacher that is not frozen.
+            ValueError: a teacher that is not frozen, or a model whose vocabulary does not keep a label word.
         """
         super().__init__()
+        for model in (student, teacher):
+            if isinstance(model, LanguageModel) and model.vocab_map is not None and label_word_ids is not None:
+                check_label_words(task, label_word_ids, model.vocab_map)
         self.student = student
         self.options, self.scores = options, ClozeScores(task, label_word_ids)
         self.learn_from(teacher, Lesson(scores=self.scores))
@@ -176,9 +180,9 @@ class TaskScores(Objective):
     def forward(self, batch: Any, denominator: float) -> Tensor:
         """(): summed over the batch's examples, divided by the step's number of them."""
         batch, taught = self.taught(batch)
-        scores = self.scores(self.student, batch).float()
+        scores = upcast(self.scores(self.student, batch))
         assert taught.scores is not None
-        target = taught.scores.view_as(scores).float()
+        target = upcast(taught.scores).view_as(scores)
         if self.options.preset == "strict" and scores.shape == batch.choice_mask.shape:
             target = target.masked_fill(~batch.choice_mask, -torch.inf)
             # Zero instead of -inf for the student: its log-softmax there meets a target of exactly zero.

@@ -13,7 +13,7 @@ from ..models.language_model import LanguageModel
 from ..models.teacher_cache import CachedTeacher
 from ..ops.arguments import check_temperature
 from ..ops.divergence import Divergence
-from ..tasks.text import IGNORE_INDEX
+from ..tasks.text import IGNORE_INDEX, TextBatch
 from .language_modeling import check_mask_probability
 from .objective import Objective
 from .teaching import Lesson, plain
@@ -29,6 +29,8 @@ class KDOptions:
     """Divergence between teacher and student, by name or as jsd(0.5), skew_kl(0.1), skew_rkl(0.1)."""
     label_weight: float = 1.0
     """Weight of the hard labels' cross-entropy beside the divergence."""
+    completion_only: bool = False
+    """Whether the divergence, too, is over labelled tokens alone, as those of completions are; KDTrainer does so with decoders."""
     mask_probability: float = 0.15
     """Share of tokens an encoder predicts; decoders predict every next token whatever it says."""
 
@@ -42,6 +44,8 @@ class KDOptions:
 
 class KnowledgeDistillation(Objective):
     """mean over tokens of T^2 D(teacher, student) + label_weight * mean over labelled tokens of cross-entropy.
+
+    A pad predicts nothing, whatever its label. With `completion_only` the first mean is over labelled tokens as well.
 
     A student on a kept vocabulary answers for every id of the teacher: a dropped id has its stand-in's logit (GLM's output mode A), so
     the softmax runs over the teacher's ids, and log(ids per slot), its `slot_bias`, turns its logits into those of the slots.
@@ -72,15 +76,23 @@ class KnowledgeDistillation(Objective):
             student.slot_bias = ids.double().log().float()
 
     def weight(self, batch: Any) -> np.ndarray:
-        """(2,) float64, tokens and labelled tokens."""
-        return np.array([int(batch.attention_mask.sum()), int((plain(batch).labels != IGNORE_INDEX).sum())], dtype=np.float64)
+        """(2,) float64, compared tokens and labelled tokens."""
+        mask, labels = self._compared(plain(batch))
+        return np.array([int(mask.sum()), int((labels != IGNORE_INDEX).sum())], dtype=np.float64)
+
+    def _compared(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+        """Where the models are compared, (B, S) bool, and the labels of no pad, (B, S) int64: what is counted is what is summed."""
+        mask = batch.attention_mask.bool()
+        labels = batch.labels.masked_fill(~mask, IGNORE_INDEX)
+        return labels != IGNORE_INDEX if self.options.completion_only else mask, labels
 
     def forward(self, batch: Any, denominator: np.ndarray) -> Tensor:
-        """(): both terms, made in one pass over the logits. denominator: (2,), the step's tokens and labelled tokens."""
+        """(): both terms, made in one pass over the logits. denominator: (2,), the step's `weight`."""
         (batch, taught), options, student = self.taught(batch), self.options, self.student
+        mask, labels = self._compared(batch)
         words = taught.words
         assert words is not None
-        tokens, labelled = map(float, denominator)
+        tokens, labelled = (max(float(count), 1.0) for count in denominator)
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if student.vocab_map is not None:
@@ -93,17 +105,17 @@ class KnowledgeDistillation(Objective):
                 student_bias=bias,
                 divergence=options.divergence,
                 temperature=options.temperature,
-                mask=batch.attention_mask.bool(),
-                labels=batch.labels,
+                mask=mask,
+                labels=labels if options.label_weight > 0 else None,
                 # The op divides both terms by the tokens; cross-entropy is to be averaged over labelled ones.
-                label_weight=options.label_weight * tokens / max(labelled, 1.0),
+                label_weight=options.label_weight * tokens / labelled,
                 denominator=tokens,
                 **student.logit_options("student"),
             )
             if options.label_weight > 0:
                 assert stats.divergence is not None and stats.cross_entropy is not None
                 self.term("divergence", stats.divergence.sum() / tokens)
-                self.term("labels", options.label_weight * stats.cross_entropy.sum() / max(labelled, 1.0))
+                self.term("labels", options.label_weight * stats.cross_entropy.sum() / labelled)
             return loss
 
         return student(batch.input_ids, batch.attention_mask, at_head)

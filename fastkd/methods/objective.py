@@ -182,3 +182,5 @@ class Stage:
     """Whether the loss reads states inside of layers."""
     fingerprint: str = ""
     """Another one for other training rows, or another order of them."""
+    events: str | None = None
+    """What the perplexity among the scores is over, if there is one."""

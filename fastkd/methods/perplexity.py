@@ -48,6 +48,12 @@ def summed_loss(
     return float(model(batch.input_ids, batch.attention_mask, at_head)), count
 
 
+def events(vocab_map: VocabMap | None, ids: int) -> str:
+    """Name what a perplexity is over, for a model or a fold with this map, or one over all `ids`: two compare only where this is the
+    same."""
+    return f"all {ids} ids" if vocab_map is None else f"{vocab_map.num_kept} slots of {vocab_map.vocab_size} ids"
+
+
 def loss_at_head(
     model: LanguageModel, labels: Tensor, *, fold: VocabMap | None = None, kept_only: VocabMap | None = None
 ) -> tuple[AtHead[Tensor], int]:
@@ -90,8 +96,10 @@ def bias_of_slots(model: LanguageModel, bias: Tensor | None) -> Tensor | None:
 
 
 def _folded(model: LanguageModel, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, fold: VocabMap) -> Tensor:
-    """-sum log of the summed probability of all ids in the label's slot, a few rows of logits at a time."""
-    id_to_slot = fold.id_to_slot.to(hidden.device)
+    """-sum log of the summed probability of all ids in the label's slot, a few rows of logits at a time; rows of the model that the map
+    does not know are padding, and are left out."""
+    id_to_slot = fold.id_to_slot[: len(weight)].to(hidden.device)
+    weight, bias = weight[: len(id_to_slot)], None if bias is None else bias[: len(id_to_slot)]
     predicted = labels != IGNORE_INDEX
     hidden, slots = hidden[predicted], id_to_slot[labels[predicted]]
     total = hidden.new_zeros((), dtype=torch.float32)

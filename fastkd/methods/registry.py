@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..models.load import known_ids
 from ..models.task_model import TaskModel
 from ..models.teacher_cache import CachedTeacher
 from ..tasks.cloze import label_word_ids
@@ -73,6 +74,8 @@ class LessonInputs:
     tokenizer: Any
     kept: slice | Tensor
     """The teacher's rows behind those of the student's head."""
+    num_words: int
+    """Ids, from 0 on, that the tokenizer and the teacher have."""
     compared: Any
     """What the stage's `check_models` has returned."""
 
@@ -146,6 +149,7 @@ def build_stage(spec: StageSpec, inputs: StageInputs) -> Stage:
         keep=spec.keep,
         captures=spec.captures,
         fingerprint=train_fingerprint(inputs.rows),
+        events=data.events,
     )
 
 
@@ -188,11 +192,17 @@ def _label_words(task: ClozeTask, tokenizer: Any) -> Tensor | None:
 
 def _knowledge_distillation(inputs: StageInputs) -> Objective:
     assert isinstance(inputs.student, LanguageModel) and isinstance(inputs.teacher, LanguageModel | CachedTeacher)
-    return KnowledgeDistillation(inputs.student, inputs.teacher, inputs.options, len(inputs.tokenizer))
+    return KnowledgeDistillation(inputs.student, inputs.teacher, inputs.options, known_ids(inputs.teacher.model, inputs.tokenizer))
 
 
 def _hard_labels(inputs: StageInputs) -> Objective:
     return LanguageModeling(inputs.student) if isinstance(inputs.student, LanguageModel) else FineTuning(inputs.student)
+
+
+def _ted_labels(inputs: StageInputs) -> Objective:
+    if isinstance(inputs.student, LanguageModel):
+        return LanguageModeling(inputs.student)
+    return FineTuning(inputs.student, zero_context=inputs.options.resolved().padding == "include")
 
 
 def _intermediate_layers(inputs: StageInputs) -> Objective:
@@ -223,7 +233,7 @@ def _word_lesson(inputs: LessonInputs) -> Lesson:
 
 
 def _all_words_lesson(inputs: LessonInputs) -> Lesson:
-    return Lesson(words=slice(len(inputs.tokenizer)))
+    return Lesson(words=slice(inputs.num_words))
 
 
 def _cloze_lesson(inputs: LessonInputs) -> Lesson:
@@ -311,8 +321,8 @@ METHODS: dict[str, Method] = {
         "TED",
         TEDOptions,
         (
-            _FINETUNE_TEACHER,
-            StageSpec("student", _TEXT_OR_DATASET, _hard_labels, needs_teacher=False),
+            replace(_FINETUNE_TEACHER, build=_ted_labels),
+            StageSpec("student", _TEXT_OR_DATASET, _ted_labels, needs_teacher=False),
             replace(_STUDENT_FILTERS, name="teacher_filters", build=_teacher_filters, trains="teacher"),
             _STUDENT_FILTERS,
             StageSpec(

@@ -16,16 +16,17 @@ from torch.nn.functional import pad
 
 from ..models.language_model import LanguageModel
 from ..models.task_model import TaskModel
-from ..tasks.cloze import ClozeBatch, Example, collate
+from ..tasks.cloze import ClozeBatch, Example, collate, label_word_ids
 from ..tasks.cloze_task import ClozeTask
 from ..tasks.encoded import EncodedTask
 from ..tasks.labelled import TaskDataset
 from ..tasks.metrics import accuracy, f1_macro
 from ..tasks.text import IGNORE_INDEX, Masking, TextBatch, collate_text
+from ..tasks.token_rows import num_ids
 from ..tasks.token_rows import pad_id as pad_id_of
 from ..tasks.tokenized import TokenRows
 from .objective import Batch, Share
-from .perplexity import perplexity_of, summed_loss
+from .perplexity import events, perplexity_of, summed_loss
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class TextRows:
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(int(rows.lengths.max()) for rows in (self.train, self.eval) if rows is not None)
+
+    @property
+    def largest_id(self) -> int:
+        """The highest id of a token."""
+        return max(rows.largest_id for rows in (self.train, self.eval) if rows is not None)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,13 @@ class ClozeRows:
         """Tokens of the longest row."""
         return max(len(ids) for rows in (self.train, self.eval) for example in rows for ids in example.sequences)
 
+    @property
+    def largest_id(self) -> int:
+        """The highest id of a token, or of one that is predicted in the answer's place."""
+        examples = [*self.train, *self.eval]
+        read = max(int(ids.max()) for example in examples for ids in example.sequences)
+        return max([read, *(id for example in examples for targets in example.score_targets for id in targets)])
+
 
 @dataclass(frozen=True)
 class DatasetRows:
@@ -68,6 +81,11 @@ class DatasetRows:
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(int(rows.lengths.max()) for rows in (self.train, self.eval) if rows is not None)
+
+    @property
+    def largest_id(self) -> int:
+        """The highest id of a token."""
+        return max(rows.largest_id for rows in (self.train, self.eval) if rows is not None)
 
 
 Rows = TextRows | ClozeRows | DatasetRows
@@ -102,6 +120,14 @@ def train_sequences(rows: Rows) -> Sequences:
         return Sequences(lengths, np.array([0, *accumulate(len(example.sequences) for example in rows.train)]))
     ids = rows.train.ids
     return Sequences(np.array([len(sequence) for sequence in ids]), np.arange(0, len(ids) + 1, rows.train.num_choices))
+
+
+def largest_id(rows: Rows, model: LanguageModel | TaskModel, tokenizer: Any) -> int:
+    """The highest id that `model` reads or predicts in these rows, pads and label words included."""
+    if isinstance(rows, TextRows) and is_masked(model):
+        return num_ids(tokenizer) - 1  # masking draws some from all that there are
+    words = label_word_ids(rows.task, tokenizer) if isinstance(rows, ClozeRows) else ()
+    return max(rows.largest_id, pad_id_of(tokenizer), *words)
 
 
 def train_fingerprint(rows: Rows) -> str:
@@ -151,6 +177,7 @@ class StageData:
     evaluate: Evaluate | None
     metric: str
     higher_is_better: bool
+    events: str | None = None
 
 
 def batch_maker(
@@ -224,7 +251,10 @@ def text_data(
             return {"perplexity": perplexity_of(share.map(loss, range(0, len(judged), eval_batch_size)))}
 
     is_judged = judged is not None and isinstance(student, LanguageModel)
-    return StageData(rows.train.lengths, make_batch, evaluate if is_judged else None, "perplexity", False)
+    if not is_judged:
+        return StageData(rows.train.lengths, make_batch, None, "perplexity", False)
+    over = events(student.vocab_map, num_ids(tokenizer))
+    return StageData(rows.train.lengths, make_batch, evaluate, "perplexity", False, over)
 
 
 def cloze_data(

@@ -14,7 +14,7 @@ from ..tasks.labelled import Kind
 def label_loss(kind: Kind, scores: Tensor, labels: Tensor) -> Tensor:
     """(B,) what transformers' heads compute: cross-entropy over classes or choices, squared error for regression, and for question
     answering the mean of the cross-entropies of the answer's first and last token."""
-    scores = _raised(scores)
+    scores = upcast(scores)
     if kind == "regression":
         return (scores - labels.to(scores.dtype)).square()
     if kind == "question_answering":
@@ -39,7 +39,7 @@ def score_divergence(
     """
     if kind == "regression":
         raise ValueError("Regression scores are no distribution; compare them by their squared error.")
-    student, teacher = (_raised(x) / temperature for x in (student, teacher.detach()))
+    student, teacher = (upcast(x) / temperature for x in (student, teacher.detach()))
     if mask is not None:
         # The lowest number and not -inf, whose difference with itself is NaN where the teacher's probability is zero.
         student, teacher = (x.masked_fill(~mask[:, None], torch.finfo(x.dtype).min) for x in (student, teacher))
@@ -49,5 +49,6 @@ def score_divergence(
     return temperature**2 * per_example
 
 
-def _raised(scores: Tensor) -> Tensor:
+def upcast(scores: Tensor) -> Tensor:
+    """16-bit scores in float32; others as they are."""
     return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores

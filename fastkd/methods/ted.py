@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.capture import capture, check_capture, num_layers
+from ..models.deberta import zero_context_at_pads
 from ..models.filters import FilterBank, FilterHeads, hidden_width, reads_last_token
 from ..models.language_model import LanguageModel
 from ..models.layer_map import LayerMap, intervals, layer_map
@@ -57,7 +58,8 @@ class TEDOptions:
     """What the next three are where they are null. strict: exclude, mse, false. paper: what the authors' code computes, include,
     batch_softmax, true."""
     padding: Literal["exclude", "include"] | None = None
-    """Whether pads count in the mean of squared distances, and in the softmax over positions of question answering's divergence."""
+    """Whether pads count in the mean of squared distances, and in the softmax over positions of question answering's divergence.
+    include: DeBERTa's pads then have the states that the authors' transformers 4.28 gives them, without any attention context."""
     regression_kd: Literal["mse", "batch_softmax", "none"] | None = None
     """How a regression's values are distilled. mse: their squared distance. batch_softmax: the divergence of softmaxes over the
     examples of a batch, a ranking loss that depends on what else the batch holds; each micro-batch is one. none: not at all."""
@@ -177,7 +179,8 @@ class FilterTraining(Objective):
             with torch.enable_grad():
                 losses.append(self._loss(layers.index(layer), read, positions, batch))
 
-        with torch.no_grad(), capture(self.student.model, hidden=layers, at_hidden=probe, stop=True):
+        reads = capture(self.student.model, hidden=layers, at_hidden=probe, stop=True)
+        with torch.no_grad(), _pads_as_published(self.options, self.student), reads:
             _run(self.student, batch)
         return torch.stack(losses).sum() / (len(layers) * max(denominator, 1.0))  # text may have no label at all
 
@@ -261,7 +264,8 @@ class TaskAwareDistillation(Objective):
     def forward(self, batch: Any, denominator: np.ndarray) -> Tensor:
         """(): the sum of the terms of this batch. denominator: (3,), the step's sum of `weight`."""
         labelled, tokens, positions = map(float, denominator)
-        batch, taught = self.taught(batch)
+        with _pads_as_published(self.options, *self.held.values()):
+            batch, taught = self.taught(batch)
         distances: list[Tensor] = []
         number = {own: (k, other) for k, (own, other) in enumerate(self.pairs)}
 
@@ -269,7 +273,8 @@ class TaskAwareDistillation(Objective):
             k, other = number[layer]
             distances.append(self._distance(k, state, taught.states.pop(other), batch))
 
-        with capture(self.student.model, hidden=number, at_hidden=compare) if number else nullcontext():
+        reads: Any = capture(self.student.model, hidden=number, at_hidden=compare) if number else nullcontext()
+        with _pads_as_published(self.options, self.student), reads:
             if isinstance(self.student, LanguageModel):
                 loss = self._text_loss(batch, taught, labelled, tokens)
             else:
@@ -336,6 +341,11 @@ class TaskAwareDistillation(Objective):
             return kl_alpha * loss
 
         return student(batch.input_ids, batch.attention_mask, at_head)
+
+
+def _pads_as_published(options: TEDOptions, *models: nn.Module) -> AbstractContextManager[None]:
+    """Around forwards of `models`: with padding="include" the states at pads are those of the authors' transformers."""
+    return zero_context_at_pads(*models) if options.padding == "include" else nullcontext()
 
 
 def lesson(options: TEDOptions, kind: Kind | None, layers: tuple[int, ...], kept: slice | Tensor | None) -> Lesson:

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..ops.rows import LogitTransform
+from ..tasks.text import IGNORE_INDEX, shifted
 from ..vocab.map import VocabMap
+from .behaviour import asked, forward_arguments, is_causal, probe_ids, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -32,7 +35,8 @@ class LossHead(nn.Linear):
         """(..., H) -> logits (..., V); while `at_head` is set, a placeholder (..., 1)."""
         if self.at_head is None:
             return super().forward(hidden)
-        self.result = self.at_head(hidden, self.weight, self.bias)
+        # Not by nn.Module's own __setattr__, which would register a parameter that is handed through.
+        object.__setattr__(self, "result", self.at_head(hidden, self.weight, self.bias))
         return hidden[..., :1].detach()
 
 
@@ -44,19 +48,33 @@ class LanguageModel(nn.Module):
     """
 
     model: Any
+    causal: bool
+    """Whether no position sees a later one, so that each predicts the next token."""
     id_to_slot: Tensor
     slot_bias: Tensor | None = None
     """(V,) what turns the logits of a student that was trained to answer for all ids into those of its slots, by which it is judged."""
 
     def __init__(self, model: PreTrainedModel, vocab_map: VocabMap | None = None) -> None:
+        """Take `model` as it is, or what `torch.compile` made it of: the loss inside its head changes what would have been compiled.
+
+        Args:
+            model: with a plain nn.Linear as its head; PEFT's models too.
+            vocab_map: of a model with one row per kept id.
+
+        Raises:
+            TypeError: an encoder-decoder, or a head that is no plain nn.Linear or is not called.
+            ValueError: logits that are not finite or change after the head in an unknown way, a map of another size, or attention that
+                is not what the model's class is for.
+        """
         super().__init__()
+        model = uncompiled(model)
         if model.config.is_encoder_decoder:
             raise TypeError(f"{type(model).__name__} is an encoder-decoder; give a masked or a causal language model.")
         self.model = model
         self.vocab_map = vocab_map
         self.transform = logit_transform(model.config)
-        self.causal = is_causal(model)
-        self.head = _loss_head(model)
+        self._options = {"use_cache": False} if "use_cache" in forward_arguments(model) else {}
+        self.head = loss_head(model)
         rows = self.head.out_features
         if vocab_map is not None:
             if rows != vocab_map.num_kept:
@@ -118,10 +136,9 @@ class LanguageModel(nn.Module):
         Returns:
             Logits (B, S, V) over the model's rows; with `at_head` what that returns.
         """
-        options = {"use_cache": False} if self.causal else {}
         self.head.at_head = at_head
         try:
-            output = self.model(input_ids=self.to_slots(input_ids), attention_mask=attention_mask, **options)
+            output = self.model(input_ids=self.to_slots(input_ids), attention_mask=attention_mask, **self._options)
         finally:
             self.head.at_head = None
         if at_head is None:
@@ -158,34 +175,72 @@ class LanguageModel(nn.Module):
         """
         return self.to_ids(self.model.generate(input_ids=self.to_slots(input_ids), **options))
 
+    def check_own_loss(self, *, any_alignment: bool = False) -> None:
+        """Refuse (ValueError) to train a model whose own loss is not the mean cross-entropy of its labels, which is all that we make.
+
+        It may have a router's term, or smooth its labels. A model whose forward takes no labels has no loss of its own.
+
+        Args:
+            any_alignment: a decoder's own loss may leave its labels unshifted, because ours come as what each position predicts.
+        """
+        model, found = self.model, ""
+        if "labels" in forward_arguments(model):
+            ids = probe_ids(model.config, self.vocabulary, self.device)
+            labels = ids.flip(1)
+            with asked(model):
+                logits = model(input_ids=ids, **self._options).logits.float().flatten(0, 1)
+                theirs = model(input_ids=ids, labels=labels, **self._options).loss
+            alignments = [shifted(labels) if self.causal else labels]
+            if any_alignment:
+                alignments.append(labels)
+            ours = [functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX) for targets in alignments]
+            if theirs is not None:
+                # Nearly all models make it of float32 logits, whatever they are themselves.
+                tolerance = 1e-2 if theirs.dtype in (torch.float16, torch.bfloat16) else 1e-5
+                if not any(torch.allclose(own, theirs.to(own), rtol=tolerance, atol=0.0) for own in ours):
+                    found = f" ({float(theirs):.6g}, which is {float(ours[0]):.6g})"
+        if found or getattr(model.config.get_text_config(), "output_router_logits", False):
+            raise ValueError(
+                f"{type(model).__name__} computes another loss than the mean cross-entropy of its labels{found}: it may add a "
+                "router's, or weigh, smooth or not shift its labels. Switch that off in its config (the router's is "
+                "output_router_logits), or train it with its own loss."
+            )
+
     def _check_head(self) -> None:
         """The logits we would compute are the logits the model computes: an unknown operation after the head is refused here."""
-        training = self.model.training
-        # Not id 0: it is often the pad, whose embedding is zero and would hide everything.
-        ids = torch.tensor([[self.vocabulary - 1, self.vocabulary // 2]], device=self.device)
-        self.model.eval()
-        with torch.no_grad():
-            options = {"use_cache": False} if self.causal else {}
-            expected = self.model(input_ids=ids, **options).logits.float()
-            self.head.at_head = lambda hidden, weight, bias: nn.functional.linear(hidden, weight, bias).float()
+        ids = probe_ids(self.model.config, self.vocabulary, self.device)
+        with asked(self.model):
+            expected = self.model(input_ids=ids, **self._options).logits.float()
+            self.head.at_head = lambda hidden, weight, bias: functional.linear(hidden, weight, bias).float()
             try:
-                self.model(input_ids=ids, **options)
-                ours = self.transform.apply(self.head.result)
+                self.model(input_ids=ids, **self._options)
+                made = self.head.result
             finally:
                 self.head.at_head = self.head.result = None
-        self.model.train(training)
+        name = f"{type(self.model).__name__} {self.model.config.name_or_path}".rstrip()
+        if expected.shape != (*ids.shape, self.vocabulary):
+            raise ValueError(
+                f"{name} gives logits of shape {tuple(expected.shape)} for ids of shape {tuple(ids.shape)} and a head of "
+                f"{self.vocabulary} rows; give a model with one row of logits a token, without learned prompts."
+            )
         if not expected.isfinite().all():
-            name = f"{type(self.model).__name__} {self.model.config.name_or_path}".rstrip()
             raise ValueError(
                 f"The logits of {name} are not finite: weights hold NaN or infinity, or overflow {self.head.weight.dtype}. Load "
                 "weights that are whole, in float32 or bfloat16."
             )
+        if made is None:
+            raise TypeError(
+                f"{type(self.model).__name__} computes its logits without calling its output embedding, which is where the loss runs; "
+                "give a model that calls it, as nearly all masked and causal language models do."
+            )
+        ours = self.transform.apply(made)
         if not torch.allclose(ours, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())):
             raise ValueError(
                 f"{type(self.model).__name__} changes its logits after the head in a way that fastkd does not know (largest difference "
                 f"{float((ours - expected).abs().max()):.3g}). Known are final_logit_softcapping, logit_scale, logits_scaling and "
                 "lm_head_multiplier in the model's config."
             )
+        self.causal = is_causal(self.model, expected)
 
 
 def head_rows(teacher: LanguageModel, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
@@ -217,14 +272,8 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
-def is_causal(model: PreTrainedModel) -> bool:
-    """Whether transformers has the model's class among its causal language models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
-def _loss_head(model: PreTrainedModel) -> LossHead:
+def loss_head(model: PreTrainedModel) -> LossHead:
+    """The model's output embedding as one that hands over what enters it; TypeError if it is no plain nn.Linear."""
     head = model.get_output_embeddings()
     if isinstance(head, LossHead):
         return head

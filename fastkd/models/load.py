@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ..errors import doing
 from ..sealed import read_json
-from ..store import write_bytes_atomic
+from ..store import write_bytes_atomic, write_json_atomic
+from ..tasks.token_rows import num_ids
 from ..vocab.map import VocabMap
+from .folder import SLOT_BIAS_FILE, VOCAB_MAP_FOLDER, model_folder
 from .language_model import LanguageModel
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .task_model import TaskModel
 
 log = logging.getLogger("fastkd")
-VOCAB_MAP_FOLDER = "vocab_map"
-SLOT_BIAS_FILE = "slot_bias.safetensors"
+MAPPED_MODEL_TYPE = "fastkd_mapped_student_open_it_by_fastkd_export"
+"""In the config.json of a model on a kept vocabulary, so that plain transformers, which would feed it the teacher's ids, refuses it."""
+_OWN_MODEL_TYPE = "mapped_model_type"
+_WORDS = "words"
+_REMEDY = {
+    True: "Give a masked or causal language model.",
+    False: "Fine-tune it first: by a stage that trains the teacher, or by method finetune.",
+}
+"""By whether the head that is missing is for words."""
 # Heads read these, and a configuration that leaves them to the backbone's dropout does not name them.
 _HEAD_DROPOUTS = ("cls_dropout", "classifier_dropout")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec"
+_POOLER = re.compile(r"(^|\.)pooler\.")
+_WRAPPER = re.compile(r"(^|\.)(module|_orig_mod)\.")
 
 
 def load_config(name_or_path: str, dropout: Mapping[str, float] | None = None) -> PretrainedConfig:
     """The transformers configuration at a folder or hub name, with other dropout probabilities; never runs code from there."""
-    from transformers import AutoConfig
-
-    _check_folder(name_or_path, "config.json", "a transformers model")
     with loading("model", name_or_path):
-        config: PretrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        config = _read_config(model_folder(name_or_path))
     for name, probability in (dropout or {}).items():
         if not hasattr(config, name) and name not in _HEAD_DROPOUTS:
             known = ", ".join(key for key in config.to_dict() if "drop" in key)
@@ -51,9 +58,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer at a folder or hub name; ValueError if it is a slow one."""
     from transformers import AutoTokenizer
 
-    _check_folder(name_or_path, "tokenizer_config.json", "a tokenizer")
     with loading("tokenizer", name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        folder = model_folder(name_or_path, "tokenizer_config.json", "a tokenizer")
+        config = _read_config(folder) if _is_mapped(folder) else None  # its class may depend on the model's type
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"The tokenizer at {name_or_path} is a slow one; fastkd needs a fast tokenizer (tokenizer.json).")
     return tokenizer
@@ -62,14 +70,103 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 def load_language_model(
     name_or_path: str, dtype: torch.dtype = torch.float32, *, dropout: Mapping[str, float] | None = None
 ) -> LanguageModel:
-    """A masked or causal language model, with the vocabulary map beside it if there is one, and with these dropout probabilities."""
+    """A masked or causal language model, with the vocabulary map beside it if there is one, and with these dropout probabilities.
+
+    Raises:
+        ValueError: there is no such model, or its files do not hold every weight of it, those of a head for words among them.
+    """
     config = load_config(name_or_path, dropout)
+    _check_words_head(name_or_path, config)
+    model = load_weights(auto_class(config), name_or_path, config, dtype, head=_WORDS)
+    return LanguageModel(model, load_map(name_or_path))
+
+
+def load_weights(
+    kind: Any, name_or_path: str, config: PretrainedConfig, dtype: torch.dtype, *, head: str, new_head: bool = False
+) -> PreTrainedModel:
+    """The transformers model of class `kind`, every weight of which is read from the files at `name_or_path`.
+
+    Args:
+        kind: one of transformers' AutoModelFor... classes.
+        name_or_path: a folder or a hub name.
+        config: the model's.
+        dtype: of the weights.
+        head: what the model's head is for, as a refusal calls it: words, or a kind of task.
+        new_head: what is not part of the backbone may be missing, or of other shapes: it is drawn at random, as is a pooler.
+
+    Raises:
+        ValueError: weights are missing, have other shapes, or belong to layers that the configuration does not count.
+    """
     with loading("model", name_or_path):
-        model = auto_class(config).from_pretrained(
-            name_or_path, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
+            model_folder(name_or_path, weights=True),
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by their names
+            output_loading_info=True,
         )
-    folder = Path(name_or_path) / VOCAB_MAP_FOLDER
-    return LanguageModel(model, VocabMap.load(folder) if folder.is_dir() else None)
+    model, found = loaded
+    lost = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    pooler = {name for name in lost if _POOLER.search(name)}
+    if head == _WORDS:
+        lost -= pooler  # nobody reads it
+    backbone = {name for name in lost - pooler if name.startswith(f"{model.base_model_prefix}.")}
+    _check_lost(model, name_or_path, backbone if new_head else lost, backbone, found["unexpected_keys"], head)
+    shapes = {_unnumbered(name) for name in model.state_dict()}
+    if extra := [name for name in found["unexpected_keys"] if _unnumbered(name) in shapes]:
+        raise ValueError(
+            f"The model {name_or_path} holds the weights {_listed(extra)} of layers that its config.json does not count, and they "
+            "would be left out. Put back its own config.json; for a student of fewer layers, set student_layers."
+        )
+    return model
+
+
+def _check_lost(model: PreTrainedModel, source: str, lost: set[str], backbone: set[str], left: Iterable[str], head: str) -> None:
+    """Refuse a model of which `lost` weights, those of its `backbone` among them, would be random; `left`: its files' other tensors."""
+    if not lost:
+        return
+    kind = type(model).__name__
+    if wrapped := [name for name in left if _WRAPPER.search(name)]:
+        raise ValueError(
+            f"The model {source} was saved inside a wrapper: its weights are called {_listed(wrapped)}, so those of {kind} are "
+            "missing. Save the model that is wrapped: `module` of DistributedDataParallel, `_orig_mod` of torch.compile."
+        )
+    if not backbone:
+        raise ValueError(
+            f"{_headless(source, model.config, head)}: {_listed(lost)} are missing and would be random. {_REMEDY[head == _WORDS]}"
+        )
+    raise ValueError(
+        f"The model {source} lacks the weights {_listed(lost)} of {kind}, or has them in other shapes, and they would be random: its "
+        "files are not whole, or its config.json is another model's. Copy or save it again."
+    )
+
+
+def _headless(source: str, config: PretrainedConfig, head: str) -> str:
+    saved = ", ".join(config.architectures or ()) or "no known class"
+    return f"The model {source} was saved as {saved}, which has no trained head for {head}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    shown = ", ".join([first, *others[:2]])
+    return f"{shown} and {len(others) - 2} more" if len(others) > 2 else shown
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _check_words_head(source: str, config: PretrainedConfig) -> None:
+    """Refuse a model that was saved with the head of a task: a tied head for words would be there all the same."""
+    from transformers.models.auto import modeling_auto
+
+    tasks = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
+    heads = {name for task in tasks for name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()}
+    saved = config.architectures or ()
+    if saved and heads.issuperset(saved):
+        raise ValueError(f"{_headless(source, config, _WORDS)}. {_REMEDY[True]}")
 
 
 def save_model(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -80,9 +177,13 @@ def save_model(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerB
 
 
 def save_vocabulary(model: LanguageModel | TaskModel, folder: Path) -> None:
-    """What the mapped form has beside the transformers model, in place of what is there: the map, and the slots' bias if it has one."""
+    """Make the mapped form of the transformers model saved in `folder`: the map, the slots' bias if it has one, and a configuration
+    that plain transformers refuses. Without a map nothing is added."""
     if model.vocab_map is not None:
         model.vocab_map.save(folder / VOCAB_MAP_FOLDER)
+        settings = read_json(folder / "config.json")
+        own_type = settings.get(_OWN_MODEL_TYPE, settings["model_type"])
+        write_json_atomic(folder / "config.json", {**settings, "model_type": MAPPED_MODEL_TYPE, _OWN_MODEL_TYPE: own_type})
     if isinstance(model, LanguageModel) and model.slot_bias is not None:
         write_bytes_atomic(folder / SLOT_BIAS_FILE, safetensors.torch.save({"slot_bias": model.slot_bias}))
     else:
@@ -93,7 +194,7 @@ def load_frozen(name_or_path: str, dtype: torch.dtype = torch.float32) -> Langua
     """A model that is asked and not trained: in evaluation mode, no parameter takes a gradient. One that is trained on has no
     `slot_bias` but what its next objective gives it."""
     model = load_language_model(name_or_path, dtype)
-    bias = Path(name_or_path) / SLOT_BIAS_FILE
+    bias = model_folder(name_or_path) / SLOT_BIAS_FILE
     if bias.is_file():
         model.slot_bias = safetensors.torch.load_file(bias)["slot_bias"]
     return model.eval().requires_grad_(False)
@@ -138,17 +239,38 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
     )
 
 
-def check_padded_vocabulary(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
-    """A model with fewer rows than its tokenizer has ids is refused; one with more (padding) is sliced, with one log line."""
-    own_rows = model.model.get_input_embeddings().weight.shape[0]
-    rows, tokens = own_rows if model.vocab_map is None else model.vocab_map.vocab_size, len(tokenizer)
-    if rows < tokens:
+def known_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids, from 0 on, both the tokenizer and the transformers `model` (which may be without weights) have."""
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    return min(num_ids(tokenizer), rows)
+
+
+def vocabulary_rows(model: LanguageModel | TaskModel) -> int:
+    """How many ids the model has a row for: slots count for all ids behind them."""
+    if model.vocab_map is not None:
+        return model.vocab_map.vocab_size
+    rows: int = model.model.get_input_embeddings().weight.shape[0]
+    return rows
+
+
+def check_padded_vocabulary(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerBase, role: str, largest_id: int) -> None:
+    """Refuse a model without a row for an id that it reads; one with more rows than ids (padding) is sliced, with one log line.
+
+    largest_id: the highest id of the rows of text. A tokenizer may have more ids than the model has rows, if they never occur.
+    """
+    rows, ids = vocabulary_rows(model), num_ids(tokenizer)
+    if rows <= largest_id:
         raise ValueError(
-            f"The {role} has {rows} vocabulary rows and its tokenizer {tokens} ids: ids from {rows} on have no row. "
-            "Use the tokenizer the model was trained with, or resize the model's embeddings."
+            f"The {role} has {rows} vocabulary rows and its tokenizer {ids} ids, and the id {largest_id} occurs in what it reads. Use "
+            "the tokenizer that the model was trained with, or resize the model's embeddings."
         )
-    if rows > tokens:
-        log.info("The %s's vocabulary is padded: %d rows for %d tokens; rows from %d on are left out.", role, rows, tokens, tokens)
+    tell_padding(role, rows, ids)
+
+
+def tell_padding(role: str, rows: int, ids: int) -> None:
+    """Log, if there are any, the vocabulary rows of a model that are beyond all ids and are left out."""
+    if rows > ids:
+        log.info("The %s's vocabulary is padded: %d rows for %d ids; rows from %d on are left out.", role, rows, ids, ids)
 
 
 def longest_row(model: torch.nn.Module) -> int | None:
@@ -181,37 +303,32 @@ def loading(what: str, name_or_path: str) -> Iterator[None]:
         raise kind(f"The {what} {name_or_path} cannot be loaded: {error}") from error
 
 
-def _check_folder(name_or_path: str, needed: str, what: str) -> None:
-    path = Path(name_or_path)
-    if path.is_dir():
-        if not (path / needed).is_file():
-            raise ValueError(f"The folder {name_or_path} holds no {needed}, so it is not {what}; give one made by save_pretrained.")
-        for file in sorted([*path.glob("*.json"), *weight_files(path)]):
-            _check_whole(file)
-    elif path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
-        raise ValueError(f"{name_or_path} does not exist; give a folder made by save_pretrained, or a hub name such as org/model.")
+def load_map(name_or_path: str) -> VocabMap | None:
+    """The vocabulary map beside a model, None where it has all of its vocabulary; ValueError where it is missing."""
+    folder = model_folder(name_or_path)
+    if (folder / VOCAB_MAP_FOLDER).is_dir():
+        return VocabMap.load(folder / VOCAB_MAP_FOLDER)
+    if _is_mapped(folder):
+        raise ValueError(
+            f"The model {name_or_path} was saved with a vocabulary map and holds no {VOCAB_MAP_FOLDER}/ now: copy that folder too, or "
+            "`fastkd export` the student where it is whole, and copy that."
+        )
+    return None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder that transformers reads: those of the index, or the one of its name, or all."""
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        names = sorted({*read_json(index, "weight_map")["weight_map"].values()})
-        return [folder / name for name in names if (folder / name).is_file()]
-    return sorted(folder.glob("*.safetensors"))
+def _is_mapped(folder: Path) -> bool:
+    file = folder / "config.json"
+    return file.is_file() and read_json(file).get("model_type") == MAPPED_MODEL_TYPE
 
 
-def _check_whole(file: Path) -> None:
-    """Refuse what stands for a file that was never fetched, and tensors of which a part is missing; no tensor is read."""
-    with file.open("rb") as content:
-        if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(f"{file} is a pointer of git-lfs, not the file itself; fetch it by `git lfs pull` there.")
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            size = file.stat().st_size
-            raise ValueError(f"{file}, of {size} bytes, is no whole safetensors file ({error}); copy or download it again.") from error
+def _read_config(folder: Path) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if not _is_mapped(folder):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return config
+    settings = read_json(folder / "config.json", _OWN_MODEL_TYPE)
+    kind = settings["model_type"] = settings.pop(_OWN_MODEL_TYPE)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{folder / 'config.json'} has the {_OWN_MODEL_TYPE} {kind!r}, which transformers does not know; put it back.")
+    return CONFIG_MAPPING[kind].from_dict(settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +12,16 @@ import torch
 from ..tasks.labelled import Kind
 from ..vocab.map import VocabMap
 from ..vocab.tokenizer import prune_tokenizer
+from .folder import VOCAB_MAP_FOLDER
 from .language_model import LanguageModel
-from .load import auto_class, load_config, load_frozen
-from .settings import check_builds, new_config, set_all
-from .task_model import TaskHead, TaskModel, load_task_model
+from .load import auto_class, load_config, load_frozen, longest_row, vocabulary_rows
+from .prune import prune_model as prune_model
+from .prune import set_slots, set_vocabulary
+from .settings import building, changed_config, check_builds, new_config
+from .task_model import TaskHead, TaskModel, build_task_model, load_task_model
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _TOKEN_ID = re.compile(r".*_token_id$")
 
@@ -41,54 +43,45 @@ def build_student(
         ValueError: an override that the configuration has not, or that makes no model.
     """
     config = student_config(base, overrides, vocab_map, vocabulary)
-    try:
-        return LanguageModel(_initialised(config, auto_class(_named(base, overrides)), seed), vocab_map)
-    except RuntimeError as error:
-        settings = ", ".join(f"student.{name}={value!r}" for name, value in overrides.items())
-        raise ValueError(f"{settings} makes a model that does not run: {error}") from error
+    with building(overrides):
+        return LanguageModel(_initialised(config, seed), vocab_map)
 
 
 def student_config(
-    base: PretrainedConfig, overrides: Mapping[str, Any], vocab_map: VocabMap | None, vocabulary: int | None = None
+    base: PretrainedConfig,
+    overrides: Mapping[str, Any],
+    vocab_map: VocabMap | None,
+    vocabulary: int | None = None,
+    head: TaskHead | None = None,
 ) -> PretrainedConfig:
-    """`base` with `overrides`, the kept vocabulary's size, and special ids as slots.
+    """`base` with `overrides`, the kept vocabulary's size, and special ids as slots; what is derived from other settings follows them.
 
-    Raises `ValueError`, naming the key, for what is no setting of the architecture, has no effect, or makes no model.
+    Args:
+        base, overrides, vocab_map, vocabulary: as of `build_student`.
+        head: that of the student's task; None: it predicts words.
+
+    Raises:
+        ValueError: naming the key, for what is no setting of the architecture, has no effect, or makes no model that runs and opens.
     """
-    overrides = dict(overrides)
-    special = {name: value for name, value in base.to_dict().items() if _TOKEN_ID.match(name) and value is not None}
+    base, overrides = base.get_text_config(), dict(overrides)
     kind = overrides.pop("model_type", base.model_type)
-    config = copy.deepcopy(base) if kind == base.model_type else new_config(kind, {"vocab_size": base.vocab_size, **special})
-    set_all(config, overrides)
-    if vocabulary is not None:
-        config.vocab_size = vocabulary
-    if vocab_map is not None:
-        config.vocab_size = vocab_map.num_kept
-        _map_special_ids(config, vocab_map)
-    layers, types = getattr(config, "num_hidden_layers", None), getattr(config, "layer_types", None)
-    if types is not None and layers is not None and len(types) != layers and "layer_types" not in overrides:
-        config.layer_types = [types[i % len(types)] for i in range(layers)]
-    check_builds(config, base, overrides)
+    if kind != base.model_type:
+        special = {name: value for name, value in base.to_dict().items() if _TOKEN_ID.match(name) and value is not None}
+        base = new_config(kind, {"vocab_size": base.vocab_size, **special})
+    config = changed_config(base, overrides)
+    rows = vocabulary or config.vocab_size
+    set_vocabulary(config, rows if vocab_map is None else vocab_map.num_kept)
+    # Ids beyond the rows are a library's defaults for a model that never uses them.
+    set_slots(config, torch.arange(rows) if vocab_map is None else torch.where(vocab_map.is_kept, vocab_map.id_to_slot, -1))
+
+    if "max_position_embeddings" not in overrides:
+        _keep_positions(config, base)
+
+    def make(config: Any) -> Any:
+        return auto_class(config).from_config(config) if head is None else build_task_model(config, head, seed=0).model
+
+    check_builds(config, base, overrides, make)
     return config
-
-
-def prune_model(model: PreTrainedModel, vocab_map: VocabMap) -> LanguageModel:
-    """`model` on the kept rows alone: the rows of its input embedding, head and head bias are gathered, all else is copied."""
-    config = copy.deepcopy(model.config)
-    config.vocab_size = vocab_map.num_kept
-    _map_special_ids(config, vocab_map)
-    pruned = _initialised(config, type(model), seed=0).to(model.dtype)
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    by_rows = {id(p) for module in embeddings if module is not None for p in module.parameters()}
-    targets = dict(pruned.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            targets[name].copy_(parameter[vocab_map.kept_ids] if id(parameter) in by_rows else parameter)
-        for name, buffer in pruned.named_buffers():
-            source = model.get_buffer(name)
-            if source.shape == buffer.shape:
-                buffer.copy_(source)
-    return LanguageModel(pruned, vocab_map)
 
 
 def load_student(name_or_path: str) -> LanguageModel | TaskModel:
@@ -119,9 +112,24 @@ def load_student(name_or_path: str) -> LanguageModel | TaskModel:
 
 def export_student(student: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
     """The exported form: `tokenizer` (the teacher's) is rewritten to the kept vocabulary, so that ids are slots and plain
-    `AutoTokenizer` and `AutoModel...` open the folder with no fastkd installed. Returns the exported tokenizer."""
+    `AutoTokenizer` and `AutoModel...` open the folder with no fastkd installed. Returns the exported tokenizer.
+
+    Raises `ValueError` where tokens of text have no row in the model.
+    """
+    rows = vocabulary_rows(student)
+    # Added tokens may have none: some tokenizers have a few that no text holds.
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if without := sum(id >= rows for id in vocabulary.values()):
+        raise ValueError(
+            f"The model {student.model.name_or_path} has {rows} vocabulary rows, and {without} tokens of its tokenizer have ids beyond "
+            f"them. Give it the tokenizer that it was trained with, or the {VOCAB_MAP_FOLDER}/ that lay beside it."
+        )
     student.model.save_pretrained(folder)
-    kept = tokenizer if student.vocab_map is None else prune_tokenizer(tokenizer, student.vocab_map.kept_ids)
+    kept = (
+        tokenizer
+        if student.vocab_map is None
+        else prune_tokenizer(tokenizer, student.vocab_map.kept_ids, rows=student.vocab_map.vocab_size)
+    )
     kept.save_pretrained(folder)
     return kept
 
@@ -131,27 +139,22 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _initialised(config: PretrainedConfig, kind: Any, seed: int) -> Any:
+def _keep_positions(config: Any, base: Any) -> None:
+    """Give `config` the usable positions of `base` where they begin behind the padding id, as RoBERTa's do, and that has moved."""
+    from transformers import AutoModel
+
+    pad, slot, positions = base.pad_token_id, config.pad_token_id, getattr(base, "max_position_embeddings", None) or 0
+    if pad is None or slot is None or pad == slot or pad + 1 >= positions:
+        return
+    with torch.device("meta"):
+        usable = longest_row(AutoModel.from_config(base))
+    if usable == positions - (pad + 1):
+        config.max_position_embeddings += slot - pad
+
+
+def _initialised(config: PretrainedConfig, seed: int) -> Any:
     """A model with random float32 weights from `seed`, leaving the global generator as it was. The dtype in a configuration is that of
     the weights it was saved with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        make = getattr(kind, "from_config", None) or kind._from_config
-        return make(config, dtype=torch.float32)
-
-
-def _named(base: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
-    """The configuration that says whether the student is an encoder or a decoder."""
-    kind = overrides.get("model_type", base.model_type)
-    return base if kind == base.model_type else new_config(kind)
-
-
-def _map_special_ids(config: PretrainedConfig, vocab_map: VocabMap) -> None:
-    """Every *_token_id becomes its slot; an id list (several end tokens) becomes a list of slots."""
-    for name, value in list(config.to_dict().items()):
-        if not _TOKEN_ID.match(name) or value is None:
-            continue
-        ids = torch.as_tensor(value, dtype=torch.int64)
-        # Ids beyond the teacher's rows (a library's default for a model that never uses them) have no slot.
-        inside = bool(((ids >= 0) & (ids < vocab_map.vocab_size)).all())
-        setattr(config, name, vocab_map.id_to_slot[ids].tolist() if inside else None)
+        return auto_class(config).from_config(config, dtype=torch.float32)

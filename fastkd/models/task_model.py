@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +11,13 @@ from torch import Tensor, nn
 
 from ..tasks.labelled import Kind
 from ..vocab.map import VocabMap
-from .load import VOCAB_MAP_FOLDER, load_config, loading
+from .load import load_config, load_map, load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
+"""By which plain transformers knows that a score is a value as it stands, and not a sigmoid's argument."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class TaskHead:
     kind: Kind
     num_outputs: int
     label_names: tuple[str, ...] = ()
+    own_classes: bool = False
+    """Whether the classes' order is known here alone, so that a model has to name its own; that of a benchmark is known to all."""
+    relu: bool = False
+    """Linear(ReLU(pooled)) without dropout, on BERT alone; see `BertWithReLUHead`."""
 
 
 class TaskModel(nn.Module):
@@ -97,43 +103,42 @@ def load_task_model(
     config = load_config(name_or_path, dropout)
     if needs_head:
         _check_labels(name_or_path, config, head)
-    with torch.random.fork_rng(devices=[]), loading("model", name_or_path):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, found = _auto_class(head).from_pretrained(
-            name_or_path,
-            config=_with_head(config, head, pad_id),
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=not needs_head,
-            output_loading_info=True,
-        )
-    missing = ", ".join(sorted(found["missing_keys"]))
-    if needs_head and missing:
-        raise ValueError(
-            f"The model {name_or_path} has no trained head for {head.kind} (missing are {missing}), "
-            "and its scores are asked for. Fine-tune it first: by a stage that trains the teacher, or by method finetune."
-        )
-    folder = Path(name_or_path) / VOCAB_MAP_FOLDER
-    return TaskModel(model, head.kind, VocabMap.load(folder) if folder.is_dir() else None)
+        config = _with_head(config, head, pad_id)
+        model = load_weights(_model_class(head, config), name_or_path, config, dtype, head=head.kind, new_head=not needs_head)
+    return TaskModel(model, head.kind, load_map(name_or_path))
 
 
 def build_task_model(config: PreTrainedConfig, head: TaskHead, *, seed: int, pad_id: int | None = None) -> TaskModel:
     """A task model with random weights, drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TaskModel(_auto_class(head).from_config(_with_head(config, head, pad_id), dtype=torch.float32), head.kind)
+        return TaskModel(_model_class(head, config).from_config(_with_head(config, head, pad_id), dtype=torch.float32), head.kind)
 
 
-def _auto_class(head: TaskHead) -> Any:
+def _model_class(head: TaskHead, config: Any) -> Any:
+    """One of transformers' Auto classes, or ours where the head, or the one that the model was saved with, has a ReLU."""
     from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
-    return AutoModelForQuestionAnswering if head.kind == "question_answering" else AutoModelForSequenceClassification
+    if head.relu and (head.kind == "question_answering" or config.model_type != "bert"):
+        raise ValueError(
+            f"relu_head is the head of a BERT that scores rows, and this is a {config.model_type} for {head.kind}; set it to false."
+        )
+    if head.kind == "question_answering":
+        return AutoModelForQuestionAnswering
+    if head.relu or "BertWithReLUHead" in (config.architectures or ()):
+        from .relu_head import BertWithReLUHead
+
+        return BertWithReLUHead
+    return AutoModelForSequenceClassification
 
 
 def _with_head(config: Any, head: TaskHead, pad_id: int | None) -> Any:
     if head.kind != "question_answering":
         config.num_labels = head.num_outputs
+    if head.kind != "classification" or head.num_outputs > 1:  # a finished model's one output may be a value or a choice's score
+        config.problem_type = _PROBLEMS.get(head.kind)
     if head.label_names:
         config.id2label = dict(enumerate(head.label_names))
         config.label2id = {name: index for index, name in enumerate(head.label_names)}
@@ -154,4 +159,9 @@ def _check_labels(name: str, config: Any, head: TaskHead) -> None:
         raise ValueError(
             f"The model {name} has the classes {', '.join(given)} and the task {', '.join(head.label_names)}, in this order; their "
             "scores cannot be compared. Fine-tune it on this task."
+        )
+    if head.own_classes and unnamed and [*head.label_names] != [str(index) for index in range(len(given))]:
+        raise ValueError(
+            f"The model {name} does not name its {len(given)} classes, so which of them is {head.label_names[0]} is not known; write "
+            "id2label and label2id into its config.json, or fine-tune it on these rows."
         )

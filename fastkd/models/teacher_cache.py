@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..sealed import Damaged, content_sha256, file_sha256, read_json
 from ..store import write_bytes_atomic, write_json_atomic
-from .load import is_decoder, load_config, weight_files
+from .folder import model_folder, weight_files
+from .load import is_decoder, load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,14 +62,10 @@ class CachedTeacher:
 
 def model_hashes(name_or_path: str) -> tuple[str | None, str]:
     """(the hub's revision, None for a folder; sha256 of the configuration and the weights that are on this machine)."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    found = cached_file(name_or_path, "config.json")
-    assert found is not None
-    folder, digest = Path(found).parent, hashlib.sha256()
+    folder, digest = model_folder(name_or_path, weights=True), hashlib.sha256()
     for path in sorted([folder / "config.json", *weight_files(folder)]):
         digest.update(f"{path.name} {content_sha256(path)}\n".encode())
-    return extract_commit_hash(found, None), digest.hexdigest()
+    return None if Path(name_or_path).is_dir() else folder.name, digest.hexdigest()
 
 
 def read_header(folder: Path) -> dict[str, Any]:

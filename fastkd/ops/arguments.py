@@ -158,12 +158,16 @@ def check_row_tensors(
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and the student is on {device}; move it there.")
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"mask has dtype {mask.dtype}; give torch.bool, or float weights >= 0.")
+        raise TypeError(f"mask has dtype {mask.dtype}; give torch.bool (of an attention mask: mask.bool()), or float weights >= 0.")
     if labels is None:
         if options.label_weight > 0:
             raise ValueError(f"label_weight={options.label_weight} needs labels=; pass them or leave label_weight at 0.")
     elif labels.dtype != torch.int64:
-        raise TypeError(f"labels has dtype {labels.dtype}; give torch.int64 ids (ignore_index={options.ignore_index} for none).")
+        raise TypeError(
+            f"labels has dtype {labels.dtype}; give torch.int64 ids, by labels.long() (ignore_index={options.ignore_index} for none)."
+        )
+    elif options.label_weight == 0 and not (options.return_stats or options.return_losses):
+        raise ValueError("labels is given with label_weight=0, so that it would not be read; pass label_weight=1.0, or leave it out.")
     return None if mask is None else mask.detach().reshape(-1), None if labels is None else labels.reshape(-1)
 
 

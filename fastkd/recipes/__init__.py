@@ -6,8 +6,10 @@ are from.
 
 from __future__ import annotations
 
-import difflib
+import os
 from pathlib import Path
+
+from ..errors import nearest
 
 FOLDER = Path(__file__).parent
 
@@ -23,12 +25,20 @@ def config_path(name: str) -> Path:
 
     What ends as a YAML file does is a path even if nothing is there. Raises ValueError, with all recipes, for any other name.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
     recipes = list(recipe_titles())
     if name in recipes:
         return FOLDER / f"{name}.yaml"
-    near = difflib.get_close_matches(name, recipes, n=1)
-    hint = f", did you mean {near[0]}?" if near else "."
+    near = nearest(name, recipes)
+    hint = "." if near is None else f", did you mean {near}?"
     raise ValueError(f"{name!r} is neither a file nor a recipe{hint} The recipes are {', '.join(recipes)}.")
+
+
+def label_words(method: str) -> tuple[str, ...]:
+    """The label words of all tasks that a method has recipes for, sorted."""
+    import yaml
+
+    recipes = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in FOLDER.glob(f"{method}/*.yaml"))
+    return tuple(sorted({word for recipe in recipes for word in recipe.get("task", {}).get("cloze", {}).get("label_words", ())}))

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows, is_text
 from fastkd.tasks.cloze_task import ClozeTask, Rendered, Span
 from fastkd.tasks.token_rows import held, padded
 
@@ -102,35 +105,49 @@ def label_word_ids(task: ClozeTask, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def encode_examples(
-    task: ClozeTask, examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, causal: bool
+    task: ClozeTask,
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    causal: bool,
+    bad_rows: BadRowPolicy = REFUSE_BAD_ROWS,
+    description: str = "the examples",
 ) -> list[Example]:
     """Token ids, scored positions and label of every row.
 
     Encoders (`causal=False`) read mask tokens in the answer's place, and the position of each scores its token. Decoders
     (`causal=True`) read the answer, and the position before a token scores it; the text of a verbalizer ends before it. Text
     over `max_length` loses tokens, one by one, from the end of whichever column is longest then, never from the answer; how
-    many rows were cut is logged. Raises ValueError with the row (counted from 0), the column and the value for a missing
-    text, an empty candidate, an unknown label, and a text that cannot be cut enough.
+    many rows were cut is logged.
+
+    A row is bad that has a missing text, an empty candidate, an unknown label, or a text that cannot be cut enough: `bad_rows` says
+    what becomes of it. Raises ValueError with the row (counted from 0) of `description`, the column and the value, for a column
+    that is in no row, and where no row is left.
     """
     _check_tokenizer(task, tokenizer, causal)
-    for column in task.choice_columns:
+    for column in (*task.columns, *task.choice_columns):
         if examples and not any(column in row for row in examples):
-            raise ValueError(f"choice_columns names {column!r}, which is in no row; the first has {sorted(examples[0])}.")
+            raise ValueError(f"There is no column {column!r} in {description}: it has {', '.join(map(repr, examples[0]))}.")
     encoded: list[Example] = []
-    num_cut = 0
+    left_out, num_cut = BadRows(description, bad_rows), 0
     for first in range(0, len(examples), _ROWS_PER_TOKENIZER_CALL):
-        block = [
-            (number, *_read_row(task, row, number, tokenizer, causal))
-            for number, row in enumerate(examples[first : first + _ROWS_PER_TOKENIZER_CALL], start=first)
-        ]
+        block: list[tuple[int, int, list[Rendered]]] = []
+        for number, row in enumerate(examples[first : first + _ROWS_PER_TOKENIZER_CALL], start=first):
+            with left_out.row(number):
+                block.append((number, *_read_row(task, row, tokenizer, causal)))
         encodings = iter(_tokenize(tokenizer, [text for _, _, rendered in block for text, _ in rendered]))
         for number, label, rendered in block:
-            parts = [_encode(task, next(encodings), spans, tokenizer, causal, number) for _, spans in rendered]
-            sequences, positions, targets, was_cut = zip(*parts, strict=True)
-            encoded.append(Example(sequences, positions, targets, label))
-            num_cut += any(was_cut)
+            of_row = list(islice(encodings, len(rendered)))
+            with left_out.row(number):
+                parts = [_encode(task, found, spans, tokenizer, causal) for found, (_, spans) in zip(of_row, rendered, strict=True)]
+                sequences, positions, targets, was_cut = zip(*parts, strict=True)
+                encoded.append(Example(sequences, positions, targets, label))
+                num_cut += any(was_cut)
+    left_out.report()
+    if examples and not encoded:
+        raise ValueError(f"None of the {len(examples)} rows of {description} can be used. {left_out.first}")
     if num_cut:
-        logger.warning("%d of %d rows were cut to max_length=%d tokens.", num_cut, len(examples), task.max_length)
+        logger.warning("%d of %d rows were cut to max_length=%d tokens.", num_cut, len(encoded), task.max_length)
     return encoded
 
 
@@ -162,6 +179,8 @@ def collate(examples: Sequence[Example], *, pad_id: int, pad_to_multiple_of: int
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoding]:
+    if not texts:
+        return []
     encodings = tokenizer(texts, padding=False, truncation=False, verbose=False).encodings
     if encodings is None:
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}, which gives no character offsets; use a fast one.")
@@ -183,25 +202,23 @@ def _check_tokenizer(task: ClozeTask, tokenizer: PreTrainedTokenizerBase, causal
     label_word_ids(task, tokenizer)
 
 
-def _read_row(
-    task: ClozeTask, row: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerBase, causal: bool
-) -> tuple[int, list[Rendered]]:
+def _read_row(task: ClozeTask, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, causal: bool) -> tuple[int, list[Rendered]]:
     """The row's label and its rendered sequences, one per candidate."""
-    values = {column: _text(row.get(column), number, column) for column in task.columns}
+    values = {column: _text(task, row.get(column), column) for column in task.columns}
     if task.kind == "choices":
-        candidates = _candidates(task, row, number)
-        label = _class_index(task, row, number, max(candidates) + 1)
+        candidates = _candidates(task, row)
+        label = _class_index(task, row, max(candidates) + 1)
         if label >= 0 and label not in candidates:
-            raise ValueError(f"row {number}: column {task.label_column!r} names candidate {label}, which is absent.")
+            raise ValueError(f"column {task.label_column!r} names candidate {label}, which is absent.")
         index = list(candidates).index(label) if label >= 0 else -1
         return index, [task.render({**values, "choice": candidate}) for candidate in candidates.values()]
     text, spans = task.render({**values, "mask": "" if causal else str(tokenizer.mask_token)})
     if causal and task.kind == "verbalizer":
         text = text.rstrip(" ")  # the space belongs to the label word's token
-    return _class_index(task, row, number, task.num_labels), [(text, spans)]
+    return _class_index(task, row, task.num_labels), [(text, spans)]
 
 
-def _candidates(task: ClozeTask, row: Mapping[str, Any], number: int) -> dict[int, str]:
+def _candidates(task: ClozeTask, row: Mapping[str, Any]) -> dict[int, str]:
     """The row's candidate answers by their place in the list or columns, without the absent ones."""
     if task.choices:
         return dict(enumerate(task.choices))
@@ -209,27 +226,27 @@ def _candidates(task: ClozeTask, row: Mapping[str, Any], number: int) -> dict[in
     if task.choices_column:
         listed = row.get(task.choices_column)
         if not isinstance(listed, list | tuple):
-            raise ValueError(f"row {number}: column {task.choices_column!r} holds {listed!r}, not a list of candidates.")
+            raise ValueError(f"column {task.choices_column!r} holds {listed!r}, not a list of candidates.")
         named = [(task.choices_column, candidate) for candidate in listed]
     candidates = {}
     for place, (column, value) in enumerate(named):
         if value is not None:
-            candidates[place] = _text(value, number, column)
+            candidates[place] = _text(task, value, column)
             if not candidates[place].strip():
-                raise ValueError(f"row {number}: column {column!r} holds the empty candidate {value!r}; fix or drop the row.")
+                raise ValueError(f"column {column!r} holds the empty candidate {value!r}.")
     if not candidates:
         source = task.choices_column or list(task.choice_columns)
-        raise ValueError(f"row {number}: column {source!r} gives no candidate; fix or drop the row.")
+        raise ValueError(f"column {source!r} gives no candidate.")
     return candidates
 
 
-def _text(value: Any, number: int, column: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"row {number}: column {column!r} holds {value!r}; it must hold text or a number.")
-    return str(value)
+def _text(task: ClozeTask, value: Any, column: str) -> str:
+    if not is_text(value):
+        raise ValueError(f"column {column!r} holds {value!r}; it must hold text or a number.")
+    return str(value).rstrip().rstrip(string.punctuation) if column in task.strip else str(value)
 
 
-def _class_index(task: ClozeTask, row: Mapping[str, Any], number: int, num_classes: int) -> int:
+def _class_index(task: ClozeTask, row: Mapping[str, Any], num_classes: int) -> int:
     """Index of the row's label among `num_classes`; -1 for an unlabeled row."""
     value = row.get(task.label_column)
     if value in task.labels:
@@ -240,11 +257,11 @@ def _class_index(task: ClozeTask, row: Mapping[str, Any], number: int, num_class
     if holds_indices and isinstance(value, int) and 0 <= value < num_classes:
         return value
     known = f"one of labels {list(task.labels)}" if task.labels else f"an index below {num_classes} (or set labels)"
-    raise ValueError(f"row {number}: column {task.label_column!r} holds {value!r}; it must be {known}.")
+    raise ValueError(f"column {task.label_column!r} holds {value!r}; it must be {known}.")
 
 
 def _encode(
-    task: ClozeTask, encoding: Encoding, spans: list[Span], tokenizer: PreTrainedTokenizerBase, causal: bool, number: int
+    task: ClozeTask, encoding: Encoding, spans: list[Span], tokenizer: PreTrainedTokenizerBase, causal: bool
 ) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...], bool]:
     """Ids, scored positions and targets of one sequence cut to `max_length`, and whether it was cut."""
     ids = np.array(encoding.ids, dtype=np.int32)
@@ -260,7 +277,7 @@ def _encode(
     if causal and task.kind == "verbalizer":
         text = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
         if text.size == 0:
-            raise ValueError(f"row {number}: template {task.template!r} leaves no text before {{mask}}; fix or drop the row.")
+            raise ValueError(f"template {task.template!r} leaves no text before {{mask}}.")
         # The last token of the text is asked for the next one, so a closing special token must not follow it.
         ids, owner, answer = ids[: text[-1] + 1], owner[: text[-1] + 1], answer[: text[-1] + 1]
         answer[-1] = True
@@ -268,7 +285,7 @@ def _encode(
     num_fixed = np.count_nonzero(owner < 0)
     if num_fixed > task.max_length:
         raise ValueError(
-            f"row {number}: the template and the answer alone take {num_fixed} tokens, more than max_length="
+            f"the template and the answer alone take {num_fixed} tokens, more than max_length="
             f"{task.max_length}; raise max_length or shorten the template."
         )
     kept = _kept_tokens(owner, task.max_length)
@@ -277,7 +294,7 @@ def _encode(
     if task.kind == "choices":
         if positions.size == 0 or (causal and positions[0] == 0):
             problem = "has no token" if positions.size == 0 else "starts the sequence, where a decoder has no prediction"
-            raise ValueError(f"row {number}: a candidate {problem}; its sequence is {encoding.tokens}.")
+            raise ValueError(f"a candidate {problem}; its sequence is {encoding.tokens}.")
         targets = ids[positions].tolist()
         if causal:
             positions = positions - 1

@@ -46,6 +46,8 @@ class ClozeTask:
     """choices: the column that holds a list of candidate answers."""
     choice_columns: tuple[str, ...] = ()
     """choices: the columns that hold one candidate answer each; a missing or null one is no candidate of that row."""
+    strip: tuple[str, ...] = ()
+    """Columns, of texts or candidates, whose punctuation at the end is left out, as GLM's patterns have it."""
     length_penalty: float = 0.0
     """choices: a candidate's score is divided by its token count to this power."""
     max_length: int = 256
@@ -54,13 +56,16 @@ class ClozeTask:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(get_args(Kind))}.")
-        for name in ("label_words", "labels", "choices", "choice_columns"):
+        for name in ("label_words", "labels", "choices", "choice_columns", "strip"):
             value = getattr(self, name)
             if not isinstance(value, list | tuple):
                 raise TypeError(f"{name} is {value!r}; it must be a list, even for one entry.")
             object.__setattr__(self, name, tuple(value))
         self._check_template()
         self._check_answers()
+        columns = [*self.columns, *self.choice_columns, *filter(None, [self.choices_column])]
+        if unknown := [name for name in self.strip if name not in columns]:
+            raise ValueError(f"strip names {', '.join(map(repr, unknown))}; it must name columns of the task: {', '.join(columns)}.")
         if not 0 <= self.length_penalty < math.inf:
             raise ValueError(f"length_penalty is {self.length_penalty}; it must be a finite number of at least 0.")
         if self.max_length < 1:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -24,12 +24,13 @@ from fastkd.tasks.sources import (
     matching_files,
     open_source,
     require_one_of,
-    text_lines,
 )
+from fastkd.tasks.text_files import LONGEST, Documents, text_documents
 
 StreamState = dict[str, Any]
 Reader = Callable[[int, StreamState | None], Iterator[tuple[StreamState | None, Sequence[Any]]]]
 _READ_ROWS = 1_000
+_BATCH_CHARS = 2**22
 
 
 @dataclass
@@ -122,20 +123,21 @@ def open_corpus(
     streaming: bool = False,
     max_rows: int | None = None,
     bad_rows: BadRowPolicy = REFUSE_BAD_ROWS,
+    documents: Documents = "line",
 ) -> Corpus:
     """Open a corpus, check what can be checked, and read its first row.
 
     Args:
         path: The word ``stdlib`` (the Python standard library; splits train, dev, test); a folder written by
-            ``datasets``' ``save_to_disk``; a .jsonl, .json, .parquet, .csv or .txt file (the rows of a .txt file are
-            its lines that are not blank, see ``text_lines``) or a glob of files of one kind, read in the order of their names; or a
-            dataset's name on the Hugging Face hub. What exists on disk goes before the hub.
+            ``datasets``' ``save_to_disk``; a .jsonl, .json, .parquet, .csv or .txt file or a glob of files of one kind, read in the
+            order of their names; or a dataset's name on the Hugging Face hub. What exists on disk goes before the hub.
         name: The configuration of a hub dataset; nothing else has one.
         split: The split to read. Files, and a folder of one unnamed dataset, have ``train`` only.
         text_column: The column that holds the text; it is ``text`` for ``stdlib`` and .txt files.
         streaming: Read files and hub datasets as they come instead of converting them to Arrow on disk first.
         max_rows: Use only this many rows, the first ones.
         bad_rows: What becomes of rows that are null or not strings.
+        documents: What a row of .txt files is: see ``text_documents``. Nothing else is cut.
 
     Raises:
         FileNotFoundError: Nothing is at ``path``, here or on the hub.
@@ -170,11 +172,16 @@ def open_corpus(
         require_one_of("split", split, ["train"], description)
         require_one_of("text_column", text_column, ["text"], description)
         hashed = [HashedFile.of(file) for file in files]
-        content = content_of("text", hashed)
-        read = _passing_over(lambda: chain.from_iterable(map(text_lines, hashed)))
+        content = content_of("text", hashed, documents, str(LONGEST))
+        read = _passing_over(lambda: chain.from_iterable(text_documents(file, documents) for file in hashed))
     else:
         source = open_source(path, files, name=name, split=split, streaming=streaming)
         description, content = source.description, source.content
+        if not is_local and documents != "line" and source.dataset.info.builder_name == "text":
+            raise ValueError(
+                f"There are .txt files in {description}, of which `datasets` gives the lines: set documents to line if these are what "
+                "you want, or download the files and name them by a glob."
+            )
         read, is_stream = _column_reader(source, text_column), streaming
 
     identity = json.dumps([content, text_column, max_rows, *([bad_rows.max_bad_rows] if bad_rows.skips else [])])
@@ -182,6 +189,23 @@ def open_corpus(
     if next(corpus.rows(), None) is None:
         raise ValueError(f"There are no rows in {description}: check that this is the file and the split you mean.")
     return corpus
+
+
+def text_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield lists of at most ``size`` texts, which together have at most 4 million characters unless one alone has more."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        if batch and chars + len(text) > _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+        batch.append(text)
+        chars += len(text)
+        if len(batch) == size:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def _library_rows(files: Sequence[HashedFile]) -> Iterator[str]:

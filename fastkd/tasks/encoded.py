@@ -71,22 +71,31 @@ class EncodedTask:
     """(N,) or (N, 2), as in `TaskBatch`."""
     search: AnswerSearch | None = None
     """question_answering: how windows become answers."""
+    width: int | None = None
+    """S of every batch; None: a batch's longest row, rounded up to a multiple of 8."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(N,) int64 tokens of every example, that is, of its longest choice."""
+        """(N,) int64 positions that every example takes: the tokens of its longest choice, or the width that all batches have."""
+        if self.width is not None:
+            return np.full(len(self), self.width)
         return np.array([len(row) for row in self.ids]).reshape(len(self), self.num_choices).max(axis=1)
 
+    @cached_property
+    def largest_id(self) -> int:
+        """The highest id of a token."""
+        return max(int(row.max()) for row in self.ids)
+
     def collate(self, indices: Sequence[int] | np.ndarray) -> TaskBatch:
-        """The batch of the examples with these numbers, padded to a multiple of 8."""
+        """The batch of the examples with these numbers, padded to `width`, or to a multiple of 8."""
         if len(indices) == 0:
             raise ValueError("indices is empty; a batch needs at least one example.")
         rows = [int(index) * self.num_choices + choice for index in indices for choice in range(self.num_choices)]
         ids = [self.ids[row] for row in rows]
-        width = math.ceil(max(map(len, ids)) / _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
+        width = self.width or math.ceil(max(map(len, ids)) / _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
         token_types = None if self.token_types is None else padded([self.token_types[row] for row in rows], width, 0)
         labels = self.labels[torch.as_tensor([int(index) for index in indices])]
         return TaskBatch(padded(ids, width, self.pad_id), held(ids, width).long(), token_types, labels, self.num_choices)
@@ -115,6 +124,7 @@ def encode_task(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    pad_to_max_length: bool = False,
     doc_stride: int = 128,
     max_answer_length: int = 30,
     n_best: int = 20,
@@ -126,6 +136,7 @@ def encode_task(
 
     Args:
         max_length: The most tokens of a row, special ones included; at least 8.
+        pad_to_max_length: Pad every batch to `max_length`, and not to its longest row.
         doc_stride: question_answering: the tokens that two neighbouring windows of one context share.
         max_answer_length: question_answering: the most tokens of a predicted answer.
         n_best: question_answering: how many first and how many last tokens of each window are tried in pairs.
@@ -150,8 +161,7 @@ def encode_task(
         ids, token_types = [window.ids for window in windows], [window.token_types for window in windows]
         labels = torch.tensor([window.answer_tokens(examples[window.question].answers) for window in windows])
         contexts = [example.second_text or "" for example in examples]
-        has_unanswerable = any(not example.answers for rows in dataset.splits.values() for example in rows)
-        search = AnswerSearch(contexts, windows, n_best, max_answer_length, has_unanswerable)
+        search = AnswerSearch(contexts, windows, n_best, max_answer_length, dataset.has_unanswerable)
     else:
         _check_alike(dataset, split)
         ids, token_types, num_cut = _text_rows(examples, tokenizer, max_length, num_choices)
@@ -167,6 +177,7 @@ def encode_task(
         token_types=token_types if "token_type_ids" in tokenizer.model_input_names else None,
         labels=labels,
         search=search,
+        width=max_length if pad_to_max_length else None,
     )
 
 

@@ -3,7 +3,7 @@
 Columns, class names and their order, and splits are those of the hub's data sets (nyu-mll/glue, aps/super_glue, rajpurkar/squad
 and squad_v2); metrics are the benchmarks' own (Wang et al., arXiv:1804.07461 and arXiv:1905.00537; Rajpurkar et al.,
 arXiv:1606.05250 and arXiv:1806.03822). SuperGLUE's ReCoRD and WSC are not here: they ask about marked spans of the text.
-The test splits have no labels and are not read.
+The hub's test splits have no labels, and are read only where they are asked for: of a copy that has some.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,25 +100,37 @@ TASKS: dict[str, TaskSpec] = {
 """The tasks by name: BENCHMARK/CONFIGURATION, or the name of a data set that has only one."""
 
 
-def load_task(name: str, path: str | os.PathLike[str] | None = None, *, bad_rows: BadRowPolicy = REFUSE_BAD_ROWS) -> TaskDataset:
-    """The task of that name in `TASKS`, with its training and validation splits.
+def require_task(name: str, known: Collection[str]) -> None:
+    """Raise ``ValueError`` unless `name` is that of a known task."""
+    if name not in known:
+        raise ValueError(
+            f"{name!r} is not a task: use one of {', '.join(known)}. (SuperGLUE's ReCoRD and WSC need marked spans and are left out; "
+            "labelled rows of your own are no task: leave it out and name their file by path.)"
+        )
+
+
+def load_task(
+    name: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    splits: Sequence[str] | None = None,
+    bad_rows: BadRowPolicy = REFUSE_BAD_ROWS,
+) -> TaskDataset:
+    """The task of that name in `TASKS`, with these splits, by default those for training and validation; no other is looked for.
 
     `path` is where a copy is, as `split_rows.read_split` describes; None is the hub. No code of a data set is ever run. A row is bad
     that has no text, an unknown label, or an answer that is not in its context. Raises what `read_split` raises, and ValueError,
     naming file or data set and row (counted from 0), for a bad one.
     """
-    if name not in TASKS:
-        raise ValueError(
-            f"{name!r} is not a task: use one of {', '.join(TASKS)}. (SuperGLUE's ReCoRD and WSC need marked spans and are left out.)"
-        )
+    require_task(name, TASKS)
     spec = TASKS[name]
     benchmark, _, config = name.partition("/")
     place = HUB_PATHS[benchmark] if path is None else os.fspath(path)
-    splits: dict[str, list[LabelledExample]] = {}
-    for split in ("train", *spec.validation):
+    read: dict[str, list[LabelledExample]] = {}
+    for split in splits or ("train", *spec.validation):
         rows, description = read_split(place, config or None, split, spec.columns)
         left_out = BadRows(description, bad_rows)
-        splits[split] = []
+        read[split] = []
         for number, row in enumerate(rows):
             where = f"Row {number} (the first is 0) of {description}"
             try:
@@ -126,11 +138,11 @@ def load_task(name: str, path: str | os.PathLike[str] | None = None, *, bad_rows
                 fault = example_fault(example, spec.kind, len(spec.label_names), labelled=True)
                 if fault is not None:
                     raise ValueError(f"{where} {fault}.")
-                splits[split].append(example)
+                read[split].append(example)
             except ValueError as error:
                 left_out.add(error)
         left_out.report()
-    return TaskDataset(name, spec.kind, splits, spec.metrics, spec.label_names)
+    return TaskDataset(name, spec.kind, read, spec.metrics, spec.label_names)
 
 
 def _example(spec: TaskSpec, row: Mapping[str, Any], where: str) -> LabelledExample:

@@ -1,6 +1,6 @@
 """Floor 1, labelled tasks: the examples of one task in their splits, as plain text, with what the answers are scored by.
 
-Nothing here knows where the rows come from (`glue.py` and `stdlib_tasks.py` do) nor how a tokenizer will read them.
+Nothing here knows where the rows come from (`glue.py`, `own_task.py` and `stdlib_tasks.py` do) nor how a tokenizer will read them.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ class LabelledExample:
 
 @dataclass(frozen=True, eq=False)
 class TaskDataset:
-    """The splits of one task: `train`, and at least one to evaluate on. Of kind "unlabelled", texts and nothing to predict from
-    them: only `train` is needed, and there are no metrics.
+    """The splits of one task that were read: `train`, those to evaluate on, or both. Of kind "unlabelled", texts and nothing to
+    predict from them: there are no metrics.
 
     Raises ValueError, naming split and row (counted from 0), for a split of fewer than two examples, a label outside the
-    names, choices or numbers, a split only part of which has labels, and a metric that the kind has not.
+    names, choices or numbers, a split only part of which has labels, one to evaluate on whose values are all equal, and a metric
+    that the kind has not.
     """
 
     name: str
@@ -89,9 +90,15 @@ class TaskDataset:
     """What the task is judged by; the first is the one that selects a model. None if it is unlabelled."""
     label_names: tuple[str, ...] = ()
     """classification: the classes in the order of their indices."""
+    own_classes: bool = False
+    """classification: whether the order of the classes follows from the rows, and is not that of a benchmark."""
+    has_unanswerable: bool = False
+    """question_answering: whether a context may lack the answer; so it is where one does, and stays where rows are left out."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "splits", {split: tuple(examples) for split, examples in self.splits.items()})
+        if self.kind == "question_answering" and any(not example.answers for example in chain(*self.splits.values())):
+            object.__setattr__(self, "has_unanswerable", True)
         self._check()
         for split, examples in self.splits.items():
             if len(examples) < 2:
@@ -100,6 +107,12 @@ class TaskDataset:
                 fault = example_fault(example, self.kind, len(self.label_names), labelled=self.is_labelled(split))
                 if fault:
                     raise ValueError(f"Row {number} (the first is 0) of split {split!r} of {self.name} {fault}.")
+            values = {example.label for example in examples}
+            if self.kind == "regression" and split != "train" and len(values) == 1 and None not in values:
+                raise ValueError(
+                    f"Split {split!r} of {self.name} has the value {values.pop()} in all of its {len(examples)} examples, and nothing "
+                    "correlates with a constant; evaluate on other rows, or on more of them."
+                )
 
     @property
     def num_outputs(self) -> int:
@@ -203,8 +216,8 @@ class TaskDataset:
     def _check(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(get_args(Kind))}.")
-        if "train" not in self.splits or (len(self.splits) < 2 and self.kind != "unlabelled"):
-            raise ValueError(f"{self.name} has the splits {list(self.splits)}; it needs 'train' and one to evaluate on.")
+        if not self.splits:
+            raise ValueError(f"{self.name} has no split; it needs 'train', or one to evaluate on.")
         named = len(set(self.label_names))
         if named != len(self.label_names) or (named >= 2) != (self.kind == "classification") or named == 1:
             raise ValueError(f"label_names is {self.label_names!r}; 'classification' needs two or more, each once, other kinds none.")

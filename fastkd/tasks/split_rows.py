@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.tasks.sources import Source, is_saved_dataset, open_source
+from fastkd.tasks.sources import Source, is_saved_dataset, matching_files, open_source
 
-_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+_SEPARATED = (".csv", ".tsv")
+_SUFFIXES = (".parquet", ".jsonl", ".json", *_SEPARATED)
+_HUB_FORMAT = "of the hub's format"
 
 
-def read_split(path: str, config: str | None, split: str, columns: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+def read_split(
+    path: str, config: str | None, split: str, columns: Sequence[str], *, whose: str = _HUB_FORMAT
+) -> tuple[list[dict[str, Any]], str]:
     """The rows of `split` with `columns`, and what they were read from, as a part of a sentence.
 
     Class labels that have names are given by name, so that a copy with another order of its classes cannot mislead. The cells
@@ -25,6 +29,7 @@ def read_split(path: str, config: str | None, split: str, columns: Sequence[str]
         config: The configuration, where the data set has several.
         split: The name of the split.
         columns: What every row must have; checked before the first row is read.
+        whose: Who asks for these columns, as a part of a sentence.
 
     Raises:
         FileNotFoundError: Nothing is there, or no file of that split.
@@ -35,23 +40,34 @@ def read_split(path: str, config: str | None, split: str, columns: Sequence[str]
     if folder.is_file():
         raise ValueError(f"path={path!r} is one file; name the folder that has a file of each split, such as {split}{folder.suffix}.")
     if not folder.is_dir():
-        return _dataset_rows(open_source(path, [], name=config, split=split), columns)
+        return _dataset_rows(open_source(path, [], name=config, split=split), columns, whose)
     if config is not None and (folder / config).is_dir():
         folder /= config
     if is_saved_dataset(folder):
-        return _dataset_rows(open_source(str(folder), [], split=split), columns)
+        return _dataset_rows(open_source(str(folder), [], split=split), columns, whose)
     files = _split_files(folder, split)
-    if files[0].suffix in (".csv", ".tsv"):
-        return [row for file in files for row in _separated_rows(file, columns)], " and ".join(map(str, files))
-    return _dataset_rows(open_source(str(files[0]) if len(files) == 1 else str(folder), files), columns)
+    return _file_rows(str(files[0]) if len(files) == 1 else str(folder), files, columns, whose)
 
 
-def _dataset_rows(source: Source, columns: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+def read_one_split(path: str, columns: Sequence[str], *, whose: str = _HUB_FORMAT) -> tuple[list[dict[str, Any]], str]:
+    """Read the rows of what is one split by itself: a file, a glob, or what `datasets.Dataset.save_to_disk` wrote."""
+    files = matching_files(path)
+    return _file_rows(path, files, columns, whose) if files else _dataset_rows(open_source(path, files), columns, whose)
+
+
+def _file_rows(path: str, files: list[Path], columns: Sequence[str], whose: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of the files that `path` names, in this order."""
+    if all(file.suffix in _SEPARATED for file in files):
+        return [row for file in files for row in _separated_rows(file, columns, whose)], " and ".join(map(str, files))
+    return _dataset_rows(open_source(path, files), columns, whose)
+
+
+def _dataset_rows(source: Source, columns: Sequence[str], whose: str) -> tuple[list[dict[str, Any]], str]:
     import datasets
 
     dataset = source.dataset
     assert isinstance(dataset, datasets.Dataset)
-    _require_columns(columns, dataset.column_names, source.description)
+    _require_columns(columns, dataset.column_names, source.description, whose)
     with source.errors():
         rows = dataset.with_format(None).select_columns(list(columns)).to_list()
     for column in columns:
@@ -80,14 +96,14 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def _separated_rows(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+def _separated_rows(file: Path, columns: Sequence[str], whose: str) -> list[dict[str, Any]]:
     # Not by `datasets`, which guesses types: it makes numbers of a text of digits and nothing of the words "NA" and "None".
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {"strict": True}
     rows = []
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, **options)
         try:
-            _require_columns(columns, reader.fieldnames or [], str(file))
+            _require_columns(columns, reader.fieldnames or [], str(file), whose)
             for row in reader:
                 if None in row or None in row.values():
                     raise csv.Error(f"the row has not the {len(reader.fieldnames or [])} cells that the first line names")
@@ -99,10 +115,10 @@ def _separated_rows(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _require_columns(columns: Sequence[str], present: Sequence[str], description: str) -> None:
+def _require_columns(columns: Sequence[str], present: Sequence[str], description: str, whose: str) -> None:
     missing = [column for column in columns if column not in present]
     if missing:
         raise ValueError(
-            f"The column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} of the hub's format "
+            f"The column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} {whose} "
             f"{'are' if len(missing) > 1 else 'is'} missing in {description}, which has {', '.join(map(repr, present)) or 'none'}."
         )

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from .token_rows import num_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +48,15 @@ class Masking:
     def of(cls, tokenizer: PreTrainedTokenizerBase, probability: float) -> Masking:
         if tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, so an encoder cannot be trained with it on plain text; add one.")
-        return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), len(tokenizer), probability)
+        return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), num_ids(tokenizer), probability)
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Turn labels of the positions themselves, as transformers has them, into labels of what each position of a decoder predicts.
+
+    labels: (..., S). Returns (..., S), with -100 at the end.
+    """
+    return pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 def collate_text(

@@ -39,6 +39,12 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((found for found in (tokenizer.pad_token_id, tokenizer.eos_token_id) if found is not None), 0)
 
 
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the tokenizer's highest id: the rows that a model needs for all of its tokens. Ids may have gaps, so that
+    `len(tokenizer)`, which counts tokens, is not it."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
 def padded(rows: Sequence[Sequence[int] | np.ndarray], width: int, value: int) -> torch.Tensor:
     """(rows, width) int64, each row filled up with `value` on the right."""
     filled = np.full((len(rows), width), value, dtype=np.int64)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain, count, islice, takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from fastkd.sealed import Damaged, read_manifest, remove_sealed, verify
 from fastkd.store import disk_space, lock, sweep
-from fastkd.tasks.corpus import Corpus
-from fastkd.tasks.token_rows import require_fast
+from fastkd.tasks.corpus import Corpus, text_batches
+from fastkd.tasks.token_rows import num_ids, require_fast
 from fastkd.tasks.token_writing import IDS, OFFSETS, UnfinishedCache
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class TokenRows:
     Attributes:
         ids: All rows' ids one after another, (num_tokens,) int32.
         lengths: Ids per row, (len(self),) int64.
-        vocab_size: ``len(tokenizer)``; every id is below it.
+        vocab_size: The tokenizer's ``num_ids``; every id is below it.
         fingerprint: Hex digest of the corpus, the tokenizer and the options.
         truncated_rows: Texts of more than ``max_length`` ids: cut, or cut into several rows if ``split_long``.
         dropped_rows: Texts without a single id of their own, which have no row.
@@ -88,6 +88,10 @@ class TokenRows:
     def lengths(self) -> np.ndarray:
         return np.diff(self._offsets)
 
+    @cached_property
+    def largest_id(self) -> int:
+        return int(self.ids.max())
+
 
 def tokenize_corpus(
     corpus: Corpus,
@@ -115,12 +119,12 @@ def tokenize_corpus(
             row is kept if it has at least 2. ``rows``: one row per text with the tokenizer's special tokens, cut to
             ``max_length`` on the tokenizer's ``truncation_side``.
         split_long: With ``rows``: a longer text becomes several rows, each with special tokens, and nothing is lost.
-        batch_size: Texts per call of the tokenizer, which spreads them over its threads.
+        batch_size: The most texts per call of the tokenizer, which spreads them over its threads; of long ones it takes fewer.
         save_every: Batches between two savings of how far it is.
         poll: Called after every batch, and while another process is waited for. What it raises ends the call; all is saved before.
 
     Raises:
-        ValueError: An argument does not fit, the corpus has no ids, or an id is not below ``len(tokenizer)``.
+        ValueError: An argument does not fit, the corpus has no ids, or an id is none of the tokenizer's.
         TypeError: The tokenizer is not a fast one.
         OSError: ``cache_dir`` cannot be written to, or its disk is full.
     """
@@ -202,11 +206,12 @@ def _write_cache(
 ) -> TokenRows:
     """Write the cache beside its place and rename it; the caller holds the lock."""
     sweep(folder, lambda name: name.startswith(fingerprint))
+    vocab_size = num_ids(tokenizer)
     with UnfinishedCache(folder / f"{fingerprint}.unfinished") as cache:
         progress = cache.progress
         try:
-            for number, texts in enumerate(_batches(corpus.rows(progress.texts, progress.bookmark), batch_size), start=1):
-                _append(texts, cache, corpus, tokenizer, options)
+            for number, texts in enumerate(text_batches(corpus.rows(progress.texts, progress.bookmark), batch_size), start=1):
+                _append(texts, cache, corpus, tokenizer, options, vocab_size)
                 if number % save_every == 0:
                     cache.save()
                 try:
@@ -231,7 +236,7 @@ def _write_cache(
         "fingerprint": fingerprint,
         "corpus": corpus.description,
         **asdict(options),
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocab_size,
         "truncated_rows": progress.truncated,
         "dropped_rows": progress.dropped,
     }
@@ -246,14 +251,15 @@ def _write_cache(
     return rows
 
 
-def _append(texts: list[str], cache: UnfinishedCache, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, options: _Options) -> None:
+def _append(
+    texts: list[str], cache: UnfinishedCache, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, options: _Options, vocab_size: int
+) -> None:
     batch = _encode(texts, tokenizer, options)
     lengths = np.fromiter(map(len, batch.rows), np.int64, len(batch.rows))
     flat = np.fromiter(chain.from_iterable(batch.rows), np.int32, lengths.sum())
-    if flat.max(initial=0) >= len(tokenizer):
+    if flat.max(initial=0) >= vocab_size:
         raise ValueError(
-            f"The tokenizer gave the id {flat.max()} for {corpus.description} and has only {len(tokenizer)} "
-            "ids: its vocabulary has gaps or belongs to another tokenizer."
+            f"The tokenizer gave the id {flat.max()} for {corpus.description}, and its vocabulary ends before that: it is another's."
         )
     if options.layout == "rows":
         cache.offsets.append(cache.ids.size + lengths.cumsum())
@@ -295,11 +301,6 @@ def _separator(tokenizer: PreTrainedTokenizerFast) -> int | None:
 def _block_ends(num_ids: int, max_length: int) -> np.ndarray:
     ends = np.arange(max_length, num_ids + 1, max_length)
     return np.append(ends, num_ids) if num_ids % max_length >= 2 else ends
-
-
-def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    while batch := list(islice(texts, size)):
-        yield batch
 
 
 def _open_array(path: Path) -> np.ndarray:

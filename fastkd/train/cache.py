@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,13 +19,25 @@ from torch import Tensor
 
 from ..methods.cached import CacheForm, Kind, to_cache
 from ..methods.registry import LessonInputs
-from ..methods.stage_data import MakeBatch, Sequences, batch_maker, train_sequences
+from ..methods.stage_data import MakeBatch, Sequences, batch_maker, largest_id, train_sequences
 from ..methods.teaching import Lesson, Teacher
-from ..models.load import VOCAB_MAP_FOLDER, check_row_length, is_decoder
+from ..models.folder import VOCAB_MAP_FOLDER
+from ..models.load import check_padded_vocabulary, check_row_length, is_decoder, known_ids
 from ..models.teacher_cache import HEADER, CachedTeacher, Shard, finished_shard, read_header, write_header, write_shard
 from ..store import InUse, Lock, lock, sweep
 from .batches import counter_torch_generator
-from .cached_teacher import check_cacheable, check_form, form_contents, lesson_contents, lesson_of, models_contents
+from .cached_teacher import (
+    AGREE,
+    check_cacheable,
+    check_form,
+    disagreement,
+    form_contents,
+    lesson_contents,
+    lesson_of,
+    models_contents,
+    settings_contents,
+    smallest_kind,
+)
 from .config import RunConfig, StageArguments, TeacherArguments
 from .log import Progress
 from .output import LOCK_FILE, RUN_FILE, refuse_model_folder
@@ -35,8 +48,28 @@ from .signals import SignalFlag
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHARD_BYTES = 256 * 2**20
 _MOST_SHARD_ROWS = 65536
+_SHARD = re.compile(r"shard-(\d{5})-[0-9a-f]{16}\.safetensors")
+_DISK_SHARE = 0.25
+"""Of the free disk, how much a cache may take without being asked for."""
 # What a header says for people, and what follows from the rest.
-_INFORMATIVE = {"teacher", "teacher_revision", "convention"}
+_INFORMATIVE = {"teacher", "teacher_revision", "convention", "data"}
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a call of `write_cache` is about to write, as far as it is not there yet; bytes and seconds follow from one batch."""
+
+    form: CacheForm
+    has_words: bool
+    """Whether the form says anything: scores of tasks and states are stored in one way."""
+    rows: int
+    tokens: int
+    bytes: int
+    seconds: float
+    free: int
+    """Bytes of the disk."""
+    read: float
+    """Share of all rows that the run of this configuration reads, on as many ranks as write."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +92,26 @@ def write_cache(
     stage: str,
     folder: Path,
     *,
-    kind: Kind = "dense",
+    kind: Kind | None = None,
     k: int = 64,
     dtype: str = "bfloat16",
     shard_rows: int | None = None,
+    yes: bool = False,
+    show: Callable[[CachePlan], None] = lambda plan: None,
 ) -> CacheSummary:
     """Write into `folder` what the teacher of `stage` says of every training row, or go on with what is there.
 
     What `fastkd cache` calls; under torchrun every rank writes the shards that are its turn. The files depend neither on interruptions
-    nor on the number of ranks. shard_rows: examples in a shard; None: about 256 MiB of them.
+    nor on the number of ranks.
+
+    Args:
+        kind: None: topk where the stage can use it and has more than `k` words, else dense.
+        shard_rows: examples in a shard; None: about 256 MiB of them.
+        yes: take more than a quarter of the free disk, if need be.
+        show: is told on the first rank what will be written, before that begins.
+
+    Raises:
+        ValueError: a stage or options whose answers cannot be cached, a folder of something else, or too little free disk.
     """
     if shard_rows is not None and shard_rows < 1:
         raise ValueError(f"shard_rows is {shard_rows}; a shard holds at least 1 example.")
@@ -83,22 +127,24 @@ def write_cache(
         run = Run(config, Path(config.output_dir), [planned], ranks, flag)
         ranks.main_first(run.check)
         writer, contents = ranks.main_first(lambda: _prepared(run, planned, folder, kind, k, dtype, shard_rows))
-        ranks.on_main(lambda: _begin(folder, contents))
+        ranks.on_main(lambda: _begin(folder, planned.arguments, writer, contents, ranks.world_size, yes, show))
         return _write(folder, writer, contents, ranks)
 
 
 def _prepared(
-    run: Run, planned: PlannedStage, folder: Path, kind: Kind, k: int, dtype: str, shard_rows: int | None
+    run: Run, planned: PlannedStage, folder: Path, kind: Kind | None, k: int, dtype: str, shard_rows: int | None
 ) -> tuple[_Writer, dict[str, Any]]:
     """What writes the shards, and what the header will say of them."""
     spec, arguments, options, seed = planned.spec, planned.arguments, planned.options, run.config.seed
     model = run.models.teacher(spec, arguments, run.head(planned))
     assert not isinstance(model, CachedTeacher)
     rows = run.rows(planned, causal=is_decoder(model.model.config))
+    check_padded_vocabulary(model, run.tokenizer, "teacher", largest_id(rows, model, run.tokenizer))
     check_row_length(model, -(-rows.longest // 8) * 8, "teacher")
     kept = run.models.kept(spec, model, folder / VOCAB_MAP_FOLDER)
     compared = () if spec.check_models is None else spec.check_models(*run.models.skeletons(arguments), options)
-    lesson = lesson_of(spec, LessonInputs(options, rows, run.tokenizer, kept, compared))
+    lesson = lesson_of(spec, LessonInputs(options, rows, run.tokenizer, kept, known_ids(model.model, run.tokenizer), compared))
+    kind = kind or smallest_kind(lesson, options, k)
     form = CacheForm(kind, DTYPES[dtype], k, options.temperature if kind == "topk" else 1.0)
     check_form(form, lesson, options)
     sequences = train_sequences(rows)
@@ -107,13 +153,55 @@ def _prepared(
         **models_contents(run.models.teacher_source(spec, arguments), run.tokenizer),
         **lesson_contents(lesson, rows, model, options, seed),
         **form_contents(form),
-        "vocabulary": run.models.vocabulary_inputs(),
+        **settings_contents(arguments, planned.data, run.models.vocabulary_inputs()),
         "rows": len(sequences.first) - 1,
         "shard_rows": shard_rows or _planned_rows(model, lesson, form, sequences),
     }
     make_batch = batch_maker(rows, model, run.tokenizer, contents["mask_probability"], partial(counter_torch_generator, seed))
     teacher = Teacher(model.to(run.ranks.device), lesson)
     return _Writer(teacher, make_batch, sequences, form, arguments, run.ranks.device, run.flag), contents
+
+
+def _plan(folder: Path, arguments: StageArguments, writer: _Writer, contents: Mapping[str, Any], world_size: int) -> CachePlan:
+    """Run the teacher over one batch, to see what a token and a row take; nothing where all shards are there."""
+    count, size = contents["rows"], contents["shard_rows"]
+    there = {int(found[1]) for path in folder.iterdir() if (found := _SHARD.fullmatch(path.name))}
+    missing = [np.arange(start, min(start + size, count)) for start in range(0, count, size) if start // size not in there]
+    sequences = sum(len(writer.lengths(examples)) for examples in missing)
+    tokens = sum(int(writer.lengths(examples).sum()) for examples in missing)
+    written, seconds = 0.0, 0.0
+    if missing:
+        batches = list(writer.batches(missing[0]))
+        batch = batches[len(batches) // 2]
+        writer.outputs(batch)  # the first one of a process takes longer
+        started = time.perf_counter()
+        outputs = writer.outputs(batch)
+        of_batch = int(writer.sequences.lengths[writer.sequences.behind(batch)].sum())
+        seconds = (time.perf_counter() - started) * tokens / of_batch / world_size
+        for name, tensor in outputs.items():
+            written += tensor[0].nbytes * (tokens if name.startswith("token.") else sequences)
+    steps, batch_rows = arguments.max_steps, arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return CachePlan(
+        form=writer.form,
+        has_words=contents["kept_vocabulary"] is not None,
+        rows=sum(map(len, missing)),
+        tokens=tokens,
+        bytes=int(written),
+        seconds=seconds,
+        free=shutil.disk_usage(folder).free,
+        read=min(1.0, steps * batch_rows * world_size / count if steps > 0 else arguments.num_train_epochs),
+    )
+
+
+def _check_disk(folder: Path, plan: CachePlan, yes: bool) -> None:
+    smaller = "Take --kind topk with a smaller --k, fewer rows (max_rows) or a folder on another disk"
+    sizes = (
+        f"The teacher cache will take about {plan.bytes / 2**30:.3g} GiB of the {plan.free / 2**30:.3g} GiB that are free at {folder}"
+    )
+    if plan.bytes > plan.free:
+        raise ValueError(f"{sizes}, so it does not fit. {smaller}.")
+    if plan.bytes > _DISK_SHARE * plan.free and not yes:
+        raise ValueError(f"{sizes}, more than {_DISK_SHARE:.0%} of it. {smaller}, or say that it may by --yes.")
 
 
 def _write(folder: Path, writer: _Writer, contents: dict[str, Any], ranks: Ranks) -> CacheSummary:
@@ -176,10 +264,10 @@ class _Writer:
         first = self.sequences.first[examples[0]]
         starts = np.concatenate([[0], self.lengths(examples).cumsum()])
         shard: dict[str, Tensor] = {}
-        for batch_examples in self._batches(examples):
+        for batch_examples in self.batches(examples):
             self.flag.poll()
             numbers = self.sequences.behind(batch_examples) - first
-            for name, tensor in self._outputs(batch_examples).items():
+            for name, tensor in self.outputs(batch_examples).items():
                 per_token = name.startswith("token.")
                 if name not in shard:
                     shard[name] = tensor.new_empty(starts[-1] if per_token else len(starts) - 1, *tensor.shape[1:])
@@ -190,14 +278,14 @@ class _Writer:
                     read += count
         return shard
 
-    def _batches(self, examples: np.ndarray) -> Iterator[np.ndarray]:
+    def batches(self, examples: np.ndarray) -> Iterator[np.ndarray]:
         """Of similar length."""
         first = self.sequences.first
         longest = np.maximum.reduceat(self.sequences.lengths[: first[examples[-1] + 1]], first[examples])
         examples = examples[np.argsort(longest, kind="stable")]
         yield from (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))
 
-    def _outputs(self, examples: np.ndarray) -> dict[str, Tensor]:
+    def outputs(self, examples: np.ndarray) -> dict[str, Tensor]:
         batch = self.make_batch(examples.tolist(), torch.Generator()).to(self.device)
         with self.autocast:
             tensors = to_cache(self.teacher(batch), batch.attention_mask, self.form)
@@ -227,24 +315,46 @@ def _held(folder: Path) -> Lock:
         held = lock(folder / LOCK_FILE)
     except InUse as error:
         raise ValueError(f"The teacher cache {error}") from error
-    ours = re.compile(rf"{re.escape(HEADER)}|{VOCAB_MAP_FOLDER}|shard-\d{{5}}-[0-9a-f]{{16}}\.safetensors")
-    sweep(folder, lambda name: ours.fullmatch(name) is not None)
+    sweep(folder, lambda name: name in (HEADER, VOCAB_MAP_FOLDER) or _SHARD.fullmatch(name) is not None)
+    for path in folder.iterdir():
+        if (path.name == HEADER or _SHARD.fullmatch(path.name)) and (path.is_symlink() or not path.is_file()):
+            raise ValueError(f"{path} is no regular file, and has the name of one of a teacher cache; move it away.")
     return held
 
 
-def _begin(folder: Path, contents: dict[str, Any]) -> None:
-    """Write the header of an unfinished cache, or refuse what the folder holds already."""
+def _begin(
+    folder: Path,
+    arguments: StageArguments,
+    writer: _Writer,
+    contents: dict[str, Any],
+    world_size: int,
+    yes: bool,
+    show: Callable[[CachePlan], None],
+) -> None:
+    """Say what will be written, and write the header of an unfinished cache; refuse what has no room, or is something else's folder."""
     contents = json.loads(json.dumps(contents))
-    if not (folder / HEADER).exists():
+    is_new = not (folder / HEADER).exists()
+    if is_new:
         if shard := next(folder.glob("shard-*"), None):
             raise ValueError(f"{folder} holds {shard.name} and no {HEADER}, which would say of what; delete it or take another folder.")
+    else:
+        _check_same(folder, contents)
+    plan = _plan(folder, arguments, writer, contents, world_size)
+    show(plan)
+    _check_disk(folder, plan, yes)
+    if is_new:
         write_header(folder, contents, None)
-        return
+
+
+def _check_same(folder: Path, contents: Mapping[str, Any]) -> None:
     found = read_header(folder)["contents"]
     differences = [
-        f"{key} is {found.get(key)!r} there and {contents[key]!r} here"
-        for key in contents
-        if key not in _INFORMATIVE and found.get(key) != contents[key]
+        *filter(None, [disagreement(found, contents)]),
+        *(
+            f"{key} is {found.get(key)!r} there and {contents[key]!r} here"
+            for key in contents
+            if key not in _INFORMATIVE and key not in AGREE and found.get(key) != contents[key]
+        ),
     ]
     if differences:
         raise ValueError(f"{folder} is a teacher cache of something else: {'; '.join(differences)}. Delete it or take another folder.")

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..methods.cached import CachedLesson, CacheForm
+from ..methods.cached import CachedLesson, CacheForm, Kind
 from ..methods.registry import LessonInputs, StageSpec
 from ..methods.stage_data import Rows, TextRows, is_masked, train_fingerprint
 from ..methods.teaching import Lesson, Model
 from ..models.teacher_cache import TeacherCache, model_hashes
 from ..ops.divergence import Divergence
 from ..vocab.count import tokenizer_fingerprint
-from .config import TeacherArguments
+from .config import StageArguments, TeacherArguments
+from .output import differences
 from .schema import ConfigError
 
 log = logging.getLogger("fastkd")
 
-# What must be the same when a cache is written and when it is read, and its name in a sentence.
-_AGREE = {
-    "teacher_sha256": "a teacher with the sha256",
-    "tokenizer_sha256": "a tokenizer with the sha256",
-    "dataset_fingerprint": "training rows with the fingerprint",
-    "kept_vocabulary_sha256": "a kept vocabulary with the sha256",
-    "mask_probability": "the mask_probability",
-    "mask_seed": "masks drawn with the seed",
+_Contents = Mapping[str, Any]
+# What must be the same when a cache is written and when it is read: its name in a sentence, and the settings that decide it.
+AGREE: dict[str, tuple[str, Callable[[_Contents], _Contents]]] = {
+    "teacher_sha256": ("the teacher's weights", lambda contents: {"teacher_model_name_or_path": contents["teacher"]}),
+    "tokenizer_sha256": ("the tokenizer", lambda contents: {}),
+    "dataset_fingerprint": ("the training rows", lambda contents: contents.get("data") or {}),
+    "kept_vocabulary_sha256": ("the kept vocabulary", lambda contents: {"vocabulary": (contents["vocabulary"] or {}).get("settings")}),
+    "mask_probability": ("the masks", lambda contents: {"options.mask_probability": contents["mask_probability"]}),
+    "mask_seed": ("the masks", lambda contents: {"seed": contents["mask_seed"]}),
 }
 
 
@@ -47,6 +51,12 @@ def check_cacheable(spec: StageSpec) -> None:
         if spec.needs_teacher:
             why = "what it compares is mixed with other rows of the micro-batch (MixUp), or is Q, K and V, too much to keep"
         raise ConfigError(f"stage {spec.name} takes no cached teacher: {why}. Leave out its cache, and set teacher.kind to model.")
+
+
+def smallest_kind(lesson: Lesson, options: Any, k: int) -> Kind:
+    """The kind of cache that is smallest among those that the stage can use."""
+    is_forward = Divergence.parse(getattr(options, "divergence", "forward_kl")) == Divergence.parse("forward_kl")
+    return "topk" if lesson.words is not None and len(row_ids(lesson.words)) > k and is_forward else "dense"
 
 
 def check_form(form: CacheForm, lesson: Lesson, options: Any) -> None:
@@ -111,6 +121,11 @@ def read_form(contents: Mapping[str, Any]) -> CacheForm:
     return CacheForm(contents["kind"], getattr(torch, contents["dtype"]), contents["k"] or 0, contents["temperature"])
 
 
+def settings_contents(arguments: StageArguments, data: str, vocabulary: _Contents | None) -> dict[str, Any]:
+    """The part that says by which settings the rows and the `vocabulary` (`RunModels.vocabulary_inputs`) were chosen."""
+    return {"data": json.loads(json.dumps({data: asdict(getattr(arguments, data))})), "vocabulary": vocabulary}
+
+
 def row_ids(rows: slice | Tensor) -> Tensor:
     return torch.arange(rows.stop) if isinstance(rows, slice) else rows.cpu()
 
@@ -148,11 +163,18 @@ def cached_lesson(
     return CachedLesson(cache, lesson, arguments.tail)
 
 
-def check_same(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse the first thing of `expected` on which the cache and the stage do not agree."""
-    for key, what in _AGREE.items():
+def check_same(folder: Path, found: _Contents, expected: _Contents) -> None:
+    """Refuse a cache that was `found` to be of something else than `expected`."""
+    if (phrase := disagreement(found, expected)) is not None:
+        raise ValueError(
+            f"The teacher cache {folder} does not fit this run: {phrase}. Write a cache for this run with `fastkd cache`, or give it "
+            "what the cache was made for."
+        )
+
+
+def disagreement(found: _Contents, expected: _Contents) -> str | None:
+    """Say by which settings the first thing differs on which the cache and the stage do not agree; None if they do."""
+    for key, (what, settings) in AGREE.items():
         if key in expected and found[key] != expected[key]:
-            raise ValueError(
-                f"The teacher cache {folder} was made for {what} {found[key]}, and this run has {expected[key]}. Write a cache for "
-                "this run with `fastkd cache`, or give it what the cache was made for."
-            )
+            return "; ".join(differences(settings(found), settings(expected))) or f"{what} changed, and no setting that it records did"
+    return None

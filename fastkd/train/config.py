@@ -15,6 +15,7 @@ from .paths import PATHS, is_path, with_homes
 from .schedule import learning_rate_factor, resolve_warmup
 from .schema import ConfigError, apply_flags, from_mapping
 
+_HAVE_ROWS = ("stdlib", ".jsonl", ".json", ".parquet", ".csv")
 _MOST_SECONDS = 2**31 - 1
 _MOST_EPOCHS = 2**31
 _LEAST_EPSILON = 2.0**-126  # the smallest that float32 holds in full: less is 0 there, and 0 / 0 for a weight without a gradient
@@ -24,6 +25,8 @@ def _check_paths(config: Any) -> None:
     for name, value in vars(config).items():
         if name in PATHS and value is not None and not is_path(value):
             raise ValueError(f"{name} is {value!r}, which names nothing; give a path or name, or leave the key out.")
+        if name in PATHS and str(value).startswith("~"):
+            raise ValueError(f"{name} is {value!r}, and ~ is expanded in files and flags alone; give os.path.expanduser({value!r}).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,9 @@ class TextData:
     """Where the evaluation rows are, if not at path; its split is eval_split, or "train" for a plain file."""
     text_column: str = "text"
     """Column that holds the text."""
+    documents: Literal["file", "paragraph", "line"] = "file"
+    """Of .txt files, a row of text is the whole file with its line ends (several, if it is longer than a million characters), what
+    stands between blank lines, or each line that is not blank."""
     streaming: bool = False
     """Read the corpus as a stream while it is tokenised; the tokenised rows are cached on disk either way."""
     max_rows: int | None = None
@@ -61,6 +67,12 @@ class TextData:
         _check_paths(self)
         _at_least(1, self, "max_rows", "max_eval_rows", "max_bad_rows")
         _at_least(2, self, "max_length")
+        paths = [path for path in (self.path, self.eval_path) if path is not None]
+        if self.documents != "file" and all(path.endswith(_HAVE_ROWS) for path in paths):
+            raise ValueError(
+                f"documents is {self.documents!r}, which says how .txt files are cut, and {' and '.join(map(repr, paths))} "
+                "have rows of their own; leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +107,28 @@ class TaskData:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetArguments:
-    """Examples of a known task, read as its benchmark has them, without a template."""
+    """Labelled examples without a template: of a known task, read as its benchmark has them, or own rows."""
 
-    task: str
+    task: str | None = None
     """Which task: glue/rte, super_glue/boolq, squad_v2, ..., stdlib/module, stdlib/docstring, stdlib/which_docstring (made from
-    Python's own library), or for stages without labels stdlib/pairs, or pairs (the rows at path)."""
+    Python's own library), or for stages without labels stdlib/pairs, or pairs (the rows at path); null: the labelled rows at path."""
     path: str | None = None
-    """Folder or hub name of a copy; null: the hub's own."""
+    """Of a task, the folder or hub name of a copy; null: the hub's own. Of own rows, a file or glob (.csv .jsonl .parquet), a folder
+    with a file of each split or of save_to_disk, or a hub name; its split train is trained on."""
+    eval_path: str | None = None
+    """Own rows: where the evaluation rows are, if not at path."""
     eval_split: str | None = None
-    """Split that selects the best weights; null: the task's first besides train."""
+    """Split that selects the best weights; null: the task's first besides train, of own rows validation (a file has no splits)."""
     text_columns: tuple[str, ...] = ("text",)
-    """pairs: the column of the text, or of both texts."""
+    """Own rows and pairs: the column of the text, or of both texts."""
+    label_column: str = "label"
+    """Own rows: the column of the label, a name or a number."""
+    kind: Literal["classification", "regression"] | None = None
+    """Own rows: labels are classes, or values to predict; null: values if all are numbers and one is a float, as 4.5 is."""
     max_length: int = 128
     """Tokens in a row; longer texts are cut."""
+    pad_to_max_length: bool = False
+    """Pad every batch to max_length, as CR-ILD's code does; false: to its longest row. Losses that count pads depend on it."""
     doc_stride: int = 128
     """Question answering: tokens that neighbouring windows of a context share."""
     max_answer_length: int = 30
@@ -134,6 +155,15 @@ class DatasetArguments:
             raise ValueError(f"text_columns has {len(self.text_columns)} names; give the column of the text, or of both texts.")
         if not 0 <= self.label_noise <= 1:
             raise ValueError(f"label_noise is {self.label_noise}; it is a share of the labels, between 0 and 1.")
+        if self.task is None and self.path is None:
+            raise ValueError("task is not set, and neither is path; name a task, or by path the labelled rows of your own.")
+        if self.task is None and self.label_column in self.text_columns:
+            raise ValueError(f"label_column is {self.label_column!r}, which is among text_columns too; name the label's own column.")
+        of_own_rows: dict[str, Any] = {"text_columns": ("text",), "eval_path": None, "label_column": "label", "kind": None}
+        for name, default in of_own_rows.items():
+            is_read = self.task is None or (self.task == "pairs" and name == "text_columns")
+            if not is_read and getattr(self, name) != default:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which task {self.task} does not read; leave one of them out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +175,8 @@ class Vocabulary:
     multiple_of: int = 128
     """The kept number is a multiple of this."""
     protected: tuple[str, ...] = ()
-    """Words that are always kept, with every token they have, beside special and byte tokens and the tasks' label words."""
+    """Words that are always kept, with every token they have, beside special and byte tokens and the label words of the tasks that the
+    run or the method's recipes have."""
     stand_ins: Literal["dot", "cosine", "euclidean", "unk"] = "dot"
     """Which kept id the student reads for a dropped one: the most similar row of the teacher's head, or the unknown token."""
     counts: str | None = None
@@ -186,7 +217,7 @@ class StageArguments:
     task: TaskData | None = None
     """Task examples in a template (glmd's stages on a task)."""
     dataset: DatasetArguments | None = None
-    """Examples of a known task (finetune, crild, ted)."""
+    """Labelled examples, of a known task or own ones (finetune, crild, ted)."""
     teacher_model_name_or_path: str | None = None
     """Folder or hub name of the teacher; task stages want the one fine-tuned on the task."""
     teacher: TeacherArguments = TeacherArguments()
@@ -216,6 +247,8 @@ class StageArguments:
     """AdamW's second beta; the authors use 0.98 in pretrain and 0.999 in task stages."""
     adam_epsilon: float = 1e-6
     """AdamW's epsilon."""
+    bias_correction: bool = True
+    """AdamW's division of both moments by 1 - beta^step; false: none, as in BertAdam, the optimizer of CR-ILD's code."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm; 0: not clipped."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastkd.store import write_bytes_atomic
 from fastkd.train.log import LOG_FILE, read_log
@@ -24,15 +24,24 @@ def plot_curves(
     xlabel: str,
     ylabel: str,
     log_y: bool = False,
+    places: Mapping[str, int] | None = None,
 ) -> Path | None:
     """Draw each named sequence of (x, y) points as a curve into the PNG `path`, and return the path.
 
-    Points that are not finite leave a gap. One curve is described by the title alone, several get a legend. Where it cannot be
-    drawn, for want of matplotlib or for any other reason, one warning is logged and None returned.
+    places: of every name's colour among `COLOURS`, so that a model has the same one in all pictures; None: in the order of `series`.
+
+    Points that are not finite leave a gap. One curve is described by the title alone, several get a legend below the axes. Where it
+    cannot be drawn, for want of matplotlib or for any other reason, one warning is logged and None returned.
     """
     with _warning_instead(path):
-        return _draw_curves(series, path, title=title, xlabel=xlabel, ylabel=ylabel, log_y=log_y)
+        return _draw_curves(series, path, title=title, xlabel=xlabel, ylabel=ylabel, log_y=log_y, places=places)
     return None
+
+
+def perplexity_over(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Name what the perplexities in the lines of a log are over, as far as these say it."""
+    events = next((line["eval_events"] for line in lines if "eval_events" in line), None)
+    return "perplexity" if events is None else f"perplexity over {events}"
 
 
 def draw_stage(folder: str | Path) -> None:
@@ -43,7 +52,8 @@ def draw_stage(folder: str | Path) -> None:
         for key, name in (("loss", "loss"), ("eval_perplexity", "perplexity"), ("eval_accuracy", "accuracy")):
             points = _points(lines, key)
             if len(points) > 1:
-                _draw_curves({name: points}, folder / f"{name}.png", title=folder.name, xlabel="step", ylabel=name)
+                ylabel = perplexity_over(lines) if name == "perplexity" else name
+                _draw_curves({name: points}, folder / f"{name}.png", title=folder.name, xlabel="step", ylabel=ylabel)
 
 
 @contextmanager
@@ -65,12 +75,16 @@ def _draw_curves(
     xlabel: str,
     ylabel: str,
     log_y: bool = False,
+    places: Mapping[str, int] | None = None,
 ) -> Path:
-    figure = _figure(6.4, 4.0)
+    columns = 2 if max(map(len, series), default=0) <= 40 else 1
+    rows = -(-len(series) // columns) if len(series) > 1 else 1
+    figure = _figure(6.4, 3.8 + 0.2 * rows)
     from matplotlib.ticker import FuncFormatter
 
     axes = figure.subplots()
-    for index, (label, points) in enumerate(series.items()):
+    for order, (label, points) in enumerate(series.items()):
+        index = order if places is None else places[label]
         style = "-" if index < len(COLOURS) else "--"
         x, y = [point[0] for point in points], [point[1] for point in points]
         marker = "o" if len(points) < 20 else None
@@ -87,7 +101,7 @@ def _draw_curves(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)  # inside, it may hide curves
     return _write(figure, path)
 
 
@@ -95,23 +109,44 @@ def plot_logs(runs: Sequence[str], key: str, path: str | Path) -> Path | None:
     """`plot_curves` of what the logs of several runs say of `key`, over steps.
 
     A run is its output_dir, the folder of one stage, or a log; curves bear its name, and the stage's where several of them have `key`.
+    The same runs have the same colours whatever the key. Perplexities say what they are over: each its own where that differs.
+
     Raises `ValueError` for a run without a log, and for a key that no log has, naming those that there are.
     """
-    series: dict[str, list[tuple[float, float]]] = {}
+    curves: list[_Curve] = []
     keys: set[str] = set()
+    seen = 0
     for run in runs:
-        found = {}
-        for log in _logs(run):
-            lines = read_log(log)
-            keys.update(name for line in lines for name in line if _number(line, name) is not None)
-            points = _points(lines, key)
-            if points:
-                found[log.parent.name] = points
-        series |= {run if len(found) == 1 else f"{run}: {stage}": points for stage, points in found.items()}
-    if not series:
+        logs = {log.parent.name: read_log(log) for log in _logs(run)}
+        keys.update(name for lines in logs.values() for line in lines for name in line if _number(line, name) is not None)
+        found = {stage: points for stage, lines in logs.items() if (points := _points(lines, key))}
+        for place, (stage, lines) in enumerate(logs.items(), start=seen):
+            if stage in found:
+                measured = perplexity_over(lines) if key == "eval_perplexity" else key.removeprefix("eval_").replace("_", " ")
+                curves.append(_Curve(run if len(found) == 1 else f"{run}: {stage}", found[stage], place, measured))
+        seen += len(logs)
+    if not curves:
         raise ValueError(f"None of the logs has the key {key!r}; they have {', '.join(sorted(keys - {'step'}))}.")
-    ylabel = key.removeprefix("eval_").replace("_", " ")
-    return plot_curves(series, path, title=ylabel, xlabel="step", ylabel=ylabel, log_y="perplexity" in key)
+    is_one = len({curve.measured for curve in curves}) == 1
+    named = {curve.label if is_one else f"{curve.label}, {curve.measured}": curve for curve in curves}
+    return plot_curves(
+        {name: curve.points for name, curve in named.items()},
+        path,
+        title=key.removeprefix("eval_").replace("_", " "),
+        xlabel="step",
+        ylabel=curves[0].measured if is_one else "perplexity",
+        log_y="perplexity" in key,
+        places={name: curve.place for name, curve in named.items()},
+    )
+
+
+class _Curve(NamedTuple):
+    """What a log says of a key: (step, value) points, the place of their colour, and what the values measure."""
+
+    label: str
+    points: list[tuple[float, float]]
+    place: int
+    measured: str
 
 
 def plot_bars(panels: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str) -> Path | None:

@@ -12,12 +12,16 @@ from ..tasks.cloze import encode_examples
 from ..tasks.corpus import Corpus, open_corpus
 from ..tasks.encoded import encode_task
 from ..tasks.examples import load_examples
-from ..tasks.glue import load_task
+from ..tasks.glue import TASKS, load_task, require_task
 from ..tasks.labelled import TaskDataset
+from ..tasks.own_task import OwnKind, OwnRows
 from ..tasks.pairs import load_pairs, stdlib_pairs
 from ..tasks.stdlib_tasks import STDLIB_TASKS
-from ..tasks.tokenized import TokenRows, tokenize_corpus
+from ..tasks.tokenized import Layout, TokenRows, tokenize_corpus
 from .config import DatasetArguments, TaskData, TextData
+
+_MADE_HERE = {**STDLIB_TASKS, "stdlib/pairs": stdlib_pairs}
+"""The tasks that are made from Python's own library."""
 
 
 def train_corpus(text: TextData) -> Corpus:
@@ -53,11 +57,16 @@ def text_rows(text: TextData, tokenizer: Any, cache_dir: Path, *, causal: bool, 
     return TextRows(train, None if judged is None else tokenized(judged, text, tokenizer, cache_dir, causal=causal, poll=poll))
 
 
+def layout_of(text: TextData, *, causal: bool) -> Layout:
+    """The layout of the text's rows, as a decoder (causal) or an encoder reads them."""
+    return text.layout if text.layout != "auto" else "packed" if causal else "rows"
+
+
 def tokenized(
     corpus: Corpus, text: TextData, tokenizer: Any, cache_dir: Path, *, causal: bool, poll: Callable[[], None] = lambda: None
 ) -> TokenRows:
     """The rows of one of the text's corpora, in the layout that it has for decoders or encoders."""
-    layout = text.layout if text.layout != "auto" else ("packed" if causal else "rows")
+    layout = layout_of(text, causal=causal)
     return tokenize_corpus(
         corpus,
         tokenizer,
@@ -91,25 +100,24 @@ def cloze_rows(data: TaskData, tokenizer: Any, *, causal: bool) -> ClozeRows:
 
 
 def load_dataset(arguments: DatasetArguments) -> TaskDataset:
-    """The task's examples, with few or noisy training labels if that is asked for."""
-    made_here = {**STDLIB_TASKS, "stdlib/pairs": stdlib_pairs}
-    if arguments.task in made_here:
-        if arguments.path is not None:
-            raise ValueError(
-                f"dataset.path is {arguments.path!r}, but {arguments.task} is made from Python's own library; leave path out."
-            )
-        dataset = made_here[arguments.task]()
-    elif arguments.task == "pairs":
-        if arguments.path is None:
-            raise ValueError("dataset.path is not set, and task pairs are the rows found there; name a file, folder or hub data set.")
-        dataset = load_pairs(
-            arguments.path,
-            text_column=arguments.text_columns[0],
-            second_text_column=next(iter(arguments.text_columns[1:]), None),
-            bad_rows=_bad_rows(arguments),
-        )
+    """The task's examples to train on, with few or noisy labels if that is asked for, and those to evaluate on."""
+    task, path, bad_rows = arguments.task, arguments.path, _bad_rows(arguments)
+    if task is not None:
+        require_task(task, (*TASKS, *_MADE_HERE, "pairs"))
+    if task in _MADE_HERE:
+        if path is not None:
+            raise ValueError(f"dataset.path is {path!r}, but {task} is made from Python's own library; leave path out.")
+        dataset = _MADE_HERE[task]()
+    elif task in TASKS:
+        dataset = load_task(task, path, splits=tuple(dict.fromkeys(("train", _eval_split(arguments)))), bad_rows=bad_rows)
+    elif path is None:
+        raise ValueError("dataset.path is not set, and task pairs are the rows found there; name a file, folder or hub data set.")
+    elif task == "pairs":
+        first, *second = arguments.text_columns
+        dataset = load_pairs(path, text_column=first, second_text_column=next(iter(second), None), bad_rows=bad_rows)
     else:
-        dataset = load_task(arguments.task, arguments.path, bad_rows=_bad_rows(arguments))
+        own = OwnRows(arguments.text_columns, arguments.label_column, bad_rows)
+        dataset = own.load(path, eval_path=arguments.eval_path, eval_split=arguments.eval_split, kind=arguments.kind)
     if arguments.few_sample is not None:
         dataset = dataset.few_sample(arguments.few_sample, arguments.sample_seed)
     if arguments.label_noise:
@@ -117,10 +125,32 @@ def load_dataset(arguments: DatasetArguments) -> TaskDataset:
     return dataset
 
 
+def load_evaluated(arguments: DatasetArguments, own_kind: OwnKind, own_classes: tuple[str, ...]) -> TaskDataset:
+    """The task's examples to evaluate a model on; of a task that is made here, those to train on too.
+
+    own_kind, own_classes: what the model predicts, by which labelled rows of one's own are read.
+    """
+    bad_rows = _bad_rows(arguments)
+    if arguments.task in TASKS:
+        return load_task(arguments.task, arguments.path, splits=(_eval_split(arguments),), bad_rows=bad_rows)
+    if arguments.task is not None:
+        return load_dataset(arguments)
+    path = arguments.eval_path or arguments.path
+    assert path is not None
+    own = OwnRows(arguments.text_columns, arguments.label_column, bad_rows)
+    return own.load_split(path, arguments.eval_split, own_kind, own_classes)
+
+
+def _eval_split(arguments: DatasetArguments) -> str:
+    """The split of a benchmark's task that is evaluated on."""
+    assert arguments.task is not None
+    return arguments.eval_split or TASKS[arguments.task].validation[0]
+
+
 def dataset_rows(arguments: DatasetArguments, dataset: TaskDataset, tokenizer: Any) -> DatasetRows:
     """The examples as token rows; a dataset without a labelled split to judge by has none to evaluate on."""
     splits = [split for split in dataset.splits if split != "train" and dataset.is_labelled(split)]
-    eval_split = arguments.eval_split or next(iter(splits), None)
+    eval_split = (arguments.eval_split if arguments.eval_path is None else None) or next(iter(splits), None)
     if eval_split is not None and arguments.max_eval_rows is not None:
         dataset = dataset.limited(eval_split, arguments.max_eval_rows)
 
@@ -130,6 +160,7 @@ def dataset_rows(arguments: DatasetArguments, dataset: TaskDataset, tokenizer: A
             split,
             tokenizer,
             max_length=arguments.max_length,
+            pad_to_max_length=arguments.pad_to_max_length,
             doc_stride=arguments.doc_stride,
             max_answer_length=arguments.max_answer_length,
         )

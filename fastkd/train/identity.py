@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..models.load import SLOT_BIAS_FILE, VOCAB_MAP_FOLDER, weight_files
+from ..models.folder import SLOT_BIAS_FILE, VOCAB_MAP_FOLDER, model_folder, weight_files
 from ..sealed import content_sha256
 from ..vocab.count import TokenCounts, tokenizer_fingerprint
 from .config import STAGE_KEYS, RunConfig, StageArguments, Vocabulary
@@ -23,8 +23,6 @@ COSMETIC = frozenset(
         *("fsdp", "fsdp_teacher", "ddp_timeout"),
     }
 )
-# Where something lies; what lies there is in the identity by its content.
-_PLACES = PATHS | {"teacher_filters", "student_filters"}
 _BESIDE_WEIGHTS = ("config.json", "filters.json", SLOT_BIAS_FILE, f"{VOCAB_MAP_FOLDER}/*.safetensors")
 
 
@@ -63,9 +61,7 @@ def model_digest(name_or_path: str) -> str:
     if not folder.is_dir():
         if folder.is_absolute():
             raise FileNotFoundError(f"{folder} does not exist.")
-        from transformers.utils.hub import cached_file
-
-        folder = Path(str(cached_file(name_or_path, "config.json"))).parent
+        folder = model_folder(name_or_path, weights=True)
     files = sorted({*weight_files(folder), *(file for pattern in _BESIDE_WEIGHTS for file in folder.glob(pattern))})
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
         hashes = list(pool.map(content_sha256, files))
@@ -77,5 +73,5 @@ def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _decisive(value) if isinstance(value, Mapping) else value
         for key, value in settings.items()
-        if key not in COSMETIC and key not in _PLACES
+        if key not in COSMETIC and key not in PATHS  # what lies there is in the identity by its content
     }

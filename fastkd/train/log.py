@@ -10,6 +10,7 @@ import os
 import resource
 import stat
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,7 +33,7 @@ class RunLog:
         stage: put into every line as `stage`.
         keep: `size` as it was at the point that the run resumes from. What the log holds beyond it is cut off: it is about to happen
             again. None keeps every line.
-        bar: shows the losses, the speed and the memory of every line.
+        bar: shows what every line says.
         report_to: "tensorboard" shows every line's numbers there too.
 
     A half line at the end, left by a killed process, is dropped in either case. Raises `OSError` where the log is a link.
@@ -67,7 +68,7 @@ class RunLog:
         self._file.write(json.dumps(_strict({**stage, **values}), allow_nan=False) + "\n")
         if self._board is not None:
             self._board.write(values)
-        if self._bar is not None and "loss" in values:
+        if self._bar is not None:
             self._bar.show(values)
 
     def close(self) -> None:
@@ -198,18 +199,38 @@ class TensorBoard:
 
 
 class Progress(tqdm):
-    """tqdm's bar, with the time left, when stderr is a terminal and it is to be `shown`, and not one character otherwise."""
+    """A bar with the time left, when stderr is a terminal and it is to be `shown`; elsewhere a logged line for every one of the log."""
 
     def __init__(self, total: int, *, initial: int = 0, description: str | None = None, shown: bool = True) -> None:
         disable = None if shown and sys.stderr is not None else True  # there is no stderr where it is closed
-        super().__init__(total=total, initial=initial, desc=description, disable=disable, dynamic_ncols=True)
+        layout = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        super().__init__(total=total, initial=initial, desc=description, disable=disable, dynamic_ncols=True, bar_format=layout)
+        self._shown, self._description, self._steps = shown, description, total
+        self._initial, self._started = initial, time.monotonic()
 
     def show(self, values: Mapping[str, Any]) -> None:
-        """Put a line of the log behind the bar: the loss and its terms, speed and memory, as far as the line has them."""
-        shown = [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in values.items() if name.startswith("loss")]
+        """Put what a line of the log says behind the bar, or into a line of its own: losses, speed and memory, or scores."""
+        shown = [
+            f"{name.removeprefix('loss_').removeprefix('eval_')} {value:.4g}"
+            for name, value in values.items()
+            if name.startswith(("loss", "eval_")) and isinstance(value, int | float)
+        ]
+        if "eval_events" in values:
+            shown[-1] += f" over {values['eval_events']}"
         for name, unit in (("tokens_per_second", "tokens/s"), ("peak_memory_mb", "MB")):
             shown += [f"{values[name]:,.0f} {unit}"] if name in values else []
-        self.set_postfix_str(", ".join(shown))
+        if self._shown and self.disable:
+            step = values["step"]
+            if step > self._initial:
+                seconds = (time.monotonic() - self._started) / (step - self._initial) * (self._steps - step)
+                shown.append(f"{self.format_interval(seconds)} left")
+            log.info("%s: step %d/%d, %s", self._description, step, self._steps, ", ".join(shown))
+        elif "loss" in values:
+            meter = self.format_dict
+            room = (meter["ncols"] or math.inf) - len(self.format_meter(**{**meter, "postfix": None})) - 2
+            while len(", ".join(shown)) > room:  # half a number would be another one
+                shown.pop()
+            self.set_postfix_str(", ".join(shown))
 
 
 def peak_memory_mb() -> float:

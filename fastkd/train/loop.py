@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..methods.objective import Position, Share, Stage
+from ..models.language_model import LanguageModel
 from ..ops.backends import arithmetic
 from .batches import BatchOrder, counter_torch_generator, seed_global_generators
 from .checkpoint import CheckpointWriter, checkpoint_identity, load_checkpoint, newest_checkpoint, on_cpu
 from .config import StageArguments
-from .log import Progress, RunLog, peak_memory_mb
+from .log import LOG_FILE, Progress, RunLog, peak_memory_mb
 from .parallel import Engine, gradient_norm
 from .profile import BETWEEN, StepProfiler, section
 from .ranks import Ranks
@@ -69,6 +70,8 @@ class StageResult:
     seconds: float
     tokens: int
     peak_memory_mb: float
+    events: str | None = None
+    """What a perplexity among the scores is over."""
 
 
 class StageTrainer:
@@ -100,6 +103,8 @@ class StageTrainer:
         decay = arguments.lr_decay_steps
         self.decay_steps = round(decay * self.total_steps) if decay <= 1 else int(decay)
         self.warmup_steps = resolve_warmup(arguments.warmup_steps, self.decay_steps)
+        if isinstance(stage.objective.student, LanguageModel):
+            stage.objective.student.check_own_loss(any_alignment=True)  # while its weights are whole
         self.engine = Engine(stage.objective, self.ranks, sharded=fsdp, keep_layers_whole=stage.captures)
         self.names = {p: name for name, p in stage.objective.named_parameters() if p.requires_grad}
         if not self.names:
@@ -120,6 +125,8 @@ class StageTrainer:
         stage, ranks = self.stage, self.ranks
         stage.objective.train()
         self._resume()
+        if ranks.is_main:
+            log.info("Stage %s: steps %d to %d, log %s.", stage.name, self.at.step, self.total_steps, self.folder / LOG_FILE)
         with (
             contextlib.nullcontext(self.flag) if self.flag is not None else SignalFlag(ranks) as flag,
             Progress(self.total_steps, initial=self.at.step, description=stage.name, shown=ranks.is_main) as bar,
@@ -158,6 +165,7 @@ class StageTrainer:
             seconds=self.at.seconds,
             tokens=self.at.tokens,
             peak_memory_mb=peak_memory_mb(),
+            events=stage.events,
         )
 
     def _step(self, lines: RunLog, flag: SignalFlag) -> bool:
@@ -304,7 +312,8 @@ class StageTrainer:
                 share = Share(self.ranks.rank, self.ranks.world_size, flag.poll, self.ranks.gather)
                 # One rank's scores, so that all agree on which are the best.
                 scores = self.ranks.gather(self.engine.evaluate(stage.evaluate, share))[0]
-            lines.write({"step": at.step, **{f"eval_{name}": value for name, value in scores.items()}})
+            over = {} if stage.events is None else {"events": stage.events}
+            lines.write({"step": at.step, **{f"eval_{name}": value for name, value in {**scores, **over}.items()}})
             sign = 1.0 if stage.higher_is_better else -1.0
             at.latest = scores
             if not at.best or sign * scores[stage.metric] > sign * at.best[stage.metric]:
@@ -398,13 +407,19 @@ def _adamw(names: dict[nn.Parameter, str], arguments: StageArguments) -> torch.o
         {"params": [p for p in names if p.dim() >= 2], "weight_decay": arguments.weight_decay},
         {"params": [p for p in names if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=arguments.learning_rate,
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
         fused=True,
     )
+    if not arguments.bias_correction:
+        # At step infinity both moments are divided by 1 - beta^infinity, which is 1.
+        for p in names:
+            step = torch.full((), math.inf, device=p.device)
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def _device_name(device: torch.device) -> str:

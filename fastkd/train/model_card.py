@@ -19,7 +19,7 @@ from ..models.student import count_parameters
 from ..models.task_model import TaskModel
 from ..sealed import read_bytes
 from ..tasks.glue import HUB_PATHS
-from .evaluate import TITLES
+from .evaluate import TITLES, data_name
 from .markdown import code_span, escaped, fenced, python_literal, table
 from .provenance import source, versions
 
@@ -33,14 +33,20 @@ _PAIR = '"A question?", "A text that has the answer."'
 def read_evaluation(path: Path, student: str) -> dict[str, Any]:
     """A results.json of `fastkd eval` that judges this `student`; any other file is refused by `ValueError`."""
     try:
-        evaluation = json.loads(read_bytes(path))
-        data, judged_name = evaluation["data"], Path(evaluation["models"]["student"]["model_name_or_path"])
+        content = read_bytes(path)
+    except OSError as error:
+        raise ValueError(
+            f"results: {path}: {error.strerror or error}; give the results.json that `fastkd eval {student} --output_dir DIR` writes."
+        ) from error
+    try:
+        evaluation = json.loads(content)
+        judged_name, judged_on = Path(evaluation["models"]["student"]["model_name_or_path"]), data_name(evaluation)
         _evaluation_scores(evaluation), _evaluation_section(evaluation)  # what the card makes of it
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"results {str(path)!r} is no file that `fastkd eval --output_dir` writes: {error!r}.") from error
     if judged_name.resolve() != Path(student).resolve():
         raise ValueError(
-            f"results {str(path)!r} judges {judged_name} on {data.get('task') or data.get('text')}, and the card is of {student}. Give "
+            f"results {str(path)!r} judges {judged_name} on {judged_on}, and the card is of {student}. Give "
             f"results of `fastkd eval {student}`."
         )
     return evaluation
@@ -111,10 +117,17 @@ def _metadata(
     if stages:
         measured.append((_hub_data(_judged_on(stages[-1]["data"])), stages[-1]["scores"]))
     measured += map(_evaluation_scores, evaluations)
-    results = [
-        EvalResult(task_type=task, metric_type=metric, metric_name=TITLES.get(metric, metric), metric_value=value, **data)
+    if student.vocab_map is not None:
+        measured = []  # of slots, by the teacher's tokenizer: none of it is a figure of the exported model
+    # One figure a metric and data: what `fastkd eval` found, where it judged on what the stage had judged on.
+    found = {
+        (data["dataset_type"], data["dataset_config"], metric): (data, value)
         for data, scores in measured
         for metric, value in scores.items()
+    }
+    results = [
+        EvalResult(task_type=task, metric_type=metric, metric_name=TITLES.get(metric, metric), metric_value=value, **data)
+        for (_, _, metric), (data, value) in found.items()
     ]
     known = [stage["data"] for stage in stages]
     on_hub = [data["path"]["hub"] if "path" in data else _benchmark(data) is not None for data in known]
@@ -135,19 +148,25 @@ def _metadata(
 def _evaluation_scores(evaluation: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, float]]:
     """What an evaluation judged on, as fields of an `EvalResult`, and the student's scores."""
     data, settings = evaluation["data"], evaluation["settings"]
-    place = source(data.get("text") or settings.get("path"))
+    place = _evaluated_place(evaluation)
     judged_on = {**data, "path": place, "name": settings.get("name"), "eval_split": data["split"]}
     return _hub_data(judged_on), evaluation["models"]["student"]["scores"]
 
 
+def _evaluated_place(evaluation: Mapping[str, Any]) -> Any:
+    """Where an evaluation's rows are, as `source` tells it."""
+    data = evaluation["data"]
+    return data["place"] if "place" in data else source(data.get("text") or evaluation["settings"].get("path"))
+
+
 def _hub_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an `EvalResult` that say what was judged on."""
-    place, config = data.get("path"), data.get("name")
-    if place is None:
-        config = data["task"].partition("/")[2] or None
-    kind = place["name"] if place else _benchmark(data) or data["task"]
-    fields = {"dataset_type": kind, "dataset_name": data.get("task") or kind, "dataset_config": config}
-    return {**fields, "dataset_split": data.get("eval_split")}
+    place, benchmark, name, config = data.get("path"), _benchmark(data), data.get("task"), data.get("name")
+    if place is not None and benchmark is None:  # what lies there may be anything, whatever task it is read as
+        kind = name = place["name"]
+    else:
+        kind, config = benchmark or name, str(name).partition("/")[2] or None
+    return {"dataset_type": kind, "dataset_name": name, "dataset_config": config, "dataset_split": data.get("eval_split")}
 
 
 def _judged_on(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,8 +175,9 @@ def _judged_on(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _benchmark(data: Mapping[str, Any]) -> str | None:
-    """The hub's name of a benchmark's data."""
-    return HUB_PATHS.get(str(data.get("task")).partition("/")[0])
+    """The hub's name of a benchmark's data; None where the rows are not the hub's own."""
+    name = HUB_PATHS.get(str(data.get("task")).partition("/")[0])
+    return name if data.get("path") in (None, {"name": name, "hub": True}) else None
 
 
 def _base_model(provenance: Mapping[str, Any] | None) -> str | None:
@@ -242,10 +262,20 @@ def _origin(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | 
         if (paper := method.paper) is not None:
             link = f"[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
             facts["Paper"] = f"{paper.authors}, *{paper.title}*, {paper.venue}, {link}"
+    if classes := _class_names(student):
+        facts["Classes"] = ", ".join(map(escaped, classes))
     if student.vocab_map is not None:
         kept, whole = student.vocab_map.num_kept, student.vocab_map.vocab_size
         facts["Vocabulary"] = f"{kept:,} tokens of the teacher's {whole:,}"
     return "\n".join(f"- {fact}: {value}" for fact, value in facts.items())
+
+
+def _class_names(student: LanguageModel | TaskModel) -> list[str]:
+    """The classes of a classifier in the order of its outputs; none where they have no names."""
+    if not isinstance(student, TaskModel) or student.kind == "question_answering":
+        return []
+    names = [str(name) for _, name in sorted(student.model.config.id2label.items())]
+    return [] if all(name.startswith("LABEL_") for name in names) else names
 
 
 def _place(place: Mapping[str, Any]) -> str:
@@ -253,12 +283,11 @@ def _place(place: Mapping[str, Any]) -> str:
 
 
 def _data_name(data: Mapping[str, Any]) -> str:
-    place, parts = data.get("path"), []
-    if data["kind"] == "dataset":
-        parts.append(code_span(data["task"]) + (" from a copy," if place else ""))
-    if place:
-        parts.append(_link(place["name"], "datasets/") if place["hub"] else code_span(place["name"]))
-    return " ".join(parts)
+    place, task = data.get("path"), data.get("task") if data["kind"] == "dataset" else None
+    if place is None:
+        return code_span(str(task))
+    name = _link(place["name"], "datasets/") if place["hub"] else code_span(place["name"])
+    return name if task is None else f"{name}, read as {code_span(task)}"
 
 
 def _link(name: str, kind: str = "") -> str:
@@ -293,7 +322,13 @@ def _training(provenance: Mapping[str, Any] | None) -> str:
 def _results(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | None, evaluations: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     scores = [
-        [escaped(stage["stage"]), escaped(stage["trains"]), _data_name(_judged_on(stage["data"])), escaped(metric), _shown(value)]
+        [
+            escaped(stage["stage"]),
+            escaped(stage["trains"]),
+            _data_name(_judged_on(stage["data"])),
+            escaped(f"{metric} over {stage['events']}" if metric == "perplexity" and stage.get("events") else metric),
+            _shown(value),
+        ]
         for stage in (provenance["stages"] if provenance else [])
         for metric, value in stage["scores"].items()
     ]
@@ -302,10 +337,11 @@ def _results(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] |
         parts.append(f"{caption}\n\n{table(['stage', 'of the', 'data', 'metric', 'value'], scores)}")
     parts += map(_evaluation_section, evaluations)
     if parts and student.vocab_map is not None:
-        parts.append(
-            "All of this was measured with the teacher's tokenizer, where a token that the student does not keep is read as a similar "
-            "one. The tokenizer of this folder splits such a word into kept tokens, so where there are some its figures may differ."
+        caption = (
+            "No figures of this folder's own: all were measured with the teacher's tokenizer, before the export. There, a token that "
+            "the student does not keep is read as a similar one; the tokenizer of this folder splits such a word into kept tokens."
         )
+        parts.insert(0, caption)
     return "\n\n".join(parts) or f"{NOT_RECORDED.capitalize()}."
 
 
@@ -328,9 +364,10 @@ def _evaluation_section(evaluation: Mapping[str, Any]) -> str:
 def _evaluation_name(evaluation: Mapping[str, Any]) -> str:
     data, used = evaluation["data"], evaluation["versions"]
     judged = f"{data['examples']} examples" if "examples" in data else f"{data['predictions']} {data['predicted']} as {data['events']}"
-    name = data.get("task") or (source(data["text"]) or {})["name"]
-    fastkd, split, torch = escaped(used["fastkd"]), escaped(data["split"]), escaped(used["torch"])
-    return f"`fastkd eval` {fastkd} on {code_span(name)}, split {split}: {escaped(judged)} (torch {torch})."
+    place = _evaluated_place(evaluation)
+    name = _data_name({"kind": "dataset", "path": place, "task": data.get("task")})
+    split = "" if data["split"] is None else f", split {escaped(data['split'])}"
+    return f"`fastkd eval` {escaped(used['fastkd'])} on {name}{split}: {escaped(judged)} (torch {escaped(used['torch'])})."
 
 
 def _limits(student: LanguageModel | TaskModel) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..models.load import VOCAB_MAP_FOLDER
+from ..models.folder import VOCAB_MAP_FOLDER
 from ..sealed import Damaged, foreign_files, read_json, read_manifest, remove_sealed, verify
 from ..store import InUse, Lock, lock, sweep, write_json_atomic
 from .log import LOG_FILE
@@ -86,7 +86,7 @@ class OutputFolder:
         if conflict is not None:
             raise ValueError(
                 f"output_dir={str(self.path)!r} {conflict}. Put back what it was, choose another output_dir, or set "
-                f"overwrite_output_dir to delete what that run left in it."
+                f"overwrite_output_dir to delete what that run left in it.{self._train_on()}"
             )
         begun = {stage: identity for stage, identity in self._record["stages"].items() if self._has_begun(stage)}
         known = {stage: identity for stage, identity in identities.items() if identity is not None}
@@ -130,6 +130,16 @@ class OutputFolder:
         phrases = differences(self._record["settings"], settings) if begun else []
         phrases += [f"{phrase} in {', '.join(names)}" for phrase, names in stages.items()]
         return f"belongs to a run with other settings: {'; '.join(phrases)}" if phrases else None
+
+    def _train_on(self) -> str:
+        """Say how to train a student of this run for longer than it was set to; nothing where no stage has begun."""
+        stages = [self.path / stage for stage in self._record["stages"] if self._has_begun(stage)]
+        made = [stage / "student" for stage in stages if (stage / RESULT_FILE).is_file() and (stage / "student").is_dir()]
+        if not stages:
+            return ""
+        if not made:
+            return " To train on, let it end as it was set, then start another run from its student."
+        return f" To train its student on, set model_name_or_path to {made[-1]} in a run of another output_dir."
 
     def _has_begun(self, stage: str) -> bool:
         return bool(self._contents(stage))

@@ -12,6 +12,7 @@ PATHS = frozenset(
     {
         *("output_dir", "cache_dir", "path", "eval_path", "counts"),
         *("teacher_model_name_or_path", "model_name_or_path", "tokenizer_name_or_path"),
+        *("teacher_filters", "student_filters"),
     }
 )
 """Keys that name a file or a folder, or what may be one."""

@@ -1,6 +1,7 @@
 """Floor 5, train: what made a model, in a file in its own folder, for its model card and for whoever finds the folder.
 
-The folder may be published, so what lies on this machine is told by the last part of its path; `run.json` has the whole ones.
+The folder may be published, so what lies on this machine is told by the last part of its path, and what a run made there by those
+from the run's folder on; `run.json` has the whole ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..methods.registry import METHODS
 from ..sealed import read_json
 from .config import RunConfig, StageArguments
 from .loop import StageResult
-from .output import PROVENANCE_FILE
+from .output import PROVENANCE_FILE, RESULT_FILE
 from .ranks import Ranks
 
 if TYPE_CHECKING:
@@ -77,11 +78,19 @@ def _warn_once(message: str) -> None:
 
 
 def source(name: str | None) -> dict[str, Any] | None:
-    """A model's or a corpus' `name`, and whether it is the hub's; of a place on this machine, the last part of its path."""
+    """Name a model or a corpus, and say whether it is the hub's; of a place on this machine, the last part of its path.
+
+    A model that a stage has made is named by its run and its stage too: those of all are called `student`.
+    """
     if name is None:
         return None
     on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not os.path.exists(name) and name != "stdlib"
-    return {"name": name if on_hub else Path(name).name, "hub": on_hub}
+    return {"name": name if on_hub else _local_name(Path(name)), "hub": on_hub}
+
+
+def _local_name(path: Path) -> str:
+    made_here = (path / PROVENANCE_FILE).is_file() and (path.parent / RESULT_FILE).is_file()
+    return "/".join(path.absolute().parts[-3:]) if made_here else path.absolute().name
 
 
 def versions() -> dict[str, str]:

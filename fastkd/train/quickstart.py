@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..methods.perplexity import perplexity
+from ..methods.perplexity import events, perplexity
 from ..models.load import load_frozen, load_language_model, load_tokenizer
 from ..models.student import count_parameters
 from ..sealed import Damaged, seal, verify
@@ -24,7 +24,7 @@ from ..tasks.corpus import open_corpus
 from ..tasks.text import TextBatch, collate_text
 from ..tasks.tokenized import tokenize_corpus
 from .config import RunConfig, read_config
-from .curves import plot_curves
+from .curves import perplexity_over, plot_curves
 from .log import LOG_FILE, read_log
 from .output import RESULTS_FILE, check_results
 from .run import distill
@@ -78,6 +78,7 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
         "metric": "perplexity over mapped tokens, held-out files of the Python standard library",
+        "events": events(kept, kept.vocab_size),
         "higher_is_better": False,
         **scores,
         "kept_tokens_only": kept_scores,
@@ -226,5 +227,7 @@ def _draw(folder: Path) -> None:
     series = {}
     for name, label in labels.items():
         (log_file,) = (folder / name).glob(f"*/{LOG_FILE}")
-        series[label] = [(x["step"], float(x["eval_perplexity"])) for x in read_log(log_file, strict=False) if "eval_perplexity" in x]
-    plot_curves(series, folder / CURVES_FILE, title="Student on held-out files", xlabel="step", ylabel="perplexity", log_y=True)
+        lines = read_log(log_file, strict=False)
+        series[label] = [(line["step"], float(line["eval_perplexity"])) for line in lines if "eval_perplexity" in line]
+    ylabel = perplexity_over(lines)
+    plot_curves(series, folder / CURVES_FILE, title="Student on held-out files", xlabel="step", ylabel=ylabel, log_y=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,33 @@ import numpy as np
 from ..methods.cached import CachedLesson
 from ..methods.objective import Share, Stage
 from ..methods.registry import METHODS, Data, LessonInputs, StageInputs, StageSpec, build_stage
-from ..methods.stage_data import DatasetRows, Rows, TextRows, split_fingerprints, train_sequences
+from ..methods.stage_data import DatasetRows, Rows, TextRows, largest_id, split_fingerprints, train_sequences
 from ..methods.teaching import Model
 from ..models.language_model import LanguageModel
-from ..models.load import check_row_length, check_same_tokenizer, is_decoder, load_tokenizer, save_model
+from ..models.load import (
+    check_padded_vocabulary,
+    check_row_length,
+    check_same_tokenizer,
+    is_decoder,
+    known_ids,
+    load_tokenizer,
+    save_model,
+)
 from ..models.task_model import TaskHead
 from ..models.teacher_cache import HEADER, CachedTeacher, TeacherCache
 from ..recipes import config_path
 from ..sealed import Damaged, file_sha256, read_json, read_manifest, remove_sealed, seal
-from ..store import new_folder, write_json_atomic
+from ..store import new_folder, write_bytes_synced, write_json_atomic
 from .batches import counter_torch_generator
-from .cached_teacher import cached_lesson, check_cacheable, lesson_contents, lesson_of, models_contents, open_cache
+from .cached_teacher import (
+    cached_lesson,
+    check_cacheable,
+    lesson_contents,
+    lesson_of,
+    models_contents,
+    open_cache,
+    settings_contents,
+)
 from .config import DatasetArguments, RunConfig, StageArguments, read_config
 from .curves import draw_stage
 from .data import cloze_rows, dataset_rows, eval_corpus, load_dataset, text_rows, train_corpus
@@ -36,6 +52,7 @@ from .parallel import WholeCopy, place
 from .preflight import DOINGS, MemoryEstimate, check_disk, check_memory, explaining_shortage, memory_estimate
 from .provenance import PROVENANCE_FILE, provenance
 from .ranks import Ranks
+from .readme import README_FILE, readme
 from .run_models import RunModels
 from .schema import ConfigError, from_mapping, load_yaml
 from .signals import SignalFlag
@@ -230,7 +247,7 @@ class Run:
         arguments, name = planned.arguments, planned.spec.name
         if self.models.finished(name) and not self.config.overwrite_output_dir:
             return
-        self.models.check_new_student(planned.spec, arguments)
+        self.models.check_new_student(planned.spec, arguments, self.head(planned))
         if planned.spec.check_models is not None:
             planned.spec.check_models(*self.models.skeletons(arguments), planned.options)
         if planned.spec.needs_teacher and arguments.teacher.kind == "cache":
@@ -284,6 +301,7 @@ class Run:
             cached = self._cached_lesson(planned, student, teacher, rows)
         for model, role in ((student, spec.trains), (teacher, "teacher")):
             if model is not None and not isinstance(model, CachedTeacher):
+                check_padded_vocabulary(model, self.tokenizer, role, largest_id(rows, model, self.tokenizer))
                 check_row_length(model, -(-rows.longest // 8) * 8, role)
                 if arguments.torch_compile:
                     model.model.base_model.compile(dynamic=True)
@@ -342,8 +360,11 @@ class Run:
         spec, options = planned.spec, planned.options
         kept = student.kept if isinstance(student, LanguageModel) else slice(0)
         compared = () if spec.check_models is None else spec.check_models(student.model, teacher.model, options)
-        lesson = lesson_of(spec, LessonInputs(options, rows, self.tokenizer, kept, compared))
-        contents = lesson_contents(lesson, rows, student, options, self.config.seed)
+        lesson = lesson_of(spec, LessonInputs(options, rows, self.tokenizer, kept, known_ids(teacher.model, self.tokenizer), compared))
+        contents = {
+            **lesson_contents(lesson, rows, student, options, self.config.seed),
+            **settings_contents(planned.arguments, planned.data, self.models.vocabulary_inputs()),
+        }
         return cached_lesson(self.teacher_caches[spec.name], planned.arguments.teacher, lesson, options, contents)
 
     def head(self, planned: PlannedStage) -> TaskHead | None:
@@ -356,7 +377,8 @@ class Run:
             if stage.data == "dataset":
                 dataset = self._dataset(stage).dataset
                 if dataset.is_labelled("train"):
-                    return TaskHead(dataset.kind, dataset.num_outputs, dataset.label_names)
+                    relu = getattr(planned.options, "relu_head", False)
+                    return TaskHead(dataset.kind, dataset.num_outputs, dataset.label_names, dataset.own_classes, relu)
         return None
 
     def _dataset(self, planned: PlannedStage) -> DatasetRows:
@@ -401,6 +423,7 @@ class Run:
                 made.save(unfinished)
             else:
                 save_model(made, self.tokenizer, unfinished)
+                write_bytes_synced(unfinished / README_FILE, readme(unfinished, name).encode())
             write_json_atomic(unfinished / PROVENANCE_FILE, provenance(self.config, planned, result, self.ranks, self.output_dir))
             seal(unfinished, {"identity": identity})
         write_json_atomic(folder / RESULT_FILE, {**asdict(result), "identity": identity})
@@ -410,7 +433,7 @@ class Run:
         """What a finished stage has recorded, and the folder that it made."""
         folder, name = self.output_dir / planned.spec.name, _made_name(planned.spec)
         try:
-            result = read_json(folder / RESULT_FILE, "identity", *(field.name for field in fields(StageResult)))
+            result = read_json(folder / RESULT_FILE, "identity", *(f.name for f in fields(StageResult) if f.default is MISSING))
             if not isinstance(result["scores"], dict) or not all(isinstance(result[key], int | float) for key in ("steps", "seconds")):
                 raise Damaged(f"{folder / RESULT_FILE} does not hold the result of a stage.")
         except Damaged as damage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,21 @@ from torch import Tensor
 
 from ..methods.registry import METHODS, StageSpec
 from ..methods.teaching import Model
+from ..models.cloze_scores import check_label_words
+from ..models.folder import VOCAB_MAP_FOLDER
 from ..models.language_model import LanguageModel
-from ..models.load import VOCAB_MAP_FOLDER, check_padded_vocabulary, load_config, load_frozen, load_language_model
+from ..models.load import known_ids, load_config, load_frozen, load_language_model, load_map, tell_padding
+from ..models.settings import building
 from ..models.student import build_student, prune_model, student_config
 from ..models.task_model import TaskHead, TaskModel, build_task_model, load_task_model
 from ..models.teacher_cache import CachedTeacher, read_header
 from ..models.truncate import keep_layers, parse_layers
+from ..recipes import label_words
 from ..sealed import Damaged, seal, verify
 from ..store import new_folder
+from ..tasks.cloze import label_word_ids
 from ..tasks.cloze_task import ClozeTask
-from ..tasks.token_rows import pad_id
+from ..tasks.token_rows import num_ids, pad_id
 from ..vocab.map import VocabMap
 from .config import RunConfig, StageArguments, TextData
 from .data import train_corpus
@@ -39,6 +45,9 @@ class RunModels:
     ) -> None:
         """poll: called now and then while a vocabulary is counted; what it raises ends that."""
         self.config, self.output_dir, self.cache_dir, self.tokenizer, self.poll = config, output_dir, cache_dir, tokenizer, poll
+        vocabulary = config.vocabulary
+        self.vocabulary = vocabulary and replace(vocabulary, protected=(*vocabulary.protected, *label_words(config.method)))
+        """The kept vocabulary, which has the label words of the tasks that the method has recipes for."""
 
     def finished(self, stage: str) -> bool:
         return (self.output_dir / stage / RESULT_FILE).is_file()
@@ -59,7 +68,6 @@ class RunModels:
             teacher: Model = load_frozen(source)
         else:
             teacher = self._task_model(source, head, needs_head=spec.reads_scores).eval().requires_grad_(False)
-        check_padded_vocabulary(teacher, self.tokenizer, "teacher")
         return teacher
 
     def trained(
@@ -71,9 +79,7 @@ class RunModels:
             source = arguments.teacher_model_name_or_path
         if source is not None:
             dropout = arguments.dropout
-            model = load_language_model(source, dropout=dropout) if head is None else self._task_model(source, head, dropout=dropout)
-            check_padded_vocabulary(model, self.tokenizer, spec.trains)
-            return model
+            return load_language_model(source, dropout=dropout) if head is None else self._task_model(source, head, dropout=dropout)
         if teacher is None and arguments.teacher_model_name_or_path is not None and self.config.model_name_or_path is None:
             # A stage without a teacher may still name one: its architecture and rows are what the student is built from.
             teacher = load_frozen(arguments.teacher_model_name_or_path) if head is None else None
@@ -85,14 +91,14 @@ class RunModels:
         config = self.config
         made = self._stage_before(spec, "student")
         source = config.model_name_or_path if made is None or not self.finished(made) else str(self.output_dir / made / "student")
-        if source is not None and (Path(source) / VOCAB_MAP_FOLDER).is_dir():
-            return VocabMap.load(Path(source) / VOCAB_MAP_FOLDER).kept_ids
+        if source is not None and (own := load_map(source)) is not None:
+            return own.kept_ids
         vocab_map = self._vocab_map(teacher, map_folder) if isinstance(teacher, LanguageModel) else None
-        return slice(len(self.tokenizer)) if vocab_map is None else vocab_map.kept_ids
+        return slice(known_ids(teacher.model, self.tokenizer)) if vocab_map is None else vocab_map.kept_ids
 
     def vocabulary_inputs(self) -> dict[str, Any] | None:
         """What the vocabulary map of the run is made of, JSON-able; None without one."""
-        vocabulary = self.config.vocabulary
+        vocabulary = self.vocabulary
         if vocabulary is None:
             return None
         text, tasks = self._counted()
@@ -132,13 +138,24 @@ class RunModels:
         """Whether the stage begins with a student that no stage of the run has made."""
         return spec.trains == "student" and self._stage_before(spec, "student") is None
 
-    def check_new_student(self, spec: StageSpec, arguments: StageArguments) -> None:
-        """Refuse settings of a new student that make no model, before any row is read."""
+    def check_new_student(self, spec: StageSpec, arguments: StageArguments, head: TaskHead | None) -> None:
+        """Refuse settings of a new student that make no model, and a named one without its task's words, before any row is read."""
         config = self.config
+        if arguments.task is not None and config.model_name_or_path is not None:
+            self._check_label_words(arguments.task.cloze, config.model_name_or_path)
         if self.builds_student(spec) and config.model_name_or_path is None:
-            teacher = arguments.teacher_model_name_or_path
-            base = load_config(teacher) if teacher is not None else base_config(config.student)
-            student_config(base, {**config.student, **arguments.dropout}, None, len(self.tokenizer))
+            self._student_config(arguments, head)
+
+    def _student_config(self, arguments: StageArguments, head: TaskHead | None) -> Any:
+        """The configuration of a new student with all of its teacher's ids."""
+        config, teacher = self.config, arguments.teacher_model_name_or_path
+        base = load_config(teacher) if teacher is not None else base_config(config.student)
+        rows = num_ids(self.tokenizer) if teacher is None else min(num_ids(self.tokenizer), base.get_text_config().vocab_size)
+        return student_config(base, {**config.student, **arguments.dropout}, None, rows, head)
+
+    def _check_label_words(self, task: ClozeTask, student: str) -> None:
+        if task.kind == "verbalizer" and (own := load_map(student)) is not None:
+            check_label_words(task, torch.tensor(label_word_ids(task, self.tokenizer)), own)
 
     def skeletons(self, arguments: StageArguments) -> tuple[Any, Any]:
         """Backbones of student and teacher without weights: what can be refused of them is refused before anything is trained."""
@@ -188,14 +205,12 @@ class RunModels:
             )
         if config.model_name_or_path is not None:
             named = self._task_model(config.model_name_or_path, head, dropout=arguments.dropout)
-            check_padded_vocabulary(named, self.tokenizer, "student")
             if config.student_layers is not None:
                 named.model = keep_layers(named.model, parse_layers(config.student_layers, named.model))
             return named
-        teacher = arguments.teacher_model_name_or_path
-        base = load_config(teacher) if teacher is not None else base_config(config.student)
-        student = student_config(base, {**config.student, **arguments.dropout}, None, len(self.tokenizer))
-        return build_task_model(student, head, seed=config.seed, pad_id=pad_id(self.tokenizer))
+        student = self._student_config(arguments, head)
+        with building(config.student):
+            return build_task_model(student, head, seed=config.seed, pad_id=pad_id(self.tokenizer))
 
     def _first_student(self, teacher: Model | CachedTeacher | None, arguments: StageArguments) -> LanguageModel:
         assert not isinstance(teacher, TaskModel)
@@ -207,18 +222,17 @@ class RunModels:
         if named is not None and named.vocab_map is not None:
             return named
         vocab_map = self._vocab_map(teacher or named, self.output_dir / VOCAB_MAP_FOLDER)
+        rows = num_ids(self.tokenizer) if teacher is None else known_ids(teacher.model, self.tokenizer)
         if named is None:
             base = teacher.model.config if teacher is not None else base_config(config.student)
-            vocabulary = None if vocab_map is not None else len(self.tokenizer)
-            return build_student(base, {**config.student, **arguments.dropout}, vocab_map, seed=config.seed, vocabulary=vocabulary)
-        check_padded_vocabulary(named, self.tokenizer, "student")
+            return build_student(base, {**config.student, **arguments.dropout}, vocab_map, seed=config.seed, vocabulary=rows)
         if vocab_map is not None:
             return prune_model(named.model, vocab_map)
-        padding = named.vocabulary - len(self.tokenizer)
-        if not padding:
+        if named.vocabulary <= rows:
             return named
-        tokens = torch.arange(len(self.tokenizer))
-        sliced = VocabMap(tokens, torch.cat([tokens, tokens.new_zeros(padding)]))
+        tell_padding("student", named.vocabulary, rows)
+        tokens = torch.arange(rows)
+        sliced = VocabMap(tokens, torch.cat([tokens, tokens.new_zeros(named.vocabulary - rows)]))
         return LanguageModel(prune_model(named.model, sliced).model)
 
     def _counted(self) -> tuple[TextData | None, list[ClozeTask]]:
@@ -229,7 +243,7 @@ class RunModels:
 
     def _vocab_map(self, rows_of: LanguageModel | CachedTeacher | None, folder: Path) -> VocabMap | None:
         """The run's map, which is kept in `folder` once it is made."""
-        if self.config.vocabulary is None:
+        if self.vocabulary is None:
             return None
         inputs = self.vocabulary_inputs()
         if folder.exists():
@@ -242,7 +256,7 @@ class RunModels:
             text, tasks = self._counted()
             corpus = None if text is None else train_corpus(text)
             rows = load_frozen(rows_of.name_or_path) if isinstance(rows_of, CachedTeacher) else rows_of
-            vocab_map = build_vocab_map(self.config.vocabulary, self.tokenizer, rows, corpus, tasks, self.cache_dir, self.poll)
+            vocab_map = build_vocab_map(self.vocabulary, self.tokenizer, rows, corpus, tasks, self.cache_dir, self.poll)
         with new_folder(folder) as unfinished:
             vocab_map.save(unfinished)
             seal(unfinished, {"vocabulary": inputs})

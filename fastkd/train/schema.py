@@ -9,13 +9,12 @@ that reading back what was written gives an equal config.
 
 import ast
 import copy
-import difflib
 import inspect
 import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..errors import nearest
 from .numbers import decimal_number, whole_number
 
 Config = TypeVar("Config")
@@ -165,7 +165,7 @@ def _odd_numbers(value: Any, where: str) -> Iterator[str]:
 def _read_config(data: Mapping[str, Any], cls: Any, where: str, base: Any, problems: list[str]) -> Any:
     found = len(problems)
     keys = _keys(cls, base)
-    problems += [_unknown("key", where, str(name), keys) for name in data if name not in keys]
+    problems += [_unknown("key", where, str(name), cls, keys) for name in data if name not in keys]
     values = {}
     for name, (kind, default) in keys.items():
         values[name] = _read(data[name], kind, _dotted(where, name), default, problems) if name in data else default
@@ -203,9 +203,12 @@ def _mismatch(where: str, value: Any, kind: Any) -> str:
     return f"{where} is {given}; it must be {_type_name(kind)}: {remedy}"
 
 
-def _unknown(what: str, where: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    remedy = f"did you mean {_dotted(where, near[0])}?" if near else f"known here: {', '.join(known)}"
+def _unknown(what: str, where: str, name: str, cls: Any, known: Collection[str]) -> str:
+    """Tell which key of `cls`, or of a config inside it, was meant by `name`; all of its own where none is near."""
+    inside = [key for key, *_ in _rows(cls) if "NAME" not in key]
+    near = nearest(name, dict.fromkeys(key.rpartition(".")[2] for key in [*known, *inside]))
+    meant = [near] if near in known else [key for key in inside if key.rpartition(".")[2] == near]
+    remedy = f"did you mean {' or '.join(_dotted(where, key) for key in meant)}?" if meant else f"known here: {', '.join(known)}"
     return f"{_dotted(where, name)} is not a known {what}; {remedy}"
 
 
@@ -275,7 +278,7 @@ def _find(data: dict[str, Any], kind: Any, base: Any, where: str, path: list[str
         keys = _keys(holder, base)
         key = key.replace("-", "_")
         if key not in keys:
-            raise ConfigError(_unknown("flag", where, key, keys))
+            raise ConfigError(_unknown("flag", where, key, holder, keys))
         kind, base = keys[key]
     else:
         kind, base = get_args(holder)[1], _entry(base, key)
@@ -296,29 +299,36 @@ def _parse(text: str, kind: Any) -> Any:
     for member in sorted(members, key=lambda member: get_origin(member) in (list, tuple)):  # these take any text: last
         origin, arguments = get_origin(member), get_args(member)
         if origin in (list, tuple):
-            return [_parse(entry.strip(), arguments[0]) for entry in text.split(",") if entry.strip()]
+            entries = [_parse(entry.strip(), arguments[0]) for entry in text.split(",") if entry.strip()]
+            if str not in members or all(any(_fits(entry, item) for item in _members(arguments[0])) for entry in entries):
+                return entries
+            continue
         choices = {_show(choice): choice for choice in arguments} if origin is Literal else {}
         with suppress(ValueError, KeyError):
             return choices[text] if choices else _PARSERS[member](text)
     return text
 
 
-def to_yaml(config: Any, *, comments: bool = True, defaults: bool = True) -> str:
+def to_yaml(config: Any, *, comments: bool = True, defaults: bool = True, inherited: bool = False) -> str:
     """YAML that `load_yaml` and `from_mapping` read back to an equal config.
 
     comments: the first sentence of its docstring above each key.
     defaults: also the keys that have their default value.
+    inherited: the values of `config` itself are the defaults of the configs below it, in mappings, whose class it extends.
     """
     from .yaml_text import yaml_line
 
     def line(name: str, value: Any) -> str:
         return yaml_line({name: value})[1:-2] + "\n"  # without the braces
 
+    def inherits(below: Any) -> bool:
+        return inherited and isinstance(config, type(below))
+
     def entry(name: str, value: Any, base: Any) -> str:
         if is_dataclass(value):
             body = keys(value, base)
         elif isinstance(value, dict) and any(map(is_dataclass, value.values())):
-            body = "".join(entry(key, below, _entry(base, key)) for key, below in value.items())
+            body = "".join(entry(key, below, config if inherits(below) else _entry(base, key)) for key, below in value.items())
         else:
             return line(name, value)
         head = line(name, {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ def task_quickstart(output_dir: Path, method: Method, seed: int = 0) -> dict[str
     }
     for place in (folder, output_dir):
         write_json_atomic(place / RESULTS_FILE, summary)
-    _draw(folder, method)
+    _draw(folder, method, runs)
     return summary
 
 
@@ -185,12 +186,17 @@ def _load(folder: str, dataset: TaskDataset, tokenizer: Any) -> TaskModel:
     return load_task_model(folder, head, seed=0, pad_id=pad_id(tokenizer), needs_head=True)
 
 
-def _draw(folder: Path, method: Method) -> None:
-    """Accuracy on the validation split over the steps of the last stage, one curve a student."""
+def _draw(folder: Path, method: Method, runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Draw the accuracy on the validation split over the steps of all stages, one curve a student; runs: results of stages, by name."""
     title = TITLES[method]
     labels = ("labels alone", "plain KD", title, f"labels, as long as {title}", f"plain KD, as long as {title}")
     series = {}
     for name, label in zip((*STUDENTS, *EQUAL_TIME), labels, strict=True):
-        last = max((folder / name).glob(f"*/{LOG_FILE}"), key=lambda path: path.stat().st_mtime_ns)
-        series[label] = [(x["step"], float(x["eval_accuracy"])) for x in read_log(last, strict=False) if "eval_accuracy" in x]
-    plot_curves(series, folder / CURVES_FILE, title="Student on held-out functions", xlabel="step", ylabel="accuracy")
+        points, before = [], 0
+        for stage, result in runs[name].items():
+            lines = read_log(folder / name / stage / LOG_FILE, strict=False) if "student_dir" in result else []
+            points += [(before + line["step"], float(line["eval_accuracy"])) for line in lines if "eval_accuracy" in line]
+            before += result["steps"]
+        series[label] = points
+    xlabel = "step, of all stages one after the other"
+    plot_curves(series, folder / CURVES_FILE, title="Student on held-out functions", xlabel=xlabel, ylabel="accuracy")

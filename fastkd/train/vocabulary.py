@@ -7,23 +7,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..models.language_model import LanguageModel
+from ..models.prune import padding_ids
 from ..tasks.cloze import label_word_ids
 from ..tasks.cloze_task import ClozeTask
 from ..tasks.corpus import Corpus
 from ..vocab.count import TokenCounts, count_tokens, tokenizer_fingerprint
 from ..vocab.map import VocabMap
-from ..vocab.tokenizer import protected_ids, token_requirements
+from ..vocab.tokenizer import protected_ids, token_requirements, tokens_by_id
 from .config import Vocabulary
 
 log = logging.getLogger("fastkd")
 
 
-def protected_words(task: ClozeTask, tokenizer: Any) -> set[int]:
-    """The ids that a vocabulary keeps for the sake of a task: its label words, and what is always kept."""
-    return {*protected_ids(tokenizer, task.label_words), *label_word_ids(task, tokenizer)}
+def protected_words(task: ClozeTask, tokenizer: Any, rows: int | None = None) -> set[int]:
+    """The ids that a vocabulary keeps for the sake of a task: its label words, and what is always kept; `rows`: of the model."""
+    return {*protected_ids(tokenizer, task.label_words, rows=rows), *label_word_ids(task, tokenizer)}
 
 
 def build_vocab_map(
@@ -37,8 +36,13 @@ def build_vocab_map(
 ) -> VocabMap:
     """Count `corpus` (or load the counts named), keep protected and frequent ids, and give every other id its stand-in.
 
-    Protected are special and byte tokens, the words of `vocabulary.protected`, and the label words of every task. The similarity is
-    that of the teacher's output rows; for a tied head they are its embedding.
+    Protected are special and byte tokens, the words of `vocabulary.protected`, the label words of every task, and the teacher's padding
+    id, which also keeps its number where that is below those kept. Only ids are kept that name a token and have a row of their own in
+    the teacher, so that the map of one that has a map itself is among its kept ids. The similarity is that of the teacher's output
+    rows; for a tied head they are its embedding.
+
+    Raises:
+        ValueError: counts of another tokenizer or none, or what `VocabMap.from_counts` refuses.
     """
     if vocabulary.counts is not None:
         counts = TokenCounts.load(vocabulary.counts)
@@ -52,20 +56,31 @@ def build_vocab_map(
         counts = count_tokens(corpus, tokenizer, cache_dir / "counts" / name, poll=poll)
     else:
         raise ValueError("vocabulary needs counts of tokens, and no stage has text: set vocabulary.counts (see `fastkd vocab count`).")
-    protected = {*protected_ids(tokenizer, vocabulary.protected)}
+    first, tokens = teacher.vocab_map, tokens_by_id(tokenizer)
+    known = tokens.keys() if first is None else tokens.keys() & set(first.kept_ids.tolist())
+    rows = teacher.vocabulary if first is None else first.vocab_size
+    # Where the architecture counts from the number of its padding id, the student's has to be the same.
+    padding = {
+        row if first is None else int(first.kept_ids[row]): row for row in padding_ids(teacher.model) if row < teacher.vocabulary
+    }
+    protected = {*protected_ids(tokenizer, vocabulary.protected, rows=rows), *(padding.keys() & known)}
     for task in tasks:
-        protected |= protected_words(task, tokenizer)
+        protected |= protected_words(task, tokenizer, rows)
     chosen = VocabMap.from_counts(
         counts,
         vocabulary.keep,
         sorted(protected),
         vocabulary.multiple_of,
         requires=token_requirements(tokenizer),
-        vocab_size=max(teacher.vocabulary, len(tokenizer)),
+        vocab_size=rows,
+        exclude={*range(len(counts.counts))} - known,
     )
+    chosen = chosen.pin({number: row for number, row in padding.items() if chosen.is_kept[number] and row < chosen.num_kept})
     coverage = counts.coverage(chosen.kept_ids)
-    log.info("The student keeps %d of %d ids, %.2f %% of the corpus's tokens.", chosen.num_kept, len(tokenizer), 100 * coverage)
-    rows = teacher.head.weight.detach()
-    if rows.shape[0] < chosen.vocab_size:
-        rows = torch.cat([rows, rows.new_zeros(chosen.vocab_size - rows.shape[0], rows.shape[1])])
-    return chosen.assign_stand_ins(rows, vocabulary.stand_ins, unk_id=tokenizer.unk_token_id)
+    log.info("The student keeps %d of %d ids, %.2f %% of the corpus's tokens.", chosen.num_kept, len(tokens), 100 * coverage)
+    weight = teacher.head.weight.detach()
+    if first is None:
+        return chosen.assign_stand_ins(weight, vocabulary.stand_ins, unk_id=tokenizer.unk_token_id)
+    chosen = chosen.assign_stand_ins(weight[first.id_to_slot], vocabulary.stand_ins, unk_id=tokenizer.unk_token_id)
+    # What the teacher reads as another id is read as that one is now.
+    return VocabMap(chosen.kept_ids, chosen.id_to_slot[first.kept_ids[first.id_to_slot]])

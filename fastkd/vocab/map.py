@@ -68,22 +68,26 @@ class VocabMap:
         multiple_of: int = 128,
         requires: Mapping[int, Sequence[int]] | None = None,
         vocab_size: int | None = None,
+        exclude: Iterable[int] = (),
     ) -> VocabMap:
         """Keep the `protected` ids and the most frequent others.
 
         Slots are in the order: protected ids, then the rest, each by falling frequency, equal frequencies by rising id.
-        V_k is the number to keep, rounded up to `multiple_of`; where that reaches the number of tokens, every token is
-        kept (V_k = number of tokens), in the same order.
+        V_k is the number to keep, rounded up to `multiple_of`; where that reaches the number n of ids that may be kept, all
+        of them are (V_k = n), in the same order.
 
         Args:
-            counts: frequencies of the tokenizer's n ids, `TokenCounts` or (n,) integers.
+            counts: frequencies of the tokenizer's ids, `TokenCounts` or (highest id + 1,) integers.
             keep: a ratio of n (0 < keep < 1, floor(keep * n) ids) or a number of ids (an int >= 1).
             protected: ids kept whatever their frequency (special tokens, verbalizers).
             multiple_of: V_k is rounded up to a multiple of it.
             requires: ids that must be kept whenever the key is (for BPE the two parents of a merge), applied
                 transitively. Down the order above, a token enters together with what it still requires if all of it
                 fits, else it is passed over, until V_k is full.
-            vocab_size: V >= n, the rows of a teacher padded beyond its tokenizer; ids n, n + 1, ... are dropped.
+            vocab_size: V, the rows of the teacher; ids behind those that were counted are dropped. An id that was counted has
+                to have a row unless its count is 0.
+            exclude: ids that are not kept, nor anything that requires them: numbers that name no token, ids that the teacher
+                itself has dropped. Ids without a row are such without being named.
 
         Raises:
             ValueError: an argument out of range, or more protected ids (and what they require) than V_k.
@@ -91,17 +95,31 @@ class VocabMap:
         frequencies = _frequencies(counts)
         num_tokens = frequencies.numel()
         vocab_size = num_tokens if vocab_size is None else vocab_size
-        if vocab_size < num_tokens:
-            raise ValueError(f"vocab_size={vocab_size} is below the {num_tokens} tokens that were counted.")
+        if len(rowless := frequencies[vocab_size:].nonzero()):
+            number = vocab_size + int(rowless[0])
+            raise ValueError(
+                f"Id {number} was counted {int(frequencies[number])} times and vocab_size is {vocab_size}: it has no row in the model. "
+                "Count text without that token, or give the model a row for it."
+            )
         protected, requires = set(protected), requires or {}
         _require_ids("protected", protected, num_tokens)
         _require_ids("requires", {*requires, *chain.from_iterable(requires.values())}, num_tokens)
+        excluded = _with_requiring({*exclude, *range(vocab_size, num_tokens)}, requires)
+        _require_ids("exclude", excluded, num_tokens)
+        if refused := sorted(protected & excluded):
+            raise ValueError(
+                f"protected names id {refused[0]}, which cannot be kept: it has no row in the model, is excluded, or requires an "
+                "id that is. Give the model a row for it, or do not protect it."
+            )
 
+        may_be_kept = torch.ones(num_tokens, dtype=torch.bool)
+        may_be_kept[sorted(excluded)] = False
         is_protected = torch.zeros(num_tokens, dtype=torch.bool)
         is_protected[sorted(protected)] = True
         by_frequency = frequencies.argsort(descending=True, stable=True)
+        by_frequency = by_frequency[may_be_kept[by_frequency]]
         order = torch.cat([by_frequency[is_protected[by_frequency]], by_frequency[~is_protected[by_frequency]]])
-        num_kept = _num_kept(keep, num_tokens, multiple_of)
+        num_kept = _num_kept(keep, len(order), multiple_of)
         kept = _choose(order.tolist(), len(protected), num_kept, requires)
 
         is_kept = torch.zeros(num_tokens, dtype=torch.bool)
@@ -187,6 +205,27 @@ class VocabMap:
             nearest = nearest_kept(embedding, dropped_ids.to(device), self.kept_ids[candidates].to(device), similarity)
             stand_ins = candidates[nearest.to(candidates.device)]
         return VocabMap(self.kept_ids, self.id_to_slot.index_copy(0, dropped_ids, stand_ins))
+
+    def pin(self, slots: Mapping[int, int]) -> VocabMap:
+        """A new map in which the kept ids that `slots` names have these slots; each changes places with the id that was there.
+
+        Some architectures compute with the number of an id: RoBERTa counts positions from its padding id, 1, so that
+        `pin({1: 1})` lets it go on as before.
+
+        Raises:
+            ValueError: an id that is not kept, or a slot that is not below V_k.
+        """
+        order = self.kept_ids.tolist()
+        for number, slot in slots.items():
+            if number not in order:
+                raise ValueError(f"pin names id {number}, which is not kept; name it in protected when the map is built.")
+            if not 0 <= slot < len(order):
+                raise ValueError(f"pin gives id {number} slot {slot} of {len(order)}; keep more than {slot} ids.")
+            here = order.index(number)
+            order[here], order[slot] = order[slot], number
+        kept_ids = torch.tensor(order, device=self.kept_ids.device)
+        moved = torch.empty_like(kept_ids).index_copy_(0, self.id_to_slot[kept_ids], torch.arange(len(order), device=kept_ids.device))
+        return VocabMap(kept_ids, torch.where(self.id_to_slot < 0, -1, moved[self.id_to_slot]))
 
     def map_ids(self, ids: Tensor, ignore_index: int | None = None) -> Tensor:
         """The slots by which ids are read.
@@ -306,6 +345,15 @@ def _choose(order: list[int], num_protected: int, num_kept: int, requires: Mappi
     if len(kept) < num_kept:
         raise ValueError("requires has a cycle: some ids require each other, so they cannot be kept one by one.")
     return kept
+
+
+def _with_requiring(excluded: set[int], requires: Mapping[int, Sequence[int]]) -> set[int]:
+    """`excluded` and every id that requires one of them, transitively."""
+    found = excluded
+    while found:
+        found = {token for token, needed in requires.items() if token not in excluded and not found.isdisjoint(needed)}
+        excluded = excluded | found
+    return excluded
 
 
 def _missing(token: int, kept: set[int], requires: Mapping[int, Sequence[int]]) -> set[int]:

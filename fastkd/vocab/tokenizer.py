@@ -34,11 +34,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastkd.vocab.tokenizer_backend import Spec, id_fields, merge_parents, model_tokens, read_spec, restrict_model, unk_id
+from fastkd.tasks.token_rows import num_ids
+from fastkd.vocab.tokenizer_backend import (
+    Spec,
+    id_fields,
+    inserted_id_fields,
+    merge_parents,
+    model_tokens,
+    read_spec,
+    restrict_model,
+    unk_id,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -68,7 +78,13 @@ class PrunedAgreement:
         return self.tokens_equal / self.tokens if self.tokens else 1.0
 
 
-def protected_ids(tokenizer: PreTrainedTokenizerBase, extra_tokens: Iterable[str] = ()) -> list[int]:
+def tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id -> the token that it names, by increasing id. Ids may have gaps, and a piece that Unigram lists twice has two."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(num_ids(tokenizer))))
+    return {number: token for number, token in enumerate(tokens) if token is not None}
+
+
+def protected_ids(tokenizer: PreTrainedTokenizerBase, extra_tokens: Iterable[str] = (), *, rows: int | None = None) -> list[int]:
     """Ids that every kept set must hold, in increasing order.
 
     These are the special and added tokens, every id the post-processor or the padding inserts, and of the model:
@@ -85,12 +101,18 @@ def protected_ids(tokenizer: PreTrainedTokenizerBase, extra_tokens: Iterable[str
     forms with and without a leading space. Of one that is several tokens in every form, all tokens of the form as written are
     added, at the start and inside of a text; the log names these, and those that the tokenizer knows as its unknown token alone.
 
+    Args:
+        tokenizer: a fast one.
+        extra_tokens: words to keep, as said above.
+        rows: of the model. An added token without a row that nothing inserts, such as the image token of a text model, can
+            then be dropped; None: every id has its row.
+
     Raises:
         TypeError: the tokenizer is not a fast one.
         ValueError: its model or post-processor is of an unknown kind, has no unknown token where it needs one, or a special
             token is not in the vocabulary.
     """
-    return sorted(_protected_ids(tokenizer, read_spec(tokenizer)) | _ids_of_words(tokenizer, extra_tokens))
+    return sorted(_protected_ids(tokenizer, read_spec(tokenizer), rows) | _ids_of_words(tokenizer, extra_tokens))
 
 
 def token_requirements(tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[int, ...]]:
@@ -106,28 +128,37 @@ def token_requirements(tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[in
     return merge_parents(read_spec(tokenizer)["model"])
 
 
-def prune_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: torch.Tensor | Sequence[int]) -> PreTrainedTokenizerFast:
+def prune_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, kept_ids: torch.Tensor | Sequence[int], *, rows: int | None = None
+) -> PreTrainedTokenizerFast:
     """A tokenizer that knows only the tokens of `kept_ids` (V_k,), integers, where token `kept_ids[slot]` has the id `slot`.
 
     It is a plain `PreTrainedTokenizerFast`, also for a model-specific tokenizer class: those rebuild parts of the backend
     from hard-wired defaults when they are opened, the plain class takes `tokenizer.json` as it stands. Special tokens,
     lengths, sides, chat template and model input names are carried over; methods of a subclass are not.
 
+    Args:
+        tokenizer: the teacher's.
+        kept_ids: (V_k,), the id behind every slot.
+        rows: as of `protected_ids`: an added token that it lets go becomes text like any other.
+
     Raises:
         TypeError: the tokenizer is not a fast one, or `kept_ids` is not a vector of integers.
         ValueError: `kept_ids` has duplicates or ids without a token, misses one of `protected_ids(tokenizer)`, or is not
             closed under `token_requirements(tokenizer)`; or the tokenizer is refused as in `protected_ids`.
     """
-    spec = read_spec(tokenizer)
-    token_of = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    kept = _check_kept_ids(kept_ids, token_of, _protected_ids(tokenizer, spec), merge_parents(spec["model"]))
+    spec, token_of = read_spec(tokenizer), tokens_by_id(tokenizer)
+    kept = _check_kept_ids(kept_ids, token_of, _protected_ids(tokenizer, spec, rows), merge_parents(spec["model"]))
+    _check_order_of_equal_tokens(kept, token_of, tokenizer.get_vocab())
 
     slot_of = {token_id: slot for slot, token_id in enumerate(kept)}
+    dropped = [token["content"] for token in spec["added_tokens"] if token["id"] not in slot_of]
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] in slot_of]
     for holder, key in id_fields(spec):
         holder[key] = slot_of[holder[key]]
-    restrict_model(spec["model"], [token_of[token_id] for token_id in kept])
+    restrict_model(spec["model"], {token_id: token_of[token_id] for token_id in kept})
 
-    pruned = _open(tokenizer, spec)
+    pruned = _open(tokenizer, spec, dropped)
     if pruned.get_vocab() != {token_of[token_id]: slot for token_id, slot in slot_of.items()}:
         raise RuntimeError(
             f"transformers opened the pruned {type(tokenizer).__name__} with {len(pruned)} tokens where {len(kept)} were "
@@ -189,7 +220,7 @@ def check_pruned_tokenizer(
 # --- what must be kept
 
 
-def _protected_ids(tokenizer: PreTrainedTokenizerBase, spec: Spec) -> set[int]:
+def _protected_ids(tokenizer: PreTrainedTokenizerBase, spec: Spec, rows: int | None) -> set[int]:
     vocab = tokenizer.get_vocab()
     special_tokens = tokenizer.all_special_tokens
     if absent := [token for token in special_tokens if token not in vocab]:
@@ -197,8 +228,11 @@ def _protected_ids(tokenizer: PreTrainedTokenizerBase, spec: Spec) -> set[int]:
             f"The tokenizer's special tokens {absent} are not in its vocabulary; add them with "
             "tokenizer.add_special_tokens(...) (and resize the model's embedding) before pruning."
         )
-    protected = {vocab[token] for token in special_tokens}
-    protected.update(holder[key] for holder, key in id_fields(spec))
+    protected = {vocab[token] for token in special_tokens} | {token["id"] for token in spec["added_tokens"]}
+    if rows is not None:
+        roles = {getattr(tokenizer, role) for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+        protected = {number for number in protected if number < rows} | {vocab[token] for token in roles & vocab.keys()}
+    protected.update(holder[key] for holder, key in inserted_id_fields(spec))
 
     model = spec["model"]
     if (unknown := unk_id(model)) is not None:
@@ -289,8 +323,21 @@ def _check_kept_ids(
     return kept
 
 
-def _open(tokenizer: PreTrainedTokenizerBase, spec: Spec) -> PreTrainedTokenizerFast:
-    """`tokenizer` with the backend `spec`, by way of its saved files: what is returned is what will be opened later."""
+def _check_order_of_equal_tokens(kept: list[int], token_of: dict[int, str], vocab: dict[str, int]) -> None:
+    """Refuse slots that would change which of a Unigram piece's ids its text gets: the last one, as everywhere in that format."""
+    last = {token_of[token_id]: token_id for token_id in kept}
+    for token_id in kept:
+        token = token_of[token_id]
+        if token_id == vocab[token] != last[token]:
+            raise ValueError(
+                f"Ids {last[token]} and {token_id} are both {token!r}, whose text gets the last one, {token_id}, and kept_ids gives it "
+                "the lower slot; exchange the two."
+            )
+
+
+def _open(tokenizer: PreTrainedTokenizerBase, spec: Spec, dropped: Sequence[str]) -> PreTrainedTokenizerFast:
+    """`tokenizer` with the backend `spec`, by way of its saved files: what is returned is what will be opened later. Its settings no
+    longer name the `dropped` added tokens."""
     from transformers import PreTrainedTokenizerFast
 
     with TemporaryDirectory() as directory:
@@ -303,7 +350,19 @@ def _open(tokenizer: PreTrainedTokenizerBase, spec: Spec) -> PreTrainedTokenizer
         # Class attributes of a subclass, which the plain class has to be told.
         for name in ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
             config[name] = getattr(tokenizer, name)
+        config = _without(config, dropped)
         config_file.write_text(json.dumps(config), encoding="utf-8")
         pruned: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(directory)
     pruned.name_or_path = tokenizer.name_or_path
     return pruned
+
+
+def _without(value: Any, tokens: Sequence[str]) -> Any:
+    """A value of a JSON file without what names one of these tokens."""
+    if isinstance(value, dict):
+        return {key: _without(each, tokens) for key, each in value.items() if not _names(each, tokens)}
+    return [_without(each, tokens) for each in value if not _names(each, tokens)] if isinstance(value, list) else value
+
+
+def _names(value: Any, tokens: Sequence[str]) -> bool:
+    return (value.get("content") if isinstance(value, dict) else value) in tokens

@@ -6,7 +6,7 @@ Everything fastkd knows about that format is here; `tokenizer.py` decides what t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +53,17 @@ def unk_id(model: Spec) -> int | None:
 
 
 def id_fields(spec: Spec) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of every id written outside of the model: added tokens, padding, post-processor.
+    """(container, key) of every id written outside of the model: added tokens, and those of `inserted_id_fields`."""
+    yield from ((token, "id") for token in spec["added_tokens"])
+    yield from inserted_id_fields(spec)
+
+
+def inserted_id_fields(spec: Spec) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every id that the padding or the post-processor inserts.
 
     Raises:
         ValueError: the post-processor is of an unknown kind.
     """
-    yield from ((token, "id") for token in spec["added_tokens"])
     if spec["padding"] is not None:
         yield spec["padding"], "pad_id"
     yield from _post_processor_id_fields(spec["post_processor"])
@@ -83,16 +88,16 @@ def _post_processor_id_fields(processor: Spec | None) -> Iterator[tuple[Any, Any
             )
 
 
-def restrict_model(model: Spec, tokens: list[str]) -> None:
-    """Rewrite `model` in place so that it knows exactly `tokens`, the one at position s with the id s."""
+def restrict_model(model: Spec, tokens: Mapping[int, str]) -> None:
+    """Rewrite `model` in place so that it knows exactly `tokens`, token by id, the one at position s with the id s."""
     if model["type"] == "Unigram":
-        scores = dict(model["vocab"])
-        lowest = min(scores.values())
-        model["unk_id"] = tokens.index(model["vocab"][model["unk_id"]][0])
+        scores = [score for _, score in model["vocab"]]
+        lowest = min(scores)
+        model["unk_id"] = list(tokens).index(model["unk_id"])
         # An added token that the model did not know gets the lowest score, which leaves the unknown penalty in its place.
-        model["vocab"] = [[token, scores.get(token, lowest)] for token in tokens]
+        model["vocab"] = [[token, scores[number] if number < len(scores) else lowest] for number, token in tokens.items()]
         return
-    model["vocab"] = vocab = {token: slot for slot, token in enumerate(tokens)}
+    model["vocab"] = vocab = {token: slot for slot, token in enumerate(tokens.values())}
     if model["type"] == "BPE":
         model["merges"] = [
             [left, right]

@@ -40,9 +40,30 @@ def test_a_task_in_one_table(tmp_path, capsys):
         assert line.split()[1 : 1 + len(cells)] == cells
         assert str(result["parameters"]) in line
     assert lines[0].split()[:3] == ["accuracy", "calibration", "error"] and "KL from teacher, nats" in lines[0]
-    assert "glue/rte, split validation: 6 examples." in shown and "15 bins of equal width" in shown
+    assert f"glue/rte (the copy at {data['path']}), split validation: 6 examples of the classes entailment, not_entailment." in shown
+    assert "15 bins of equal width" in shown
     assert results["settings"]["max_length"] == 32 and results["models"]["kd"]["model_name_or_path"] == other
     assert "lm_eval" not in shown
+
+
+@pytest.mark.parametrize("task", ["glue/rte", None])
+def test_a_split_is_named_and_no_other_is_asked_for(tmp_path, capsys, task):
+    """A labelled test split of a folder, of a copy of a task as of own rows, and the same rows as a file."""
+    folder = Path(runs.write_dataset(tmp_path)["path"])
+    (folder / "validation.jsonl").rename(folder / "test.jsonl")
+    (folder / "train.jsonl").unlink()
+    named = ["--task", task] if task else ["--text_columns", "sentence1,sentence2"]
+    command = ["eval", runs.bert_classifier(tmp_path), *named, "--max_length", "32", "--use_cpu", "--path"]
+    assert main([*command, str(folder), "--split", "test"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{folder}{')' if task else ''}, split test: 8 examples of the classes " in shown
+    assert main([*command, str(folder)]) == 2 and "no file of split 'validation'" in capsys.readouterr().err
+    if task is None:
+        assert main([*command, str(folder / "test.jsonl")]) == 0
+        whole = capsys.readouterr().out
+        assert whole.splitlines()[2] == shown.splitlines()[2] and f"\n{folder / 'test.jsonl'}: 8 examples of the classes 0, 1." in whole
+        assert main([*command, str(folder / "test.jsonl"), "--split", "test"]) == 2
+        assert "is one split by itself; name none" in capsys.readouterr().err
 
 
 def test_text_and_the_way_to_lm_eval(tmp_path, capsys):
@@ -52,7 +73,7 @@ def test_text_and_the_way_to_lm_eval(tmp_path, capsys):
     command = ["--text", text["eval_path"], "--max_length", "32", "--batch_size", "4", "--use_cpu"]
     assert main(["eval", student, "--teacher", teacher, *command]) == 0
     shown = capsys.readouterr().out
-    assert "perplexity" in shown and "next tokens, judged as 352 slots of the kept vocabulary." in shown
+    assert "perplexity" in shown and "next tokens, judged over 352 slots of 700 ids." in shown
     export, run = shown.splitlines()[-1].split(" && ")
     assert main(shlex.split(export)[1:]) == 0
     arguments = dict(zip(shlex.split(run)[1::2], shlex.split(run)[2::2], strict=True))
@@ -62,7 +83,7 @@ def test_text_and_the_way_to_lm_eval(tmp_path, capsys):
     capsys.readouterr()
     assert main(["eval", exported, *command]) == 0
     shown = capsys.readouterr().out
-    assert "judged as tokens." in shown and shown.splitlines()[-1].strip().startswith(
+    assert "judged over all 352 ids." in shown and shown.splitlines()[-1].strip().startswith(
         f"lm_eval --model hf --model_args pretrained={exported} "
     )
     assert main(["eval", exported, "--teacher", teacher, *command]) == 2
@@ -72,10 +93,15 @@ def test_text_and_the_way_to_lm_eval(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--task", "glue/rte", "--path", "DATA"], "fastkd eval: The model MODEL has no trained head for classification"),
-        (["--task", "glue/rtt"], "'glue/rtt' is not a task"),
+        (["--task", "glue/rte", "--path", "DATA"], "would be random. Fine-tune it first"),
+        (["--task", "glue/rtt"], "'glue/rtt' is not a task: use one of glue/cola"),
         (["--text", "TEXT", "--path", "DATA"], "--path does not go with --text"),
         (["--task", "glue/rte", "--text_column", "body"], "--text_column does not go with --task"),
+        (["--path", "DATA", "--text_column", "body"], "--text_column does not go with --path"),
+        (["--text", "TEXT", "--label_column", "gold"], "--label_column does not go with --text"),
+        (["--task", "glue/rte", "--label_column", "gold"], "label_column is 'gold', which task glue/rte does not read"),
+        (["--path", "DATA", "--text_columns", "a,b,c"], "text_columns has 3 names"),
+        ([], "there is nothing to judge on; name a task by --task, labelled rows by --path, or a text by --text"),
         (["--text", "TEXT", "--baseline", "kd"], "--baseline is 'kd'; give a name and a folder"),
         (["--text", "TEXT", "--baseline", "student=MODEL"], "has a name that is taken"),
         (["--text", "TEXT", "--batch_size", "0"], "argument --batch_size: '0' is no whole number from 1"),
@@ -100,5 +126,5 @@ def test_bad_input_is_one_sentence_and_code_2(tmp_path, capsys, flags, sentence)
 
     out = tmp_path / "out"
     assert main(["eval", places["MODEL"], "--output_dir", str(out), *map(filled, flags)]) == 2
-    error = capsys.readouterr().err
-    assert filled(sentence) in error and "Traceback" not in error and not out.exists()
+    said = capsys.readouterr().err.splitlines()[-1]  # behind what transformers logs
+    assert said.startswith("fastkd eval: ") and filled(sentence) in said and not out.exists()

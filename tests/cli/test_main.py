@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fastkd.train.config import read_config
 from fastkd.train.schema import load_yaml, to_yaml
 from fastkd.vocab.count import TokenCounts
 from tests import runs, tiny
+from tests.ranks import torchrun
 from tests.runs import log_lines, same_bits, weights
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +47,9 @@ def test_help_of_train_has_every_key(capsys):
 
 def test_what_is_no_command(capsys):
     assert main(["trian"]) == 2
-    assert "there is no command 'trian'; it has quickstart, train, vocab, export" in capsys.readouterr().err
+    assert "there is no command 'trian'; did you mean train?" in capsys.readouterr().err
+    assert main(["zzz"]) == 2
+    assert "there is no command 'zzz'; it has quickstart, train, vocab, export" in capsys.readouterr().err
     assert main([]) == 2 and main(["train"]) == 2
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.endswith(f"{fastkd.__version__}\n")
@@ -60,9 +64,49 @@ def test_train_runs_all_stages_and_prints_where_the_student_is(tmp_path, capsys)
     assert main(["train", path, *flags]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in shown[2:]] == [["pretrain", "3"], ["task_words", "2"], ["task_scores", "3"]]
-    assert "perplexity" in shown[2] and "accuracy" in shown[4] and shown[4].endswith(str(tmp_path / "run" / "task_scores" / "student"))
+    rows = re.search(r"perplexity [\d.]+ over (\d+) slots of 600 ids", shown[2])
+    assert (
+        rows is not None
+        and 300 <= int(rows[1]) < 600
+        and "accuracy" in shown[4]
+        and shown[4].endswith(str(tmp_path / "run" / "task_scores" / "student"))
+    )
     assert main(["train", path, *flags, "--stage", "task_words"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["task_words"]
+
+
+def test_off_a_terminal_a_run_tells_where_it_stands(tmp_path, capsys, caplog):
+    """A line for every one of the log, which is named before."""
+    path = write_config(tmp_path, runs.glmd(tmp_path, runs.bert_teacher(tmp_path), stages={"pretrain": {}}))
+    assert main(["train", path, "--logging_steps", "2"]) == 0
+    told = [line for line in caplog.messages if "pretrain" in line]
+    log = tmp_path / "run" / "pretrain" / "log.jsonl"
+    assert told[0] == f"Stage pretrain: steps 0 to 4, log {log}."
+    losses, scores = [[line for line in log_lines(log.parent) if key in line] for key in ("loss", "eval_perplexity")]
+    for line, logged in zip(told[1:3], losses, strict=True):
+        start = f"pretrain: step {logged['step']}/4, loss {logged['loss']:.4g}, "
+        assert line.startswith(start) and re.search(r", [\d,]+ tokens/s, [\d,]+ MB, \d\d:\d\d left$", line)
+    assert told[3].startswith(f"pretrain: step 4/4, perplexity {scores[0]['eval_perplexity']:.4g} over {scores[0]['eval_events']}, ")
+    assert len(told) == 4
+
+
+def test_two_ranks_do_not_print_torchs_warnings(tmp_path):
+    path = write_config(
+        tmp_path,
+        runs.settings(
+            tmp_path,
+            method="lm",
+            student=runs.LLAMA,
+            tokenizer_name_or_path=runs.llama_teacher(tmp_path),
+            text=runs.write_text(tmp_path),
+            max_steps=2,
+        ),
+    )
+    process = torchrun("train", path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shown, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    assert "find_unused_parameters" not in told and told.count("Stage train: steps 0 to 2, log ") == 1
+    assert [line.split()[0] for line in shown.splitlines()[2:]] == ["train"]
 
 
 def test_what_print_config_prints_is_the_same_run(tmp_path, capsys):

@@ -64,6 +64,7 @@ def test_a_key_that_one_stage_has_is_named_by_its_run(tmp_path, drawn):
             "xlabel": "step",
             "ylabel": "perplexity",
             "log_y": True,
+            "places": {run: 0},
         }
     ]
 
@@ -92,3 +93,26 @@ def test_without_matplotlib_one_sentence_and_code_2(tmp_path, monkeypatch, caplo
     assert main(["plot", run, "--output", str(tmp_path / "loss.png")]) == 2
     assert len(caplog.records) == 1 and "matplotlib is not installed (pip install 'fastkd[plots]')" in caplog.text
     assert capsys.readouterr().out == "" and not (tmp_path / "loss.png").exists()
+
+
+def test_perplexities_say_what_they_are_over(tmp_path, drawn):
+    lines = {"mapped": "352 slots of 700 ids", "other": "352 slots of 700 ids", "whole": "all 700 ids"}
+    runs = {
+        name: write_run(tmp_path / name, pretrain=[{"step": 1, "eval_perplexity": 9.0, "eval_events": over}])
+        for name, over in lines.items()
+    }
+    assert main(["plot", runs["mapped"], runs["other"], "--key", "eval_perplexity"]) == 0
+    assert drawn[0]["ylabel"] == "perplexity over 352 slots of 700 ids" and list(drawn[0]["series"]) == [runs["mapped"], runs["other"]]
+    assert main(["plot", runs["mapped"], runs["whole"], "--key", "eval_perplexity"]) == 0
+    assert drawn[1]["ylabel"] == "perplexity"
+    assert list(drawn[1]["series"]) == [
+        f"{runs['mapped']}, perplexity over 352 slots of 700 ids",
+        f"{runs['whole']}, perplexity over all 700 ids",
+    ]
+
+
+def test_a_run_has_one_colour_whatever_the_key(tmp_path, drawn):
+    judged = write_run(tmp_path / "judged", pretrain=[*steps(3.0), {"step": 1, "eval_accuracy": 0.5}])
+    other = write_run(tmp_path / "other", pretrain=steps(4.0))
+    assert main(["plot", other, judged]) == 0 and main(["plot", other, judged, "--key", "eval_accuracy"]) == 0
+    assert drawn[0]["places"] == {other: 0, judged: 1} and drawn[1]["places"] == {judged: 1}

@@ -44,6 +44,36 @@ def test_a_yaml_file_that_is_not_there_is_no_recipe(capsys):
     assert "ted/rte.yaml cannot be read" in capsys.readouterr().err
 
 
+def test_a_recipe_is_listed_as_it_is_written(capsys):
+    assert main(["train", "--list", "ted/rte"]) == 0
+    assert capsys.readouterr().out == (FOLDER / "ted" / "rte.yaml").read_text(encoding="utf-8")
+    assert main(["train", "--list", "ted/rtf"]) == 2
+    assert "did you mean ted/rte?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", recipe_titles())
+def test_what_differs_from_the_defaults_is_the_same_run(name, tmp_path, capsys):
+    shown = {}
+    for flag in ("--print_config", "--all"):
+        assert main(["train", name, "--print_config", *{flag} - {"--print_config"}]) == 0
+        shown[flag] = capsys.readouterr().out
+        (tmp_path / "printed.yaml").write_text(shown[flag])
+        assert read_config(load_yaml(tmp_path / "printed.yaml")) == read_config(load_yaml(config_path(name)))
+    assert shown["--print_config"].count("\n") < 100 < shown["--all"].count("\n")
+    assert "logging_steps" not in shown["--print_config"] and "logging_steps: 10" in shown["--all"]
+
+
+def test_all_without_print_config_is_refused(capsys):
+    assert main(["train", "ted/rte", "--all"]) == 2
+    assert "--all is of --print_config, which is not given" in capsys.readouterr().err
+
+
+def test_a_file_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").write_text("{}")
+    assert config_path("~/run") == tmp_path / "run"
+
+
 def test_list(capsys):
     assert main(["train", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]

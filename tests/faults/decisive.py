@@ -41,6 +41,7 @@ STAGE = {
     "adam_beta1": 0.8,
     "adam_beta2": 0.9,
     "adam_epsilon": 1e-5,
+    "bias_correction": False,
     "max_grad_norm": 2.0,
     "lr_scheduler_type": "linear",
     "warmup_steps": 1,
@@ -62,6 +63,7 @@ TEXT = {
     "train_split": "other",
     "eval_split": "other",
     "text_column": "other",
+    "documents": "paragraph",
     "streaming": True,
     "max_rows": 30,
     "max_eval_rows": 6,
@@ -78,6 +80,7 @@ CLOZE = {
     "choices": ["if", "for"],
     "choices_column": "other",
     "choice_columns": ["other", "another"],
+    "strip": ["text"],
     "length_penalty": 0.5,
     "max_length": 30,
 }
@@ -86,7 +89,10 @@ DATASET = {
     "task": "glue/mrpc",
     "eval_split": "train",
     "text_columns": ["other"],
+    "label_column": "other",
+    "kind": "regression",
     "max_length": 24,
+    "pad_to_max_length": True,
     "doc_stride": 16,
     "max_answer_length": 7,
     "few_sample": 8,
@@ -98,7 +104,7 @@ VOCABULARY = {"keep": 0.4, "multiple_of": 16, "protected": ["self"], "stand_ins"
 TEACHER = {"kind": "model", "tail": "zero"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "glmd": {"preset": "paper", "temperature": 3.0, "divergence": "reverse_kl", "mask_probability": 0.2},
-    "kd": {"temperature": 3.0, "divergence": "reverse_kl", "label_weight": 0.25, "mask_probability": 0.2},
+    "kd": {"temperature": 3.0, "divergence": "reverse_kl", "label_weight": 0.25, "mask_probability": 0.2, "completion_only": True},
     "lm": {"mask_probability": 0.2},
     "finetune": {},
     "crild": {
@@ -115,6 +121,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "form": "cross_entropy",
         "temperature": 3.0,
         "label_weight": 0.5,
+        "relu_head": True,
     },
     "ted": {
         "preset": "paper",

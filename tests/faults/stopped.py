@@ -70,7 +70,7 @@ def count(model: str, text: str, folder: Path) -> None:
 
 
 def cache(configuration: dict[str, Any], folder: Path, **options: Any) -> None:
-    write_cache(read_config(configuration), "distill", folder, **{"dtype": "float32", "shard_rows": 7, **options})
+    write_cache(read_config(configuration), "distill", folder, **{"kind": "dense", "dtype": "float32", "shard_rows": 7, **options})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,7 @@ SETTINGS: list[tuple[str, tuple[str, ...], dict[str, Any], str]] = [
     ("glmd", (), {"vocabulary": None}, "vocabulary"),
     ("glmd", (), {"method": "kd", "stages": {"distill": {}}, "task": None, "options": {}}, "method"),
 ]
-SAID = {"train_split": "split", "eval_split": "split", "label_column": "have no other"}
+SAID = {"train_split": "split", "eval_split": "split", "label_column": "have no other|label_column"}
 """Where the sentence does not have the setting's name."""
 
 

@@ -23,6 +23,7 @@ from fastkd.methods.crild import CRILDOptions, IntermediateLayerDistillation
 from fastkd.methods.glmd import GLMDOptions, WordPrediction
 from fastkd.methods.objective import Objective, Position, Stage
 from fastkd.models.language_model import LanguageModel
+from fastkd.models.load import load_language_model
 from fastkd.models.student import prune_model
 from fastkd.models.task_model import TaskModel
 from fastkd.tasks.encoded import TaskBatch
@@ -294,6 +295,43 @@ def test_a_student_on_a_kept_vocabulary_is_saved_with_its_map(tmp_path: Path):
             torch.testing.assert_close(opened.slot_bias, torch.full((VOCABULARY // 2,), math.log(2)))
         else:
             assert opened.slot_bias is None
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_callbacks_are_given_what_generates_and_saves_as_the_student_does(mapped: bool, tmp_path: Path):
+    """Of a kept vocabulary the ids are those of the rows, and the map is saved as well."""
+    student, (plain, teacher) = mapped_student() if mapped else None, pair("gpt2")
+    student = LanguageModel(plain) if student is None else student
+    prompt = torch.tensor([[5, 18, 121]])
+    found: list[Tensor] = []
+
+    class Asking(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+            model.eval()
+            found.append(model.generate(prompt, max_new_tokens=4, do_sample=False))
+            found.append(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False))
+            model.save_pretrained(tmp_path / "saved")
+            assert model.dtype is torch.float32 and model.generation_config is student.model.generation_config
+            with pytest.raises(AttributeError, match="no attribute 'wheels'"):
+                _ = model.wheels
+
+    trainer = KDTrainer(
+        student,
+        arguments(tmp_path),
+        teacher=teacher,
+        method="kd",
+        train_dataset=text_rows(),
+        data_collator=collate,
+        callbacks=[Asking()],
+    )
+    trainer.train()
+    expected = student.eval().generate(prompt, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
+    assert torch.equal(trainer.model.generate(prompt, max_new_tokens=4, do_sample=False), expected)  # type: ignore[union-attr]
+    opened = load_language_model(str(tmp_path / "saved"))
+    assert torch.equal(opened.eval()(prompt), student(prompt)) and (opened.vocab_map is None) is not mapped
+    copied = copy.deepcopy(trainer.model)
+    assert torch.equal(copied.generate(prompt, max_new_tokens=4, do_sample=False), expected)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("stop", [3, 4])

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from fastkd.integrations.hf import patch_head, unpatch_head
-from tests import tiny
+from tests import multimodal, tiny
+from tests.wrappers import PeftStandIn
 
 MODELS = [("bert", "MaskedLM"), ("modernbert", "MaskedLM"), ("roberta", "MaskedLM"), ("gpt2", "CausalLM"), ("qwen2", "CausalLM")]
 
@@ -109,6 +114,80 @@ def test_unpatching_gives_the_models_own_forward_back():
     assert unpatch_head(model) is model
 
 
+class OwnDecoder(transformers.LlamaForCausalLM):
+    """As of somebody who changes a line of it."""
+
+
+@pytest.mark.parametrize("name", ["subclass", *multimodal.MODELS])
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_the_loss_is_the_models_own_whatever_its_class(name: str, scale: float):
+    """At 0 the logits tell no label from another, and all losses are log V: the shift is not to be read off them."""
+    model = tiny.llama(100) if name == "subclass" else multimodal.multimodal(name)
+    if name == "subclass":
+        model.__class__ = OwnDecoder
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(scale).add_(1e-4 * torch.randn(100, 32, generator=torch.Generator().manual_seed(0)))
+    plain = copy.deepcopy(model)
+    ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    expected, given = plain.train()(**inputs).loss, patch_head(model).train()(**inputs).loss
+    torch.testing.assert_close(given, expected, rtol=1e-6, atol=0)
+    expected.backward()
+    given.backward()
+    assert error(gradients(model), gradients(plain)) < 1e-4
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: torch.load(saved(model), weights_only=False),
+}
+
+
+def saved(model: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES.keys())
+def test_copies_are_patched_and_apart(make_copy: Callable[[Any], Any]):
+    model = patch_head(model_of("gpt2", "CausalLM")).train()
+    copied = make_copy(model)
+    assert type(copied) is type(model) and copied.training and copied.transformer.wte.weight is copied.lm_head.weight
+    given = copied(**batch())
+    assert given.logits is None and torch.equal(given.loss, model(**batch()).loss)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    assert not torch.equal(copied(**batch()).loss, model(**batch()).loss)
+    assert unpatch_head(copied)(**batch()).logits is not None
+
+
+def test_the_vocabulary_may_grow_afterwards():
+    """Which replaces the head; untied ones too."""
+    for tied in (True, False):
+        plain = tiny.llama(100, tie_word_embeddings=tied).train()
+        model = patch_head(copy.deepcopy(plain))
+        for each in (plain, model):
+            torch.manual_seed(0)
+            each.resize_token_embeddings(130, mean_resizing=False)
+        inputs = {"input_ids": torch.tensor([[3, 120, 7, 129]]), "labels": torch.tensor([[3, 120, 7, 129]])}
+        given = model(**inputs)
+        assert given.logits is None
+        torch.testing.assert_close(given.loss, plain(**inputs).loss, rtol=1e-5, atol=0)
+
+
+def test_a_wrapped_model_is_refused_and_may_be_wrapped_afterwards():
+    model = model_of("gpt2", "CausalLM").train()
+    expected = model(**batch()).loss
+    for wrap in (lambda model: torch.compile(model, backend="eager"), PeftStandIn):
+        with pytest.raises(TypeError, match=r"wrapped in a .*; patch the model inside, and wrap it then"):
+            patch_head(wrap(model))
+        torch.testing.assert_close(wrap(patch_head(model))(**batch()).loss, expected, rtol=1e-5, atol=0)
+        unpatch_head(model)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("name", "head"), [("bert", "MaskedLM"), ("gpt2", "CausalLM")])
 def test_a_count_replaces_the_number_of_labels(name: str, head: str, training: bool):
@@ -121,7 +200,7 @@ def test_a_count_replaces_the_number_of_labels(name: str, head: str, training: b
 
 
 def test_other_models_are_refused_and_left_as_they_are():
-    from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+    from transformers import BartConfig, BartForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
     with pytest.raises(TypeError, match="BertForSequenceClassification has a NoneType as its output embedding"):
         patch_head(tiny.transformer("bert"))
@@ -135,9 +214,13 @@ def test_other_models_are_refused_and_left_as_they_are():
     mixture.config.output_router_logits = False
     ids = torch.arange(1, 13).view(2, 6)
     assert patch_head(mixture).train()(input_ids=ids, labels=ids).logits is None
+    with pytest.raises(ValueError, match=r"BartForCausalLM computes another loss .* not shift its labels"):  # as it does not
+        patch_head(
+            BartForCausalLM(BartConfig(vocab_size=50, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16))
+        )
     decoder = model_of("gpt2", "CausalLM")
     theirs = decoder.loss_function
-    decoder.loss_function = lambda *given, **named: 2 * theirs(*given, **named)
+    decoder.loss_function = lambda *given, **named: 1.001 * theirs(*given, **named)
     with pytest.raises(ValueError, match="GPT2LMHeadModel computes another loss"):
         patch_head(decoder)
 

@@ -163,7 +163,7 @@ def test_verbalizer_scores_are_raw_logits_of_the_mapped_words():
     examples = [Example((generator.integers(5, ROWS, n).astype(np.int32),), ((p,),), ((),), label=1) for n, p in ((9, 4), (6, 2))]
     batch = collate(examples, pad_id=0)
     task = ClozeTask(kind="verbalizer", template="{text} {mask}", label_words=("a", "b", "c"))
-    words = torch.tensor([7, 50, 81])
+    words = student.vocab_map.kept_ids[[7, 20, 31]]
     objective = TaskScores(student, teacher, GLMDOptions(), task, words)
     logits = student(batch.input_ids, batch.attention_mask)[[0, 1], [4, 2]]
     assert_close(objective.scores(student, batch), logits[:, student.vocab_map.id_to_slot[words]], 1e-12)

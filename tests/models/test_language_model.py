@@ -78,6 +78,15 @@ def test_plain_calls_and_saved_weights_are_untouched(tmp_path):
     assert torch.equal(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)(ids).logits, before)
 
 
+def test_what_enters_the_head_may_be_a_parameter():
+    """And may be handed out: nn.Module would take it for one of its own."""
+    model = LanguageModel(tiny.llama())
+    hidden = torch.nn.Parameter(torch.randn(3, 32))
+    assert model.through_head(hidden, lambda hidden, weight, bias: hidden) is hidden
+    assert model.through_head(hidden, lambda hidden, weight, bias: hidden @ weight.T).requires_grad
+    assert "result" not in dict(model.head.named_parameters())
+
+
 def test_an_unknown_operation_after_the_head_is_refused():
     class Doubled(transformers.LlamaForCausalLM):
         def forward(self, *args, **options):

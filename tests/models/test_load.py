@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from fastkd.cli.main import main
 from fastkd.errors import what_was_done
-from fastkd.models.load import load_config, load_frozen, load_tokenizer, weight_files
+from fastkd.models.language_model import LanguageModel
+from fastkd.models.load import check_padded_vocabulary, known_ids, load_config, load_frozen, load_tokenizer, save_model
 from fastkd.models.task_model import TaskHead, load_task_model
-from tests import runs
+from tests import runs, tiny
+from tests.train.test_evaluate import pruned
 
+Tensors = dict[str, torch.Tensor]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n"
 
 
@@ -93,12 +100,117 @@ def test_a_tokenizer_that_is_none_is_named(tmp_path: Path, capsys: pytest.Captur
     assert f"the tokenizer {folder}" in told.lower() and "bug" not in told and not (tmp_path / "out").exists()
 
 
-def test_what_lies_beside_the_weights_is_none_of_them(tmp_path):
-    """Counts that were written into a model's folder, say; of shards, those of the index are read."""
-    for name in ("model.safetensors", "token_counts-0.safetensors", "model-1.safetensors", "model-2.safetensors"):
-        (tmp_path / name).write_bytes(b"")
-    assert [file.name for file in weight_files(tmp_path)] == ["model.safetensors"]
-    (tmp_path / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert [file.name for file in weight_files(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]
+def no_layer(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if "layer.1." not in name and "layers.1." not in name}
+
+
+def prefixed(prefix: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def rewritten(folder: str, change: Callable[[Tensors], Tensors], **settings: Any) -> str:
+    """The model in `folder` with other tensors in its file, and other settings."""
+    file = Path(folder) / "model.safetensors"
+    safetensors.torch.save_file(change(safetensors.torch.load_file(file)), file, metadata={"format": "pt"})
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps({**config, **settings}))
+    return folder
+
+
+def backbone(folder: Path, model: Any, tokenizer: Any) -> str:
+    return tiny.save(folder / "backbone", model, tokenizer)
+
+
+NOT_WHOLE = {
+    "bert-no-layer": (lambda f: rewritten(runs.bert_teacher(f), no_layer), "lacks the weights bert.encoder.layer.1.attention"),
+    "llama-no-layer": (lambda f: rewritten(runs.llama_teacher(f), no_layer), "lacks the weights model.layers.1.input_layernorm.weight"),
+    "ddp": (
+        lambda f: rewritten(runs.bert_teacher(f), prefixed("module.")),
+        r"inside a wrapper: .*module.bert.*`module` of Distributed",
+    ),
+    "compiled": (lambda f: rewritten(runs.llama_teacher(f), prefixed("_orig_mod.")), r"inside a wrapper.*`_orig_mod` of torch.compile"),
+    "too-many-layers": (
+        lambda f: rewritten(runs.llama_teacher(f), dict, num_hidden_layers=1),
+        r"holds the weights model.layers.1.* of layers that its config.json does not count",
+    ),
+    "other-shapes": (
+        lambda f: rewritten(runs.bert_teacher(f), dict, intermediate_size=48),
+        r"lacks the weights bert.encoder.layer.0.intermediate.*, or has them in other shapes",
+    ),
+}
+WITHOUT_WORDS = {
+    "bert-backbone": (
+        lambda f: backbone(f, tiny.bert().bert, tiny.wordpiece()),
+        "was saved as BertModel, which has no trained head for words: cls.predictions.bias",
+    ),
+    "llama-backbone": (
+        lambda f: backbone(f, tiny.llama(tie_word_embeddings=False).model, tiny.byte_level()),
+        "was saved as LlamaModel, which has no trained head for words: lm_head.weight",
+    ),
+    "bert-classifier": (runs.bert_classifier, "was saved as BertForSequenceClassification, which has no trained head for words"),
+    "tied-llama-classifier": (
+        lambda f: backbone(f, tiny.transformer("llama", vocab_size=700, tie_word_embeddings=True), tiny.byte_level()),
+        "was saved as LlamaForSequenceClassification, which has no trained head for words",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*NOT_WHOLE, *WITHOUT_WORDS])
+def test_a_language_model_with_random_weights_is_refused_by_their_names(tmp_path: Path, case: str) -> None:
+    make, said = {**NOT_WHOLE, **WITHOUT_WORDS}[case]
+    with pytest.raises(ValueError, match=said):
+        load_frozen(make(tmp_path))
+
+
+@pytest.mark.parametrize("case", NOT_WHOLE)
+def test_a_new_head_stands_on_a_whole_backbone_alone(tmp_path: Path, case: str) -> None:
+    make, said = NOT_WHOLE[case]
+    with pytest.raises(ValueError, match=said):
+        load_task_model(make(tmp_path), TaskHead("classification", 2), seed=0)
+
+
+@pytest.mark.parametrize("case", [case for case in WITHOUT_WORDS if "backbone" in case])
+def test_what_lacks_a_head_alone_may_get_one(tmp_path: Path, case: str) -> None:
+    """A backbone, or a language model, which has no pooler."""
+    for folder in (WITHOUT_WORDS[case][0](tmp_path), runs.bert_teacher(tmp_path)):
+        load_task_model(folder, TaskHead("classification", 2), seed=0)
+        with pytest.raises(ValueError, match=r"has no trained head for classification.*Fine-tune it first"):
+            load_task_model(folder, TaskHead("classification", 2), seed=0, needs_head=True)
+
+
+def test_a_tied_head_is_in_its_backbone(tmp_path: Path) -> None:
+    model = tiny.llama()
+    folder = backbone(tmp_path, model.model, tiny.byte_level())
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(load_frozen(folder)(ids), model(ids).logits)
+
+
+@pytest.mark.parametrize("make", [runs.bert_teacher, runs.llama_teacher])
+def test_plain_transformers_refuses_a_mapped_student(tmp_path: Path, make: Callable[[Path], str]) -> None:
+    """It would feed the model the ids of its teacher's tokenizer."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    folder = pruned(tmp_path, make(tmp_path), 0.5)
+    for kind in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+        with pytest.raises(ValueError, match=r"fastkd_mapped_student_open_it_by_fastkd_export"):
+            kind.from_pretrained(folder)
+    student = load_frozen(folder)
+    assert student.vocab_map is not None and student.model.config.model_type in ("bert", "llama")
+    assert type(load_tokenizer(folder)) is type(load_tokenizer(make(tmp_path)))
+    save_model(student, load_tokenizer(folder), tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (Path(folder) / "config.json").read_text()
+    shutil.rmtree(Path(folder) / "vocab_map")
+    for load in (load_frozen, lambda name: load_task_model(name, TaskHead("classification", 2), seed=0)):
+        with pytest.raises(ValueError, match="was saved with a vocabulary map and holds no vocab_map/ now: copy that folder too"):
+            load(folder)
+
+
+def test_an_id_without_a_row_is_refused_where_it_occurs(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, model = tiny.byte_level(), LanguageModel(tiny.llama(699))
+    check_padded_vocabulary(model, tokenizer, "teacher", 698)
+    with pytest.raises(ValueError, match=r"The teacher has 699 vocabulary rows and its tokenizer 700 ids, and the id 699 occurs"):
+        check_padded_vocabulary(model, tokenizer, "teacher", 699)
+    with caplog.at_level("INFO", "fastkd"):
+        check_padded_vocabulary(LanguageModel(tiny.llama(704)), tokenizer, "teacher", 699)
+    assert len(caplog.records) == 1 and "704 rows for 700 ids" in caplog.text
+    assert (known_ids(model.model, tokenizer), known_ids(tiny.llama(704), tokenizer)) == (699, 700)

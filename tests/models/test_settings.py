@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
+from fastkd.models.load import load_language_model, longest_row, save_model
+from fastkd.models.settings import building
 from fastkd.models.student import build_student, student_config
+from fastkd.models.task_model import TaskHead, build_task_model, load_task_model
 from tests import tiny
 
 BERT = tiny.bert().config
 LLAMA = tiny.llama().config
 GPT2 = tiny.transformer("gpt2", "CausalLM").config
+SIZES = {"vocab_size": 200, "hidden_size": 32, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+GPT_NEO = transformers.GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]], num_heads=4, **SIZES)
+GEMMA3 = transformers.Gemma3TextConfig(
+    num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48, **SIZES
+)
 
 
 @pytest.mark.parametrize(
@@ -50,9 +62,101 @@ def test_what_is_refused(base: Any, overrides: dict[str, Any], said: str) -> Non
     assert said in str(caught.value) and base.to_dict() == before
 
 
-def test_what_builds_and_does_not_run_is_refused_with_its_settings() -> None:
-    with pytest.raises(ValueError, match=r"^student.num_key_value_heads=3 makes a model that does not run: "):
-        build_student(LLAMA, {"num_key_value_heads": 3}, None, seed=0)
+@pytest.mark.parametrize(
+    ("base", "overrides", "said"),
+    [
+        (LLAMA, {"num_key_value_heads": 3}, "^student.num_key_value_heads=3 makes no llama model: RuntimeError: The size of tensor"),
+        (LLAMA, {"hidden_size": 30}, "^student.hidden_size=30 makes no llama model: .*not a multiple of the number of attention heads"),
+        (LLAMA, {"num_attention_heads": 3}, "^student.num_attention_heads=3 makes no llama model: "),
+        (GPT_NEO, {"num_layers": 2}, "^student.num_layers=2 makes no gpt_neo model: .*attention_layers"),
+        (
+            GEMMA3,
+            {"layer_types": ["full_attention"] * 2},
+            r"^student.layer_types=.* makes no gemma3_text model: .*must be equal to the num",
+        ),
+        (
+            GEMMA3,
+            {"num_hidden_layers": 4},
+            r"leaves no layer with full_attention.*set student.layer_types, such as \['sliding_attention', ",
+        ),
+        (
+            tiny.transformer("qwen2", "CausalLM", use_sliding_window=False).config,
+            {"sliding_window": 4},
+            "student.sliding_window=4 has no",
+        ),
+        (BERT, {"initializer_range": -1.0}, "^student.initializer_range=-1.0 makes a model that does not run: .*std"),
+        (LLAMA, {"num_atention_heads": 2}, "is not a setting of LlamaConfig; did you mean student.num_attention_heads"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_what_could_not_be_saved_or_run_is_refused_with_its_settings(base: Any, overrides: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_student(base, overrides, None, seed=0)
+
+
+def test_what_a_class_derives_follows_the_other_settings() -> None:
+    assert LLAMA.head_dim == 8
+    config = student_config(LLAMA, {"hidden_size": 16}, None)
+    assert (config.head_dim, config.hidden_size, config.num_key_value_heads) == (4, 16, 2)
+    config = student_config(GEMMA3, {"num_hidden_layers": 7}, None)
+    assert config.layer_types == ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+    suggested = ["sliding_attention"] * 3 + ["full_attention"]
+    assert student_config(GEMMA3, {"num_hidden_layers": 4, "layer_types": suggested}, None).layer_types == suggested
+    own = transformers.Gemma3TextConfig(**{**GEMMA3.to_dict(), "layer_types": ["full_attention", "sliding_attention"] * 3})
+    config = student_config(own, {"num_hidden_layers": 3}, None)
+    assert config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+
+
+def test_ids_beyond_the_rows_are_none() -> None:
+    """A library's defaults for a model that never uses them, such as GPT-2's 50256."""
+    config = student_config(BERT, {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, None, 600)
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id) == (600, None, None, 0)
+
+
+VALUES: dict[type, Callable[[Any], list[Any]]] = {
+    bool: lambda value: [not value, None, 2],
+    int: lambda value: [value // 2, value - 1, value + 1, value * 2, 1, 2, 3, 0, -1, None, "x"],
+    float: lambda value: [0.0, 0.5, 1.0, 2.0, -1.0, value * 10, None],
+    str: lambda value: ["relu", "gelu", "silu", "foo", "", None],
+    list: lambda value: [value[:-1], value * 2, value[::-1], [], None],
+    dict: lambda value: [{}, {**value, "factor": 2.0}, None],
+    type(None): lambda value: [1, 2, 8, 0.5, True, "gelu"],
+}
+
+
+@pytest.mark.parametrize("name", [*tiny.TRANSFORMERS, "gemma3", "gpt_neo"])
+def test_a_student_is_refused_in_a_sentence_or_opens_as_it_was_saved(tmp_path: Path, name: str) -> None:
+    """Random settings; what they are refused for is not looked at here, but that it is before the first step, by a ValueError."""
+    head = "CausalLM" if name in tiny.DECODERS else "MaskedLM"
+    base = {"gemma3": GEMMA3, "gpt_neo": GPT_NEO}.get(name) or tiny.transformer(name, head).config
+    shared, draw, opened = transformers.PretrainedConfig().to_dict(), random.Random(name), 0
+    names = [key for key in base.to_dict() if key not in {*shared, "model_type", "vocab_size"} and not key.startswith("_")]
+    for number in range(8):
+        settings = {key: getattr(base, key) for key in draw.sample(names, 1 + number % 2)}
+        overrides = {key: draw.choice(VALUES[type(value)](value)) for key, value in settings.items()}
+        task = TaskHead("classification", 3) if number % 4 == 3 else None
+        try:
+            if task is None:
+                student: Any = build_student(base, overrides, None, seed=0)
+            else:
+                with building(overrides):
+                    student = build_task_model(student_config(base, overrides, None, head=task), task, seed=0, pad_id=0)
+        except ValueError:
+            continue
+        folder = tmp_path / str(number)
+        save_model(student, tiny.wordpiece(), folder)
+        again = load_language_model(str(folder)) if task is None else load_task_model(str(folder), task, seed=1, needs_head=True)
+        expected, found = student.model.state_dict(), again.model.state_dict()
+        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected), overrides
+        opened += 1
+        ids = torch.arange(1, 4)[None]
+        positions = longest_row(student)
+        if positions is not None and positions < 3:
+            continue
+        with torch.no_grad():
+            logits = [model.eval().model(input_ids=ids).logits for model in (student, again)]
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert opened
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastkd.models.language_model import LanguageModel
-from fastkd.models.load import check_padded_vocabulary, check_same_tokenizer, load_language_model, save_model
+from fastkd.models.load import check_same_tokenizer, load_language_model, save_model
 from fastkd.models.student import build_student, export_student, prune_model
 from fastkd.models.task_model import TaskHead, build_task_model
 from fastkd.vocab.map import VocabMap
@@ -146,15 +146,6 @@ def test_differing_tokenizers_are_refused_with_the_first_ids():
     with pytest.raises(ValueError, match=r"id \d+ is .* for the teacher and .* for the student"):
         check_same_tokenizer(tiny.byte_level(700), tiny.byte_level(600))
     check_same_tokenizer(tiny.byte_level(700), tiny.byte_level(700))
-
-
-def test_padded_vocabularies_are_sliced_with_one_line_and_short_ones_refused(caplog):
-    tokenizer = tiny.byte_level()
-    with caplog.at_level("INFO", "fastkd"):
-        check_padded_vocabulary(LanguageModel(tiny.llama(704)), tokenizer, "teacher")
-    assert len(caplog.records) == 1 and "704 rows for 700 tokens" in caplog.text
-    with pytest.raises(ValueError, match="600 vocabulary rows and its tokenizer 700 ids"):
-        check_padded_vocabulary(LanguageModel(tiny.llama(600)), tokenizer, "teacher")
 
 
 def test_folders_that_are_no_models_are_named(tmp_path):

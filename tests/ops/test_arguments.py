@@ -148,7 +148,7 @@ def cases() -> list[Any]:
 
 def arguments(op: Callable[..., Any], name: str, value: Any) -> dict[str, Any]:
     given = {**OPS[op](), name: value}
-    if name == "label_weight":
+    if name == "label_weight" and not (isinstance(value, int) and value == 0):
         given["labels"] = torch.arange(TOKENS)
     if value is None and name in ("student_weight", "teacher_weight") and op is fastkd.projected_mse:
         given |= {
@@ -173,6 +173,24 @@ def test_an_argument_is_used_or_refused_by_name(op, name, value, means_something
         op(**given)
     said = str(caught.value)
     assert re.search(rf"\b{name}\b", said) and said.endswith(".") and "__" not in said, said
+
+
+@pytest.mark.parametrize("op", [fastkd.linear_kl_div, fastkd.kl_div, fastkd.topk_kl_div])
+def test_what_other_libraries_take_is_refused_with_what_would_do(op):
+    """transformers' attention masks are int64, and its labels may be narrower; TRL's ends of the JSD are other divergences."""
+    inputs, labels = OPS[op](), torch.arange(TOKENS)
+    attention_mask = torch.ones(TOKENS, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"mask has dtype torch.int64; .*mask\.bool\(\)"):
+        op(**inputs, mask=attention_mask)
+    with pytest.raises(TypeError, match=r"labels has dtype torch.int32; .*labels\.long\(\)"):
+        op(**inputs, labels=labels.int(), label_weight=1.0)
+    with pytest.raises(ValueError, match=r"labels is given with label_weight=0.* pass label_weight=1\.0, or leave it out"):
+        op(**inputs, labels=labels)
+    _, stats = op(**inputs, labels=labels, return_stats=True)  # where they are read
+    assert stats.cross_entropy.isfinite().all()
+    for end in (0.0, 1.0):
+        with pytest.raises(ValueError, match="pass divergence='forward_kl' or 'reverse_kl' if that is what you mean"):
+            fastkd.Divergence.jsd(end)
 
 
 @pytest.mark.parametrize("op", MODULES)

@@ -195,7 +195,7 @@ def test_fixed_choices_and_choice_columns(wordpiece):
 
 def test_a_decoder_cannot_score_the_first_token(bpe, bpe_closed):
     task = ClozeTask(kind="choices", template="{choice}", choices_column="endings")
-    with pytest.raises(ValueError, match=r"row 0.*starts the sequence"):
+    with pytest.raises(ValueError, match=r"Row 0.*starts the sequence"):
         encode_examples(task, [ENDINGS], bpe, causal=True)
     (example,) = encode_examples(task, [ENDINGS], bpe_closed, causal=True)
     assert example.score_positions[0][0] == 0  # after <s>
@@ -235,7 +235,7 @@ def test_label_values_and_indices(wordpiece):
     assert encoded_label((5, 3), 3) == 1  # values, not indices
     assert encoded_label((False, True), True) == 1
     for labels, value in [(("no", "yes"), "maybe"), (("no", "yes"), 2), ((5, 3), 0), (("no", "yes"), 1.0)]:
-        with pytest.raises(ValueError, match=rf"row 0: column 'label' holds {value!r}; it must be one of labels"):
+        with pytest.raises(ValueError, match=rf"Row 0 .*: column 'label' holds {value!r}; it must be one of labels"):
             encoded_label(labels, value)
 
 
@@ -299,7 +299,7 @@ def test_a_decoder_keeps_the_last_token_of_a_column_that_ends_the_text(bpe):
 
 def test_a_template_that_cannot_fit_is_refused(wordpiece):
     task = ClozeTask(kind="choices", template="{premise} so {choice}.", choices_column="endings", max_length=5)
-    with pytest.raises(ValueError, match=r"row 1: .* take 8 tokens, more than max_length=5; raise max_length"):
+    with pytest.raises(ValueError, match=r"Row 1 .* take 8 tokens, more than max_length=5; raise max_length"):
         encode_examples(task, [ENDINGS | {"endings": ["yes"]}, ENDINGS], wordpiece, causal=False)
 
 
@@ -309,30 +309,30 @@ def test_a_template_that_cannot_fit_is_refused(wordpiece):
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        (VERBALIZER, {"premise": "cat"}, "row 1: column 'hypothesis' holds None"),
-        (VERBALIZER, {"premise": ["cat"], "hypothesis": "mat"}, r"row 1: column 'premise' holds \['cat'\]"),
-        (VERBALIZER, ROW | {"label": 2}, "row 1: column 'label' holds 2; it must be an index below 2"),
-        (VERBALIZER, ROW | {"label": "yes"}, "row 1: column 'label' holds 'yes'; .*set labels"),
-        (CHOICES, ENDINGS | {"endings": []}, "row 1: column 'endings' gives no candidate"),
-        (CHOICES, ENDINGS | {"endings": "cat"}, "row 1: column 'endings' holds 'cat', not a list"),
-        (CHOICES, ENDINGS | {"endings": ["cat", " "]}, "row 1: column 'endings' holds the empty candidate ' '"),
-        (CHOICES, ENDINGS | {"endings": ["cat", "\x00"]}, "row 1: a candidate has no token"),
-        (CHOICES, ENDINGS | {"endings": ["cat", True]}, "row 1: column 'endings' holds True"),
-        (CHOICES, ENDINGS | {"label": 2}, "row 1: column 'label' holds 2; it must be an index below 2"),
-        (COLUMNS, {"premise": "cat", "label": 0}, r"row 1: column \['a', 'b', 'c'\] gives no candidate"),
-        (COLUMNS, {"premise": "cat", "a": "yes", "c": "no", "label": 1}, "row 1: .*candidate 1, which is absent"),
+        (VERBALIZER, {"premise": "cat"}, "column 'hypothesis' holds None"),
+        (VERBALIZER, {"premise": ["cat"], "hypothesis": "mat"}, r"column 'premise' holds \['cat'\]"),
+        (VERBALIZER, ROW | {"label": 2}, "column 'label' holds 2; it must be an index below 2"),
+        (VERBALIZER, ROW | {"label": "yes"}, "column 'label' holds 'yes'; .*set labels"),
+        (CHOICES, ENDINGS | {"endings": []}, "column 'endings' gives no candidate"),
+        (CHOICES, ENDINGS | {"endings": "cat"}, "column 'endings' holds 'cat', not a list"),
+        (CHOICES, ENDINGS | {"endings": ["cat", " "]}, "column 'endings' holds the empty candidate ' '"),
+        (CHOICES, ENDINGS | {"endings": ["cat", "\x00"]}, "a candidate has no token"),
+        (CHOICES, ENDINGS | {"endings": ["cat", True]}, "column 'endings' holds True"),
+        (CHOICES, ENDINGS | {"label": 2}, "column 'label' holds 2; it must be an index below 2"),
+        (COLUMNS, {"premise": "cat", "label": 0}, r"column \['a', 'b', 'c'\] gives no candidate"),
+        (COLUMNS, {"premise": "cat", "a": "yes", "c": "no", "label": 1}, ".*candidate 1, which is absent"),
     ],
 )
 def test_bad_rows_are_named(task, row, message, wordpiece):
     good = ROW | ENDINGS | {"a": "yes", "b": "no", "c": "home", "label": 1}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"Row 1 \(the first is 0\) of the examples: {message}"):
         encode_examples(task, [good, row], wordpiece, causal=False)
 
 
 def test_row_numbers_count_on_across_blocks(wordpiece):
     rows = [ROW] * 300
     assert len(encode_examples(VERBALIZER, rows, wordpiece, causal=False)) == 300
-    with pytest.raises(ValueError, match="row 300"):
+    with pytest.raises(ValueError, match="Row 300 "):
         encode_examples(VERBALIZER, [*rows, {}], wordpiece, causal=False)
 
 
@@ -341,10 +341,10 @@ def test_bad_tokenizers_and_columns_are_refused(wordpiece, bpe):
         encode_examples(CHOICES, [ENDINGS], bpe, causal=False)
     with pytest.raises(ValueError, match=r"must end with \{mask\}"):
         encode_examples(VERBALIZER, [ROW], bpe, causal=True)
-    with pytest.raises(ValueError, match=r"choice_columns names 'c', which is in no row"):
+    with pytest.raises(ValueError, match=r"There is no column 'c' in the examples: it has 'premise', 'a', 'b'"):
         encode_examples(COLUMNS, [{"premise": "cat", "a": "x", "b": "y"}], wordpiece, causal=False)
     task = ClozeTask(kind="verbalizer", template="{premise} {mask}", label_words=("yes", "no"))
-    with pytest.raises(ValueError, match=r"row 0: .*leaves no text before \{mask\}"):
+    with pytest.raises(ValueError, match=r"Row 0 .*: .*leaves no text before \{mask\}"):
         encode_examples(task, [{"premise": ""}], bpe, causal=True)
 
 

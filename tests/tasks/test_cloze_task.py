@@ -27,6 +27,7 @@ from fastkd.tasks.cloze_task import ClozeTask
         ({"labels": ("a", "b", "c")}, "one entry each a class"),
         ({"labels": ("a", "a")}, "no value may stand there twice"),
         ({"choices": ("a", "b")}, "kind 'verbalizer' got choices;.*other kinds take none"),
+        ({"strip": ("premise", "hypotesis")}, "strip names 'hypotesis'; it must name columns of the task: premise"),
         ({"length_penalty": -1.0}, "length_penalty is -1.0"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
         ({"max_length": 0}, "max_length is 0"),

@@ -49,9 +49,9 @@ def test_files_give_their_rows(tmp_path: Path, suffix: str, streaming: bool) -> 
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["arrow", "streaming"])
-def test_text_file_rows_are_its_lines_that_are_not_blank(tmp_path: Path, streaming: bool) -> None:
+def test_lines_of_a_text_file_are_rows_where_they_are_not_blank(tmp_path: Path, streaming: bool) -> None:
     (tmp_path / "lines.txt").write_text("one\n\n  two\n \t\nthree")
-    corpus = open_corpus(tmp_path / "lines.txt", streaming=streaming)
+    corpus = open_corpus(tmp_path / "lines.txt", streaming=streaming, documents="line")
     assert list(corpus.rows()) == ["one", "  two", "three"]
     assert list(corpus.rows(start=2)) == ["three"]
 

@@ -86,8 +86,8 @@ def test_bad_answers_are_named(changes, message):
         ({"metrics": ()}, "can be judged by accuracy, f1"),
         ({"metrics": ("pearson",)}, r"metrics is \('pearson',\); kind 'classification'"),
         ({"metrics": ("f1",)}, "'f1' is for two classes and toy has 3"),
-        ({"splits": {"train": classes().split("train")}}, r"has the splits \['train'\]"),
-        ({"splits": {"validation": [], "test": []}}, "needs 'train'"),
+        ({"splits": {}}, "toy has no split; it needs 'train', or one to evaluate on"),
+        ({"splits": {"validation": [], "test": []}}, "'validation' of toy has 0 examples"),
         ({"splits": {"train": classes().split("train"), "validation": []}}, "'validation' of toy has 0 examples"),
         ({"splits": {"train": classes().split("train")[:1], "validation": []}}, "'train' of toy has 1 examples"),
     ],
@@ -170,14 +170,39 @@ def test_outputs_of_every_kind():
     assert [task().num_outputs for task in (classes, choices, values, questions)] == [3, 1, 1, 2]
 
 
+def test_a_split_stands_alone():
+    rows = classes().split("validation")
+    alone = replace(classes(), splits={"test": rows})
+    assert alone.split_fingerprint("test") == classes().split_fingerprint("validation") and alone.is_labelled("test")
+    with pytest.raises(ValueError, match="split='train' is not a split of toy: use one of 'test'"):
+        alone.few_sample(2, 0)
+
+
+def test_values_that_are_all_equal_cannot_be_evaluated_on():
+    """Which a run would otherwise learn from its first evaluation; what is trained on is never scored."""
+    rows = [LabelledExample(f"text {n}", label=2.0) for n in range(3)]
+    assert replace(values(), splits={"train": rows, "validation": values().split("train")}).is_labelled("train")
+    with pytest.raises(ValueError, match=r"Split 'validation' of toy has the value 2\.0 in all of its 3 examples, and nothing"):
+        replace(values(), splits={"train": values().split("train"), "validation": rows})
+    mixed = replace(values(), splits={"validation": [*rows, LabelledExample("other", label=1.0)]})
+    with pytest.raises(ValueError, match=r"has the value 2\.0 in all of its 2 examples"):
+        mixed.limited("validation", 2)
+
+
+def test_questions_may_lack_an_answer_where_one_of_them_does_whatever_rows_are_left():
+    answered = replace(questions(), splits={"train": [questions().split("train")[0]] * 2}, has_unanswerable=False)
+    assert questions().has_unanswerable and not answered.has_unanswerable
+    rows = [*answered.split("train"), questions().split("train")[1]]
+    limited = replace(answered, splits={"validation": rows}).limited("validation", 2)
+    assert all(example.answers for example in limited.split("validation")) and limited.has_unanswerable
+
+
 def test_unlabelled_rows_need_no_split_to_evaluate_on_and_no_metrics():
     rows = [LabelledExample("a", "b"), LabelledExample("c")]
     task = TaskDataset("toy", "unlabelled", {"train": rows}, ())
     assert task.num_outputs == 0 and not task.is_labelled("train") and len(task.limited("train", 2).split("train")) == 2
     with pytest.raises(ValueError, match=r"metrics is \('accuracy',\); kind 'unlabelled' can be judged by none"):
         replace(task, metrics=("accuracy",))
-    with pytest.raises(ValueError, match="needs 'train'"):
-        replace(task, splits={"validation": rows})
     with pytest.raises(ValueError, match=r"Row 1 .* has the label 1; kind 'unlabelled' has none"):
         with_row(task, 1, label=1)
     with pytest.raises(ValueError, match="no labels to score"):

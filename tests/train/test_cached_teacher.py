@@ -165,16 +165,16 @@ def header(**values: Any) -> Any:
     return apply
 
 
-HASHES = r"[0-9a-f]{64}, and this run has [0-9a-f]{64}"
+NO_SETTING = "changed, and no setting that it records did. Write a cache"
 FOREIGN = {
-    "teacher": (other_weights, f"a teacher with the sha256 {HASHES}"),
-    "tokenizer": (other_tokenizer, f"a tokenizer with the sha256 {HASHES}"),
-    "rows": (other_text, f"training rows with the fingerprint {HASHES}"),
-    "length": (change("text", "max_length", to=31), f"training rows with the fingerprint {HASHES}"),
-    "vocabulary": (change("vocabulary", "keep", to=0.6), f"a kept vocabulary with the sha256 {HASHES}"),
-    "seed": (change("seed", to=3), "masks drawn with the seed 0, and this run has 3"),
-    "mask": (change("options", "mask_probability", to=0.2), "the mask_probability 0.15, and this run has 0.2"),
-    "unmasked": (change("options", "mask_probability", to=0.0), "the mask_probability 0.15, and this run has 0.0"),
+    "teacher": (other_weights, f"does not fit this run: the teacher's weights {NO_SETTING}"),
+    "tokenizer": (other_tokenizer, f"does not fit this run: the tokenizer {NO_SETTING}"),
+    "rows": (other_text, f"does not fit this run: the training rows {NO_SETTING}"),
+    "length": (change("text", "max_length", to=31), r"does not fit this run: text.max_length \(32 there, 31 here\)\. Write"),
+    "vocabulary": (change("vocabulary", "keep", to=0.6), r"does not fit this run: vocabulary.keep \(0.5 there, 0.6 here\)\. Write"),
+    "seed": (change("seed", to=3), r"does not fit this run: seed \(0 there, 3 here\)\. Write"),
+    "mask": (change("options", "mask_probability", to=0.2), r"run: options.mask_probability \(0.15 there, 0.2 here\)\. Write"),
+    "unmasked": (change("options", "mask_probability", to=0.0), r"run: options.mask_probability \(0.15 there, 0.0 here\)\. Write"),
     "temperature": (change("options", "temperature", to=3.0), r"at temperature 2.0, and options.temperature is 3.0\..*--kind dense"),
     "divergence": (change("options", "divergence", to="reverse_kl"), "options.divergence is reverse_kl.*--kind dense"),
     "format": (header(format=0), r"has format 0 and this fastkd reads format 2\..*write the cache again"),

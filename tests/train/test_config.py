@@ -104,6 +104,11 @@ def test_every_key_has_its_help():
         ({"stages": {"pretrain": {"max_step": 1}}}, ["stages.pretrain.max_step is not a known key", "stages.pretrain.max_steps?"]),
         ({"text": {"path": "a", "max_lenght": 1}}, ["text.max_lenght is not a known key", "text.max_length?"]),
         ({"vocabulary": {"keeps": 0.5}}, ["vocabulary.keeps", "vocabulary.keep?"]),
+        (
+            {"max_length": 64},
+            ["max_length is not a known key; did you mean text.max_length or task.cloze.max_length or dataset.max_length?"],
+        ),
+        ({"stages": {"pretrain": {"label_word": ["a"]}}}, ["did you mean stages.pretrain.task.cloze.label_words?"]),
         ({"method": "glmdd"}, ["method is the text 'glmdd'; it must be glmd | crild | ted | kd | lm | finetune"]),
         ({"learning_rate": "2e-5"}, ["learning_rate is the text '2e-5'; it must be float: write a number"]),
         ({"learning_rate": float("inf")}, ["learning_rate is inf; it must be a finite number"]),
@@ -182,6 +187,20 @@ def test_a_bad_flag_is_named_with_its_remedy(flags, sentence):
     assert sentence in refusal(BASE, *flags)
 
 
+@pytest.mark.parametrize(
+    ("text", "layers"), [("first:2", "first:2"), ("every:2", "every:2"), ("1,3", (1, 3)), ("2", (2,)), ("null", None), ("1,x", "1,x")]
+)
+def test_a_flag_may_be_a_text_or_a_list(text, layers):
+    assert read_config({**BASE, "model_name_or_path": "student"}, ["--student_layers", text]).student_layers == layers
+
+
+def test_a_home_folder_in_a_config_that_was_read_by_nobody_is_refused():
+    with pytest.raises(
+        ValueError, match=r"output_dir is '~/run', and ~ is expanded in files and flags alone; give os\.path\.expanduser"
+    ):
+        RunConfig(method="lm", output_dir="~/run", student={"num_hidden_layers": 1})
+
+
 def test_a_home_folder_stands_for_its_sign_in_every_path(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     data = {
@@ -195,11 +214,12 @@ def test_a_home_folder_stands_for_its_sign_in_every_path(monkeypatch: pytest.Mon
         "task": {**BASE["task"], "path": "~/task", "cloze": {**BASE["task"]["cloze"], "template": "~ {text} {mask}"}},
         "vocabulary": {"counts": "~/counts"},
         "teacher": {"kind": "cache", "path": "./~/cache"},
-        "stages": {"pretrain": {"dataset": {"task": "glue/rte", "path": "~/rte"}}},
+        "stages": {"pretrain": {"dataset": {"task": "glue/rte", "path": "~/rte"}, "options": {"teacher_filters": "~/filters"}}},
     }
     config = read_config(data, ["--text.eval_path=~/other.txt"])
     stage = config.stages["pretrain"]
     assert stage.text and stage.dataset and stage.task and config.vocabulary
+    assert stage.options["teacher_filters"] == "/home/somebody/filters"
     assert [config.output_dir, config.cache_dir, config.model_name_or_path, config.tokenizer_name_or_path] == [
         "/home/somebody/run",
         "/home/somebody",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastkd.cli.main import main
+from fastkd.train import curves
 from fastkd.train.curves import draw_stage, plot_bars, plot_curves
 
 SERIES = {
@@ -142,3 +143,28 @@ def test_the_plot_command_says_why_and_fails(stage, tmp_path, monkeypatch, caplo
         log.write("nonsense\n")
     assert main(["plot", str(stage)]) == 2
     assert "line 4 is no JSON object: b'nonsense'" in capsys.readouterr().err
+
+
+def test_legends_hide_no_curve_and_a_name_keeps_its_colour(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(curves, "_write", lambda figure, path: figures.append(figure))
+    full = {f"run {index} of a long name": [(step, index) for step in range(50)] for index in range(6)}
+    curves._draw_curves(full, tmp_path / "full.png", **LABELS)
+    last = dict(list(full.items())[-1:] + list(full.items())[:1])
+    curves._draw_curves(last, tmp_path / "last.png", **LABELS, places={name: place for place, name in enumerate(full)})
+    for figure, names in zip(figures, (full, last), strict=True):
+        (axes,), (legend,) = figure.axes, figure.legends
+        figure.draw_without_rendering()
+        assert axes.get_legend() is None and not legend.get_window_extent().overlaps(axes.get_window_extent())
+        assert [text.get_text() for text in legend.get_texts()] == list(names)
+    colours = [{line.get_label(): line.get_color() for line in figure.axes[0].lines} for figure in figures]
+    assert len({*colours[0].values()}) == 6 and colours[1] == {name: colours[0][name] for name in last}
+
+
+def test_a_stage_says_what_its_perplexity_is_over(stage, monkeypatch):
+    lines = [{"step": step, "eval_perplexity": 9.0, "eval_events": "352 slots of 700 ids"} for step in (1, 2)]
+    (stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = []
+    monkeypatch.setattr(curves, "_draw_curves", lambda series, path, **options: drawn.append((path.name, options["ylabel"])))
+    draw_stage(stage)
+    assert drawn == [("perplexity.png", "perplexity over 352 slots of 700 ids")]

@@ -15,12 +15,16 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.cli.main import main
 from fastkd.methods.comparison import by_position
 from fastkd.models.language_model import LanguageModel
 from fastkd.models.load import load_language_model, load_tokenizer
 from fastkd.tasks.glue import load_task
+from fastkd.tasks.text import IGNORE_INDEX, Masking, collate_text
+from fastkd.train import curves
 from fastkd.train.config import DatasetArguments, TextData
 from fastkd.train.evaluate import evaluate_on_task, evaluate_on_text, write_evaluation
+from fastkd.train.log import read_log
 from tests import runs, tiny
 
 LENGTH = 32
@@ -123,7 +127,7 @@ def test_splits_and_limits(tmp_path):
     [
         ({"head": "MaskedLM"}, "has no trained head for classification"),
         ({"num_labels": 3}, "has 3 outputs and the task 2"),
-        ({"eval_split": "test"}, "'test' is not a split of glue/rte"),
+        ({"eval_split": "test"}, "has no file of split 'test'"),
         ({"task": "pairs"}, "has no labels to judge by; labelled are none"),
         ({"max_position_embeddings": 16}, "The longest row takes"),
     ],
@@ -135,7 +139,7 @@ def test_what_a_task_refuses(tmp_path, change, sentence):
         given = DatasetArguments(task=change["task"], path=str(Path(str(given.path)) / "train.jsonl"), text_columns=("sentence1",))
     settings = {key: change[key] for key in ("num_labels", "max_position_embeddings") if key in change}
     model = task_model(tmp_path, "model", change.get("head", "SequenceClassification"), **{"num_labels": 2, **settings})
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         evaluate_on_task({"student": model}, given, use_cpu=True)
 
 
@@ -143,7 +147,7 @@ def test_what_a_task_refuses(tmp_path, change, sentence):
 
 
 def dev_text(folder: Path) -> TextData:
-    return TextData(path=runs.write_text(folder)["eval_path"], max_length=LENGTH)
+    return TextData(path=runs.write_text(folder)["eval_path"], max_length=LENGTH, documents="line")
 
 
 @torch.no_grad()
@@ -157,20 +161,28 @@ def next_token_logits(folder: str, text: TextData) -> tuple[torch.Tensor, torch.
     return logits, torch.cat([row[0, 1:] for row in rows]), np.concatenate([np.arange(1, row.shape[1]) for row in rows])
 
 
+def text_bytes(folder: str, ids: torch.Tensor) -> int:
+    """The bytes of byte-level tokens, each a character for a byte; what ends a document is no text."""
+    tokenizer = load_tokenizer(folder)
+    return sum(len(word) for word in tokenizer.convert_ids_to_tokens(ids.tolist()) if word != tokenizer.eos_token)
+
+
 def test_decoders_over_all_ids(tmp_path):
     models = {"teacher": runs.llama_teacher(tmp_path, seed=1), "student": runs.llama_teacher(tmp_path, seed=2, num_hidden_layers=1)}
     text = dev_text(tmp_path)
     evaluation = evaluate_on_text(models, text, batch_size=4, use_cpu=True)
-    assert evaluation["data"]["split"] == "train" and evaluation["data"]["events"] == "tokens"
+    assert evaluation["data"]["split"] is None and evaluation["data"]["events"] == "all 700 ids"
     all_logits = {}
     for name, folder in models.items():
         all_logits[name], labels, positions = next_token_logits(folder, text)
         scores = scores_of(evaluation, name)
         expected = math.exp(torch.nn.functional.cross_entropy(all_logits[name], labels))
         assert scores["perplexity"] == pytest.approx(expected, rel=1e-4)
+        assert scores["bits_per_byte"] == pytest.approx(math.log2(expected) * len(labels) / text_bytes(folder, labels), rel=1e-4)
         error = plain_calibration_error(all_logits[name].softmax(-1), labels)
         assert scores["calibration_error"] == pytest.approx(error, abs=1e-5)
-    assert evaluation["data"]["predictions"] == len(labels)
+    assert evaluation["data"]["predictions"] == len(labels) and evaluation["data"]["bytes"] == text_bytes(models["teacher"], labels)
+    assert "slot" not in evaluation["bits_per_byte"]
     divergence = plain_divergence(all_logits["teacher"], all_logits["student"]).numpy()
     scores, parts = scores_of(evaluation), evaluation["models"]["student"]["divergence_by_position"]
     assert scores["teacher_divergence"] == pytest.approx(divergence.mean(), rel=1e-4)
@@ -206,11 +218,48 @@ def test_a_mapped_student_beside_models_over_all_ids(tmp_path):
         scores = scores_of(evaluation, name)
         expected = math.exp(-probability.gather(1, slots[:, None]).log().mean())
         assert scores["perplexity"] == pytest.approx(expected, rel=1e-4)
+        assert scores["bits_per_byte"] == pytest.approx(math.log2(expected) * len(labels) / text_bytes(teacher, labels), rel=1e-4)
         assert scores["calibration_error"] == pytest.approx(plain_calibration_error(probability, slots), abs=1e-5)
     divergence = plain_divergence(teacher_logits[:, vocab_map.kept_ids], student_logits).mean().item()
     assert scores_of(evaluation)["teacher_divergence"] == pytest.approx(divergence, rel=1e-4)
     assert scores_of(evaluation) == scores_of(evaluation, "again")
     assert evaluation["models"]["student"]["vocabulary"] == vocab_map.num_kept
+    assert evaluation["data"]["events"] == f"{vocab_map.num_kept} slots of 700 ids"
+    assert "naming slots and not tokens" in evaluation["bits_per_byte"]
+
+
+def test_bits_per_byte_of_an_exported_student_are_the_texts_own(tmp_path):
+    """By another tokenizer, which cuts the same bytes into other tokens; those of a row's first token are predicted by nobody."""
+    student = pruned(tmp_path, runs.llama_teacher(tmp_path), 0.5)
+    assert main(["export", student, "--output_dir", str(tmp_path / "exported")]) == 0
+    text, exported = dev_text(tmp_path), str(tmp_path / "exported")
+    mapped, own = (evaluate_on_text({"student": folder}, text, use_cpu=True) for folder in (student, exported))
+    logits, labels, _ = next_token_logits(exported, text)
+    bits = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum").item() / math.log(2)
+    assert scores_of(own)["bits_per_byte"] == pytest.approx(bits / text_bytes(exported, labels), rel=1e-4)
+    assert own["data"]["events"] == "all 352 ids" and mapped["data"]["events"] == "352 slots of 700 ids"
+    assert own["data"]["predictions"] > mapped["data"]["predictions"]
+    whole = sum(len(line) for line in Path(text.path).read_text().splitlines())
+    for evaluation in (mapped, own):
+        assert 0.9 * whole < evaluation["data"]["bytes"] < whole
+
+
+def test_bits_per_byte_of_masked_tokens_are_of_their_bytes(tmp_path):
+    """With the same tokens masked as in a batch that is made by hand."""
+    folder, text = runs.bert_teacher(tmp_path), dev_text(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    lines = [line[:24].strip() for line in Path(text.path).read_text().splitlines()]  # each fits a row
+    Path(text.path).write_text("\n".join(lines))
+    evaluation = evaluate_on_text({"student": folder}, text, use_cpu=True)
+    encoded = [tokenizer(line, return_offsets_mapping=True) for line in lines]
+    generator = torch.Generator().manual_seed(0)
+    rows = [np.array(each.input_ids) for each in encoded]
+    batch = collate_text(rows, pad_id=0, masking=Masking.of(tokenizer, 0.15), generator=generator)
+    ends = [np.maximum.accumulate([end for _, end in each.offset_mapping]) for each in encoded]
+    covered = sum(ends[row][i] - (ends[row][i - 1] if i > 1 else 0) for row, i in (batch.labels != IGNORE_INDEX).nonzero().tolist())
+    assert evaluation["data"]["bytes"] == covered > 0
+    bits = math.log2(scores_of(evaluation)["perplexity"]) * evaluation["data"]["predictions"]
+    assert scores_of(evaluation)["bits_per_byte"] == pytest.approx(bits / covered, rel=1e-6)
 
 
 @pytest.mark.parametrize(("make", "method"), [(runs.llama_teacher, "kd"), (runs.bert_teacher, "glmd")])
@@ -229,7 +278,14 @@ def test_perplexity_is_that_of_the_run(tmp_path, make, method):
     copied = shutil.copytree(result["student_dir"], tmp_path / "copied")
     again = evaluate_on_text({"student": str(copied)}, dev_text(tmp_path), batch_size=16, use_cpu=True)
     assert scores_of(again) == scores_of(evaluation)
-    assert set(scores_of(evaluation)) == {"perplexity", "calibration_error"}
+    assert set(scores_of(evaluation)) == {"perplexity", "bits_per_byte", "calibration_error"}
+    vocab_map = load_language_model(result["student_dir"]).vocab_map
+    assert (
+        vocab_map is not None
+        and result["events"] == evaluation["data"]["events"] == f"{vocab_map.num_kept} slots of {vocab_map.vocab_size} ids"
+    )
+    log = read_log(Path(result["student_dir"]).parent / "log.jsonl")
+    assert {line["eval_events"] for line in log if "eval_perplexity" in line} == {result["events"]}
 
 
 def test_each_model_runs_once_a_batch(tmp_path, monkeypatch):
@@ -258,7 +314,7 @@ def refused_models(case: str, folder: Path) -> dict[str, str]:
     if case == "maps":
         return {"teacher": bert, "student": mapped[0], "other": mapped[1]}
     tokenizer = tiny.wordpiece()
-    return {"teacher": tiny.save(folder / "padded", tiny.bert(len(tokenizer) + 8), tokenizer), "student": mapped[0]}
+    return {"teacher": tiny.save(folder / "small", tiny.bert(200), tokenizer), "student": mapped[0]}
 
 
 def pruned(folder: Path, teacher: str, keep: float) -> str:
@@ -274,15 +330,37 @@ def pruned(folder: Path, teacher: str, keep: float) -> str:
     return str(folder / f"pruned-{keep}")
 
 
+def padded(folder: str, rows: int) -> str:
+    """The same model with other padding rows."""
+    model = load_language_model(folder).model
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return tiny.save(Path(f"{folder}-{rows}"), model, load_tokenizer(folder))
+
+
+@pytest.mark.parametrize("make", [runs.bert_teacher, runs.llama_teacher])
+def test_padding_rows_are_no_part_of_what_is_compared(tmp_path, make):
+    """Beside a student whose map is of a teacher with padding, or without, models with other padding rows."""
+    teacher = make(tmp_path)
+    rows = load_language_model(teacher).vocabulary
+    text = dev_text(tmp_path)
+    for student in (pruned(tmp_path, teacher, 0.5), pruned(tmp_path, padded(teacher, rows + 8), 0.6)):
+        models = {"teacher": teacher, "baseline": padded(teacher, rows + 4 + len(student) % 2), "student": student}
+        evaluation = evaluate_on_text(models, text, use_cpu=True)
+        assert scores_of(evaluation, "baseline")["teacher_divergence"] == pytest.approx(0, abs=1e-6)
+        if student.endswith("0.5"):  # the map knows no padding
+            for name, value in scores_of(evaluation, "teacher").items():
+                assert scores_of(evaluation, "baseline")[name] == pytest.approx(value, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("case", "sentence"),
     [
-        ("task head", "The student, .* was saved as BertForSequenceClassification, which has no head for words"),
+        ("task head", "was saved as BertForSequenceClassification, which has no trained head for words"),
         ("no head", "was saved as BertModel"),
         ("tokenizers", "The teacher and the student have different tokenizers"),
         ("kinds", "teacher, student are decoders and encoders"),
         ("maps", "The student and the other keep different parts of the vocabulary"),
-        ("rows", "The teacher has 608 vocabulary rows, and the student's vocabulary was cut from 600"),
+        ("rows", r"The teacher has 200 vocabulary rows, and the student keeps the id \d+; give models with a row for every id"),
     ],
 )
 def test_what_text_refuses(tmp_path, case, sentence):
@@ -309,6 +387,27 @@ def test_results_and_plots_are_written(tmp_path, monkeypatch, caplog):
     (tmp_path / "drawn").mkdir()
     write_evaluation(evaluation, tmp_path / "drawn")
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["divergence.png", "results.json", "scores.png"]
+
+
+def test_a_model_has_one_colour_in_both_plots_and_scores_say_what_they_are_over(tmp_path, monkeypatch):
+    models = {"teacher": runs.llama_teacher(tmp_path), "student": pruned(tmp_path, runs.llama_teacher(tmp_path), 0.5)}
+    evaluation = evaluate_on_text({**models, "baseline": models["student"]}, dev_text(tmp_path), use_cpu=True)
+    to_hex = pytest.importorskip("matplotlib.colors").to_hex
+    figures: list[Any] = []
+    monkeypatch.setattr(curves, "_write", lambda figure, path: figures.append(figure) or path)
+    write_evaluation(evaluation, tmp_path)
+    scores, divergence = figures
+    names = [label.get_text() for label in scores.axes[0].get_yticklabels()]
+    bars = {name: to_hex(bar.get_facecolor()) for name, bar in zip(names, scores.axes[0].patches, strict=True)}
+    lines = {line.get_label(): to_hex(line.get_color()) for line in divergence.axes[0].lines}
+    assert list(bars) == ["teacher", "student", "baseline"] and lines == {name: bars[name] for name in ("student", "baseline")}
+    titles = [axes.get_title(loc="left") for axes in scores.axes]
+    assert titles[:3] == [
+        "perplexity\nover 352 slots of 700 ids",
+        "bits per byte\nover 352 slots of 700 ids",
+        "calibration error",
+    ]
+    assert divergence.axes[0].get_title(loc="left") == str(tmp_path / "dev.txt")
 
 
 def test_bins_of_positions():

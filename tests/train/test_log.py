@@ -1,8 +1,10 @@
 import io
 import json
+import logging
 import math
 import os
 import sys
+import termios
 
 import numpy as np
 import pytest
@@ -141,16 +143,62 @@ def test_progress_writes_nothing_to_a_file(monkeypatch):
     assert stream.getvalue() == ""
 
 
+LINES = [
+    {"step": 30, "loss": 2.5, "loss_words": 1.25, "grad_norm": 3.0, "tokens_per_second": 12345.6, "peak_memory_mb": 812.0},
+    {"step": 30, "eval_perplexity": 150.1, "eval_events": "352 slots of 700 ids"},
+    {"step": 40, "eval_accuracy": 0.5, "eval_f1": 0.25},
+]
+
+
+def test_off_a_terminal_every_line_of_the_log_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr("time.monotonic", iter([0.0, 60.0, 61.0, 80.0]).__next__)
+    with caplog.at_level(logging.INFO, "fastkd"):
+        bar = Progress(40, initial=20, description="pretrain")
+        with RunLog(tmp_path, stage="pretrain", bar=bar) as lines:
+            for line in LINES:
+                lines.write(line)
+    assert [record.getMessage() for record in caplog.records] == [
+        "pretrain: step 30/40, loss 2.5, words 1.25, 12,346 tokens/s, 812 MB, 01:00 left",
+        "pretrain: step 30/40, perplexity 150.1 over 352 slots of 700 ids, 01:01 left",
+        "pretrain: step 40/40, accuracy 0.5, f1 0.25, 00:00 left",
+    ]
+
+
+def test_before_the_first_step_nothing_is_guessed_and_other_ranks_are_silent(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level(logging.INFO, "fastkd"):
+        Progress(40, description="ild").show({"step": 0, "eval_accuracy": 0.5})
+        Progress(40, description="ild", shown=False).show({"step": 10, "loss": 0.5})
+    assert [record.getMessage() for record in caplog.records] == ["ild: step 0/40, accuracy 0.5"]
+
+
+def test_the_bar_is_ten_wide_on_80_columns(monkeypatch):
+    other_end, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (25, 80))
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress(4000, initial=1000, description="task_words") as bar:
+            bar.update(1000)
+            bar.show({**LINES[0], "step": 2000})
+        shown = os.read(other_end, 10_000).decode().replace("\n", "\r").split("\r")
+    os.close(other_end)
+    assert max(map(len, shown)) <= 80
+    last = next(line for line in reversed(shown) if "loss" in line)
+    assert len(last.split("|")[1]) == 10 and "2000/4000" in last and last.strip().endswith("left, loss 2.5, words 1.25")
+
+
 def test_progress_needs_no_stderr(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     use_progress()
 
 
-def test_progress_shows_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_progress_shows_on_a_terminal(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     use_progress()

@@ -69,8 +69,39 @@ def test_the_front_matter_is_the_hubs():
     assert sorted(found, key=str) == [
         ("nyu-mll/glue", "rte", "validation", "accuracy", 0.7),
         ("nyu-mll/glue", "rte", "validation", "teacher_agreement", 0.9),
-        ("nyu-mll/glue", "rte", None, "accuracy", 0.6875),
     ]
+
+
+def text_card(student: LanguageModel, *, evaluated: bool = True, events: str = "all 600 ids") -> str:
+    """The card of a student that was trained, and judged, on heldout.jsonl."""
+    place = {"name": "heldout.jsonl", "hub": False}
+    provenance = copy.deepcopy(PROVENANCE)
+    provenance["method"] = "lm"
+    provenance["stages"][0] |= {"scores": {"perplexity": 150.1}, "events": events}
+    provenance["stages"][0]["data"] = {"kind": "text", "path": place, "eval_path": place}
+    judged = {"predictions": 100, "bytes": 400, "predicted": "next tokens", "events": events}
+    evaluation = {
+        "data": {"text": "/home/me/heldout.jsonl", "split": None, **judged},
+        "settings": {"name": None},
+        "versions": VERSIONS,
+        "models": {"student": {"scores": {"perplexity": 171.9, "bits_per_byte": 1.9}, "parameters": 4000}},
+    }
+    return model_card(student, "small", provenance=provenance, evaluations=[evaluation] * evaluated)
+
+
+def test_a_metric_of_the_same_data_stands_once_in_the_front_matter():
+    student = LanguageModel(tiny.bert(600))
+    found = [(result.metric_type, result.metric_value) for result in ModelCard(text_card(student)).data.eval_results]
+    assert found == [("perplexity", 171.9), ("bits_per_byte", 1.9)]
+    (only,) = ModelCard(text_card(student, evaluated=False)).data.eval_results
+    assert (only.metric_type, only.metric_value) == ("perplexity", 150.1)
+
+
+def test_a_file_has_no_split_and_perplexities_say_what_they_are_over():
+    text = text_card(LanguageModel(tiny.bert(600)))
+    assert "on `heldout.jsonl`: 100 next tokens as all 600 ids (torch 2.11.0)." in text and "split train" not in text
+    assert "| kd | student | `heldout.jsonl` | perplexity over all 600 ids | 150.1 |" in text
+    assert "| model | perplexity | bits per byte | parameters |" in text
 
 
 def test_the_facts_are_those_that_were_recorded():
@@ -124,6 +155,41 @@ def test_folders_of_a_machine_are_neither_base_models_nor_datasets():
     assert "- Student: new weights" in text
 
 
+@pytest.mark.parametrize("task", ["glue/sst2", None])
+def test_rows_of_ones_own_are_no_benchmark_whatever_task_they_are_read_as(task):
+    """The place of the rows is named, and neither a hub data set, nor a language, nor a figure of one."""
+    provenance, evaluation = copy.deepcopy(PROVENANCE), copy.deepcopy(EVALUATION)
+    read_as = {} if task is None else {"task": task}
+    provenance["stages"][0]["data"] = {"kind": "dataset", **read_as, "path": {"name": "reviews", "hub": False}}
+    evaluation["data"] = {**read_as, "place": {"name": "test.csv", "hub": False}, "split": None, "examples": 40}
+    text = model_card(classifier(), "small", provenance=provenance, evaluations=[evaluation])
+    data, suffix = ModelCard(text).data, "" if task is None else ", read as `glue/sst2`"
+    assert data.datasets is None and data.language is None and "nyu-mll" not in text
+    assert {(r.dataset_type, r.dataset_name, r.dataset_config) for r in data.eval_results} == {
+        ("reviews", "reviews", None),
+        ("test.csv", "test.csv", None),
+    }
+    assert f"- Data: `reviews`{suffix}\n" in text and f"| kd | student | `reviews`{suffix} | accuracy | 0.6875 |" in text
+    assert f"`fastkd eval` 0.1.0 on `test.csv`{suffix}: 40 examples (torch 2.11.0)." in text
+
+
+def test_the_hubs_own_rows_are_a_benchmark_by_either_name():
+    provenance = copy.deepcopy(PROVENANCE)
+    provenance["stages"][0]["data"]["path"] = {"name": "nyu-mll/glue", "hub": True}
+    data = ModelCard(model_card(classifier(), "small", provenance=provenance)).data
+    (found,) = data.eval_results
+    assert (found.dataset_type, found.dataset_name, found.dataset_config) == ("nyu-mll/glue", "glue/rte", "rte")
+    assert data.datasets == ["nyu-mll/glue"] and data.language == "en"
+
+
+def test_classes_with_names_are_listed():
+    names = dict(enumerate(("bad *", "good", "so so")))
+    text = model_card(TaskModel(tiny.transformer("bert", id2label=names)), "small", provenance=None)
+    assert r"- Classes: bad \*, good, so so" in text
+    assert "- Classes" not in model_card(classifier(), "small", provenance=None)
+    assert "- Classes" not in model_card(TaskModel(tiny.transformer("bert", num_labels=1), "regression"), "small", provenance=None)
+
+
 def test_a_kept_vocabulary_is_told_with_its_limits():
     chosen = VocabMap.from_counts(torch.arange(600, 0, -1), 0.5, multiple_of=8).assign_stand_ins(torch.eye(600))
     student = LanguageModel(tiny.bert(chosen.num_kept), chosen)
@@ -131,6 +197,11 @@ def test_a_kept_vocabulary_is_told_with_its_limits():
     assert "- Vocabulary: 304 tokens of the teacher's 600" in text and "with ids of its own" in text
     assert "measured with the teacher's tokenizer" in text and "from transformers import AutoModelForMaskedLM, AutoTokenizer" in text
     assert ModelCard(text).data.pipeline_tag == "fill-mask"
+    results = text_card(student, events="304 slots of 600 ids").split("## Results\n\n")[1]
+    assert results.startswith("No figures of this folder's own: all were measured with the teacher's tokenizer, before the export.")
+    assert "perplexity over 304 slots of 600 ids" in results
+    data = ModelCard(text_card(student)).data
+    assert data.eval_results is None and data.metrics is None
 
 
 @pytest.mark.parametrize(("head", "task"), [("CausalLM", "text-generation"), ("QuestionAnswering", "question-answering")])
@@ -161,6 +232,14 @@ def test_only_results_of_this_student_are_taken(tmp_path, monkeypatch):
         file.write_text(content)
         with pytest.raises(ValueError, match="is no file that `fastkd eval --output_dir` writes"):
             read_evaluation(file, "runs/x/student")
+
+
+def test_results_that_are_not_there_are_refused_with_what_would_do(tmp_path):
+    sentence = (
+        "missing.json: No such file or directory; give the results.json that `fastkd eval runs/x/student --output_dir DIR` writes."
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read_evaluation(tmp_path / "missing.json", "runs/x/student")
 
 
 HOSTILE = [

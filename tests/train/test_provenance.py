@@ -69,6 +69,17 @@ def test_places_here_are_told_by_their_last_part(tmp_path, monkeypatch, name, to
     assert source(name) == told
 
 
+def test_a_model_that_a_run_made_is_told_by_its_run(tmp_path, monkeypatch):
+    """All of them are called student."""
+    student = tmp_path / "large" / "train" / "student"
+    student.mkdir(parents=True)
+    (student / PROVENANCE_FILE).write_text("{}")
+    monkeypatch.chdir(student.parent)
+    assert source(str(student)) == source("./student/") == {"name": "student", "hub": False}
+    (student.parent / "result.json").write_text("{}")
+    assert source(str(student)) == source("./student/") == source("student") == {"name": "large/train/student", "hub": False}
+
+
 NO_RECORDS = {
     "empty": "",
     "no keys": "{}",

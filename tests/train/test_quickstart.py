@@ -87,9 +87,26 @@ def test_a_second_call_keeps_the_teacher_and_the_students(finished):
     assert {k: again[k] for k in quickstart.STUDENTS[:3]} == {k: results[k] for k in quickstart.STUDENTS[:3]}
 
 
+def test_what_is_shown_fits_80_columns(finished, capsys, monkeypatch):
+    output_dir, results = finished
+    monkeypatch.setattr(quickstart, "quickstart", lambda *_: results)
+    assert main(["quickstart", "--output_dir", str(output_dir), "--seed", "3"]) == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if str(output_dir) not in line]
+    assert len(lines) > 12 and max(map(len, lines)) <= 80
+    assert results["events"] == f"{results['student_vocab']} slots of 768 ids" and f"over {results['events']}" in shown
+    for name in ("teacher", *quickstart.STUDENTS):
+        assert f"{results[name]:.1f}" in shown and f"{results['kept_tokens_only'][name]:.1f}" in shown
+    assert f"{results['student_parameters']:,} parameters, and a vocabulary of {results['student_vocab']:,}" in shown
+
+
 def test_the_printed_config_is_the_run(finished, capsys):
     output_dir, _ = finished
     assert main(["quickstart", "--output_dir", str(output_dir), "--seed", "3", "--print_config"]) == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert read_config(printed) == quickstart.glmd_config(output_dir, 3)
+    shown = capsys.readouterr().out
+    printed = yaml.safe_load(shown)
+    assert read_config(printed) == quickstart.glmd_config(output_dir, 3) and "gradient_accumulation_steps" not in shown
+    assert main(["quickstart", "--output_dir", str(output_dir), "--seed", "3", "--print_config", "--all"]) == 0
+    whole = capsys.readouterr().out
+    assert read_config(yaml.safe_load(whole)) == read_config(printed) and "gradient_accumulation_steps: 1" in whole
     assert printed["method"] == "glmd" and printed["options"] == {"temperature": 1.0}

@@ -225,7 +225,7 @@ def test_rows_that_only_pad_a_vocabulary_change_nothing(tmp_path, method, caplog
             (result,) = fastkd.distill(config).values()
             found.append(weights(result))
     assert all(same_bits(found[0], other) for other in found[1:])
-    assert sum("vocabulary is padded: 720 rows for 700 tokens" in message for message in caplog.messages) == 4
+    assert sum("vocabulary is padded: 720 rows for 700 ids" in message for message in caplog.messages) == 4
 
 
 # ---- exact resume

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastkd
 from fastkd.tasks.corpus import open_corpus
@@ -51,7 +52,7 @@ def long_rows(config: dict[str, Any], folder: Path) -> None:
 
 
 def other_counts(config: dict[str, Any], folder: Path) -> None:
-    count_tokens(open_corpus(folder / "train.txt"), tiny.wordpiece(500), folder / "counts")
+    count_tokens(open_corpus(folder / "train.txt", documents="line"), tiny.wordpiece(500), folder / "counts")
     config["vocabulary"]["counts"] = str(folder / "counts")
 
 
@@ -73,7 +74,7 @@ BAD = {
     "divergence": (change("options", to={"divergence": "kl"}), "options.*divergence.*forward_kl"),
     "no-teacher": (change("teacher_model_name_or_path", to=None), "teacher_model_name_or_path is not set, and stage pretrain needs"),
     "teacher-path": (change("teacher_model_name_or_path", to="/no/where"), "/no/where does not exist; give a folder"),
-    "teacher-rows": (change("teacher_model_name_or_path", to=small_teacher), "has 500 vocabulary rows and its tokenizer 600 ids"),
+    "teacher-rows": (change("teacher_model_name_or_path", to=small_teacher), r"Id \d+ was counted .* has no row in the model"),
     "no-text": (change("text", to=None), "stages.pretrain.text is not set, and stage pretrain of glmd needs it"),
     "no-task": (change("task", to=None), "stages.task_words.task is not set"),
     "tokenizers": (change("stages", "task_scores", "teacher_model_name_or_path", to=runs.llama_teacher), "tokenizers differ"),
@@ -85,7 +86,7 @@ BAD = {
     "one-task-file": (change("task", "eval_path", to=None), "one file.*task.eval_path"),
     "long-word": (change("task", "cloze", "label_words", to=["if", "xylophone"]), "label_words holds 'xylophone', .*one known token"),
     "column": (change("task", "cloze", "template", to="{txt} {mask}"), r"no column 'txt' in .*task\.jsonl.*it has 'text', 'label'"),
-    "label": (spoil_label, "row 16: column 'label' holds 7"),
+    "label": (spoil_label, "Row 16 .*: column 'label' holds 7"),
     "unlabelled": (unlabel, "no label; labels are needed there"),
     "long-rows": (long_rows, "takes 200 positions and the student has 128; lower the max_length"),
     "protected": (change("vocabulary", to={"keep": 2, "multiple_of": 1}), "protected tokens need"),
@@ -140,8 +141,8 @@ def test_a_small_classification_teacher_is_refused(tmp_path, no_step):
     config = glmd(
         tmp_path, runs.bert_teacher(tmp_path), "classification", stages=stages, model_name_or_path=runs.bert_teacher(tmp_path, 2)
     )
-    with pytest.raises(ValueError, match="The teacher has 500 vocabulary rows and its tokenizer 600 ids"):
-        fastkd.distill(config)
+    with pytest.raises(ValueError, match=r"The teacher has 500 vocabulary rows and its tokenizer 600 ids, and the id \d+ occurs"):
+        fastkd.distill({**config, "vocabulary": None})
 
 
 def test_a_teacher_without_a_trained_head_is_refused(tmp_path):
@@ -176,6 +177,31 @@ def test_the_folder_of_another_run_is_left_alone(tmp_path):
     assert same_bits(weights(tmp_path / "run" / "pretrain" / "student"), first)
     assert same_bits(weights(fastkd.distill({**config, "logging_steps": 3, "overwrite_output_dir": True})["pretrain"]), first)
     assert not same_bits(weights(fastkd.distill({**other, "overwrite_output_dir": True})["pretrain"]), first)
+
+
+def test_a_longer_run_is_told_how_to_train_on(tmp_path):
+    teacher, text = runs.bert_teacher(tmp_path), write_text(tmp_path)
+    config = settings(tmp_path, teacher_model_name_or_path=teacher, text=text, vocabulary={"keep": 0.5, "multiple_of": 8})
+    first = weights(fastkd.distill(config)["pretrain"])
+    with pytest.raises(ValueError, match=r"max_steps \(4 there, 8 here\) in pretrain\. Put back .*") as caught:
+        fastkd.distill({**config, "max_steps": 8})
+    student = tmp_path / "run" / "pretrain" / "student"
+    assert str(caught.value).endswith(f" To train its student on, set model_name_or_path to {student} in a run of another output_dir.")
+    longer = {**config, "max_steps": 1, "learning_rate": 1e-9, "model_name_or_path": str(student), "output_dir": str(tmp_path / "on")}
+    for key in ("student", "vocabulary"):
+        del longer[key]
+    again = weights(fastkd.distill(longer)["pretrain"])
+    assert all(torch.allclose(again[name], value, atol=1e-6) for name, value in first.items())
+
+
+def test_a_run_that_was_stopped_is_told_to_end_first(tmp_path, monkeypatch):
+    config = settings(tmp_path, teacher_model_name_or_path=runs.bert_teacher(tmp_path), text=write_text(tmp_path), save_steps=1)
+    step = StageTrainer._step
+    monkeypatch.setattr(StageTrainer, "_step", lambda self, *rest: step(self, *rest) if self.at.step < 2 else pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        fastkd.distill(config)
+    with pytest.raises(ValueError, match=r"To train on, let it end as it was set, then start another run from its student\.$"):
+        fastkd.distill({**config, "max_steps": 8})
 
 
 def test_a_corrected_run_may_have_the_folder(tmp_path):

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     folder = tmp_path_factory.mktemp("task-quickstart")
     (folder / "few.txt").write_text("\n".join(file.read_text() for file in stdlib.stdlib_files("train")[:8]))
-    few = open_corpus(folder / "few.txt")
+    few = open_corpus(folder / "few.txt", documents="line")
     patch.setattr("fastkd.train.quickstart.open_corpus", lambda path: few)
     small = {"VOCABULARY": 600, "LENGTH": 16, "FEW_SAMPLE": 32, "TEACHER_EPOCHS": 0.05, "STUDENT_EPOCHS": 2.0, "EVAL_STEPS": 1}
     for name, value in small.items():
@@ -35,7 +35,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["crild", "ted"])
-def test_results(folder, method, capsys):
+def test_results(folder, method, capsys, monkeypatch):
+    drawn, draw = {}, quickstart.plot_curves
+    monkeypatch.setattr(quickstart, "plot_curves", lambda series, *place, **more: drawn.update(series) or draw(series, *place, **more))
     assert main(["quickstart", "--method", method, "--seed", "3", "--output_dir", str(folder)]) == 0
     shown = capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
@@ -48,6 +50,14 @@ def test_results(folder, method, capsys):
     assert results["steps"]["student_alone_equal_time"] >= results["steps"]["student_alone"] == 2
     assert (folder / f"{method}-seed-3" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert results["student_dir"] in shown
+    assert max(len(line) for line in shown.splitlines() if str(folder) not in line) <= 80
+    made = folder / f"{method}-seed-3" / "student_distilled"
+    stages = list(quickstart.student_config(folder, method, 3).stages)
+    steps = [json.loads((made / stage / "result.json").read_text())["steps"] for stage in stages]
+    at = [step for step, _ in drawn[quickstart.TITLES[method]]]
+    assert at == sorted(set(at)) and at[-1] == sum(steps) == results["steps"]["student_distilled"]
+    before_last = sum(steps[:-1])
+    assert before_last > 0 and sum(step > before_last for step in at) == steps[-1]
 
 
 def test_all_students_start_from_the_same_weights(folder):

@@ -76,13 +76,53 @@ def test_other_wrong_arguments_are_refused() -> None:
         VocabMap.from_counts(counts, 0.5, protected=[100])
     with pytest.raises(ValueError, match="requires names id -1"):
         VocabMap.from_counts(counts, 0.5, requires={3: [-1]})
-    with pytest.raises(ValueError, match="vocab_size=99 is below the 100 tokens"):
-        VocabMap.from_counts(counts, 0.5, vocab_size=99)
+    with pytest.raises(ValueError, match=r"exclude names id 100"):
+        VocabMap.from_counts(counts, 0.5, exclude=[100])
     for wrong in (counts.float(), counts[None], counts[:0], counts > 3):
         with pytest.raises(ValueError, match="counts must be TokenCounts or one integer per token"):
             VocabMap.from_counts(wrong, 0.5)
     with pytest.raises(ValueError, match=r"12 protected tokens need 12 .* room for 8; use keep=12 or more"):
         VocabMap.from_counts(counts, 8, protected=range(12), multiple_of=8)
+
+
+def test_ids_without_a_row_are_dropped_unless_they_were_counted_or_protected() -> None:
+    counts = zipf_counts(100)
+    with pytest.raises(
+        ValueError, match=rf"Id 99 was counted {int(counts[99])} times and vocab_size is 99: it has no row in the model"
+    ):
+        VocabMap.from_counts(counts, 0.5, vocab_size=99)
+    counts[98:] = 0
+    chosen = VocabMap.from_counts(counts, 1000, vocab_size=98)
+    assert chosen.vocab_size == chosen.num_kept == 98
+    with pytest.raises(ValueError, match="protected names id 99, which cannot be kept"):
+        VocabMap.from_counts(counts, 0.5, vocab_size=98, protected=[99])
+
+
+def test_excluded_ids_and_what_requires_them_are_not_kept() -> None:
+    counts = torch.tensor([1, 9, 8, 7, 6, 5])
+    chosen = VocabMap.from_counts(counts, 6, multiple_of=1, exclude=[1], requires={4: [5, 2], 2: [3, 1]})
+    assert chosen.kept_ids.tolist() == [3, 5, 0] and chosen.vocab_size == 6  # 2 requires 1, and 4 requires 2
+    assert VocabMap.from_counts(counts, 0.5, multiple_of=1, exclude=[0, 1]).kept_ids.tolist() == [2, 3]  # half of 4
+    with pytest.raises(
+        ValueError, match="protected names id 4, which cannot be kept: it has no row in the model, is excluded, or requires"
+    ):
+        VocabMap.from_counts(counts, 2, protected=[4], exclude=[1], requires={4: [5, 2], 2: [3, 1]})
+
+
+def test_pinned_ids_have_their_slots() -> None:
+    chosen = VocabMap.from_counts(torch.tensor([0, 1, 9, 8, 7, 6]), 4, protected=[0, 1], multiple_of=1)
+    assert chosen.kept_ids.tolist() == [1, 0, 2, 3]
+    pinned = chosen.pin({1: 1, 0: 0})
+    assert pinned.kept_ids.tolist() == [0, 1, 2, 3] and pinned.id_to_slot.tolist() == [0, 1, 2, 3, -1, -1]
+    assert chosen.pin({3: 0}).kept_ids.tolist() == [3, 0, 2, 1]
+    with_stand_ins = chosen.assign_stand_ins(torch.eye(6)[[0, 1, 2, 3, 3, 1]])  # 4 reads as 3 and 5 as 1
+    moved = with_stand_ins.pin({3: 0})
+    assert moved.id_to_slot[4] == 0 == moved.id_to_slot[3]
+    assert torch.equal(moved.decode_ids(moved.id_to_slot), with_stand_ins.decode_ids(with_stand_ins.id_to_slot))
+    with pytest.raises(ValueError, match="pin names id 5, which is not kept; name it in protected"):
+        chosen.pin({5: 0})
+    with pytest.raises(ValueError, match="pin gives id 1 slot 4 of 4; keep more than 4 ids"):
+        chosen.pin({1: 4})
 
 
 def test_requires_takes_the_whole_group_or_skips_it() -> None:

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from tokenizers import (
+    Tokenizer,
     models,
     pre_tokenizers,
 )
@@ -22,6 +23,7 @@ from fastkd.vocab.tokenizer import (
     protected_ids,
     prune_tokenizer,
     token_requirements,
+    tokens_by_id,
 )
 from tests.tokenizer_kinds import (
     BERT_SPECIALS,
@@ -179,6 +181,50 @@ def test_protected_ids_of_unigram_hold_the_lowest_score():
     pieces = [("<unk>", 0.0), ("é", -2.0), ("rare", -9.0), ("a", -1.0)]
     tokenizer = backed_by(models.Unigram(pieces, unk_id=0), unk_token="<unk>")
     assert protected_ids(tokenizer) == [0, 2, 3]
+
+
+def unknown_piece_twice() -> PreTrainedTokenizerFast:
+    """As CamemBERT's: text has the ids of the last of equal pieces, and the unknown that of the first."""
+    pieces = [("<pad>", 0.0), ("<unk>", 0.0), ("<unk>", -100.0), ("▁a", -1.0), ("▁", -9.0), ("b", -2.0), ("c", -3.0)]
+    return backed_by(models.Unigram(pieces, unk_id=1), pre_tokenizers.Metaspace(), unk_token="<unk>", pad_token="<pad>")
+
+
+def test_unigram_with_the_unknown_piece_twice_is_pruned_by_ids():
+    tokenizer = unknown_piece_twice()
+    assert tokenizer("a é <unk>").input_ids == [3, 4, 1, 4, 2]
+    protected = protected_ids(tokenizer)
+    assert set(protected) <= tokens_by_id(tokenizer).keys() and {0, 1, 2} <= set(protected)
+    kept = [4, 1, 2, 0, 3, 5, 6]
+    pruned = prune_tokenizer(tokenizer, kept)
+    for text in ("a é <unk>", "ab", "ç", "a bb c"):
+        assert [kept[slot] for slot in pruned(text).input_ids] == tokenizer(text).input_ids
+    assert check_pruned_tokenizer(tokenizer, pruned, kept, ["a é <unk> abc"]).lines_fully_kept == 1
+    with pytest.raises(ValueError, match=r"Ids 1 and 2 are both '<unk>', whose text gets the last one, 2, .* exchange the two"):
+        prune_tokenizer(tokenizer, [4, 2, 1, 0, 3, 5, 6])
+
+
+def test_ids_with_gaps_name_their_tokens():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "<chat>": 40, "b": 42}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", extra_special_tokens=["<chat>"])
+    assert tokens_by_id(tokenizer) == {0: "<unk>", 1: "a", 40: "<chat>", 42: "b"}
+    assert protected_ids(tokenizer) == [0, 40]
+    assert prune_tokenizer(tokenizer, [40, 0, 42])("b <chat> a").input_ids == [2, 0, 1]
+
+
+def test_an_added_token_without_a_row_is_dropped_and_one_that_is_inserted_is_not(tmp_path):
+    """As Gemma 3's image token and CodeLlama's fill token, whose models have a row less than there are ids."""
+    tokenizer = words(extra_special_tokens=["<image>"])
+    assert tokenizer("a <image> b").input_ids == [1, 4, 2]
+    assert protected_ids(tokenizer) == [0, 4] and protected_ids(tokenizer, rows=4) == [0]
+    with pytest.raises(ValueError, match=r"misses 1 protected ids, first 4 \('<image>'\)"):
+        prune_tokenizer(tokenizer, [0, 1, 2])
+    prune_tokenizer(tokenizer, [0, 2, 1], rows=4).save_pretrained(tmp_path)
+    pruned = AutoTokenizer.from_pretrained(tmp_path)
+    assert pruned.get_vocab() == {"<unk>": 0, "b": 1, "a": 2}
+    assert pruned("a b <image>").input_ids == [2, 1, 0, 0, 0] and pruned.all_special_tokens == ["<unk>"]
+    for role in ({"pad_token": "<pad>"}, {"eos_token": "<end>"}):
+        assert protected_ids(words(**role), rows=4) == [0, 4]
 
 
 def test_protected_ids_hold_every_character_where_nothing_catches_a_missing_one():

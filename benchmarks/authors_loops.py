@@ -24,6 +24,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from fastkd.methods.mixup import MixedBatch
 from fastkd.models.filters import FilterBank
 from fastkd.models.folder import VOCAB_MAP_FOLDER
+from fastkd.models.load import load_config
 from fastkd.tasks.text import IGNORE_INDEX
 from fastkd.train.batches import counter_torch_generator
 from fastkd.vocab.map import VocabMap
@@ -180,4 +181,5 @@ def _padded(x: Tensor, length: int) -> Tensor:
 
 
 def _model(auto: Any, folder: Path, *, device: torch.device) -> Any:
-    return auto.from_pretrained(folder, attn_implementation="eager").to(device).train()
+    config = load_config(str(folder))  # plain transformers refuses that of a student on a kept vocabulary
+    return auto.from_pretrained(folder, config=config, attn_implementation="eager").to(device).train()

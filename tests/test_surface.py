@@ -85,12 +85,13 @@ SIGNATURES = {
 FLAGS = {
     "quickstart": "--method --output_dir --seed --print_config --all",
     "train": "config --stage --print_config --all",
-    "vocab count": "--model --data --name --split --text_column --streaming --max_rows --on_bad_row --num_proc --output_dir",
+    "vocab count": "--model --data --name --split --text_column --documents --streaming "
+    "--max_rows --on_bad_row --num_proc --output_dir",
     "vocab prune": "--model --counts --keep --protected --output_dir",
     "export": "student --output_dir --results --onnx",
     "cache": "config --stage --output --kind --k --dtype --shard_rows --yes",
-    "eval": "model --teacher --baseline --task --text --path --text_columns --label_column --name --text_column --split --max_rows "
-    "--max_length --batch_size --output_dir --use_cpu",
+    "eval": "model --teacher --baseline --task --text --path --text_columns --label_column --name --text_column --documents --split "
+    "--max_rows --max_length --batch_size --output_dir --use_cpu",
     "plot": "run --key --output",
     "doctor": "--vocabulary --student_hidden --teacher_hidden --dtype --temperature --tokens --teacher --student --student_layers "
     "--batch_size --length --json",

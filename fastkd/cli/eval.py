@@ -42,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--label_column", help="rows: column of the label (default: label)")
     parser.add_argument("--name", help="text: configuration of a hub dataset")
     parser.add_argument("--text_column", help="text: column that holds the text (default: text)")
+    parser.add_argument(
+        "--documents", choices=("file", "paragraph", "line"), help="text: what a document of .txt files is (default: file)"
+    )
     parser.add_argument("--split", help="default: a task's first besides train, validation of rows, test of a text, and all of a file")
     parser.add_argument("--max_rows", type=positive, help="at most this many examples, or rows of text")
     parser.add_argument("--max_length", type=positive, help="tokens in a row (default: 128 of a task, 256 of text)")
@@ -84,7 +87,7 @@ def _output_folder(folder: Path | None) -> Iterator[None]:
 def _evaluated(models: Mapping[str, str], known: argparse.Namespace) -> dict[str, Any]:
     limits = _given(known, max_rows="max_eval_rows", max_length="max_length", split="eval_split")
     of_rows = _given(known, path="path", text_columns="text_columns", label_column="label_column")
-    of_text = _given(known, name="name", text_column="text_column")
+    of_text = _given(known, name="name", text_column="text_column", documents="documents")
     if known.text is None:
         if known.task is None and known.path is None:
             raise ValueError("there is nothing to judge on; name a task by --task, labelled rows by --path, or a text by --text.")

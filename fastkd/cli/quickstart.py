@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         )
     else:
         _show(task_quickstart(output_dir, known.method, known.seed), ["accuracy"], lambda results, key: [f"{results[key]:.1%}"])
-        print("\nAccuracy is on functions of files that no model has read. All students begin from the same weights.")
+        print("\nAccuracy is on functions of files that no model has read.\nAll students begin from the same weights.")
     print(f"Results: {output_dir}")
     return 0
 

@@ -18,6 +18,9 @@ def main(argv: Sequence[str]) -> int:
     count.add_argument("--name", help="configuration of a hub dataset")
     count.add_argument("--split", default="train", help="split to count (default: train)")
     count.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
+    count.add_argument(
+        "--documents", choices=("file", "paragraph", "line"), default="file", help="what a document of .txt files is (default: file)"
+    )
     count.add_argument("--streaming", action="store_true", help="read the corpus as a stream")
     count.add_argument("--max_rows", type=positive, help="count at most this many rows")
     count.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="refuse a row without text, or leave it out")
@@ -47,6 +50,7 @@ def _count(known: argparse.Namespace) -> int:
         streaming=known.streaming,
         max_rows=known.max_rows,
         bad_rows=BadRowPolicy(known.on_bad_row),
+        documents=known.documents,
     )
     counts = count_tokens(corpus, load_tokenizer(known.model), known.output_dir, num_proc=known.num_proc)  # type: ignore[arg-type]
     seen = int((counts.counts > 0).sum())

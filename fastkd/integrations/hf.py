@@ -53,7 +53,7 @@ class KDTrainer(Trainer):
 
     Collators give what transformers' do, input_ids with attention_mask and labels (which a decoder's loss shifts), or batches of
     fastkd. `eval_loss` is Trainer's: the mean over batches of each one's loss, by its own count. Predictions are the student's logits.
-    A saved model is the student alone, as plain from_pretrained opens it, with its vocabulary map in a folder if it has one; what an
+    A saved model is the student alone, as plain from_pretrained opens it, or with a vocabulary map as fastkd alone does; what an
     objective trains beside it is in checkpoints only.
     """
 
@@ -168,11 +168,14 @@ class KDTrainer(Trainer):
         self._signature_columns: Any = [*COLUMNS, "label", "label_ids"]
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        _check_columns(dataset.column_names, self._read_by_the_student())
+        if self.args.remove_unused_columns:
+            _check_columns(dataset.column_names, self._read_by_the_student())
         return super()._remove_unused_columns(dataset, description)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         collate = super()._get_collator_with_removed_columns(data_collator, description)
+        if not self.args.remove_unused_columns:
+            return collate
         return functools.partial(_collate_checked, collate, self._read_by_the_student())
 
     def _read_by_the_student(self) -> set[str]:
@@ -190,7 +193,7 @@ class KDTrainer(Trainer):
         return norm
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The student as plain from_pretrained opens it. state_dict: of the wrapped module, from FSDP."""
+        """Save the student alone. state_dict: of the wrapped module, from FSDP."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
@@ -300,8 +303,8 @@ def _check_columns(names: Iterable[str], read: set[str]) -> None:
     lost = sorted((read.union(_MASKS) - set(COLUMNS)).intersection(names))
     if lost:
         raise ValueError(
-            f"The rows have {', '.join(lost)}, of which fastkd makes nothing. Remove the column; give rows that are packed into one as "
-            "rows of their own, and a mask of what is learned as labels of -100."
+            f"The rows have {', '.join(lost)}, of which fastkd makes nothing. Remove the column, or set remove_unused_columns=False if "
+            "the collator reads it; give packed rows one by one, and a mask of what is learned as labels of -100."
         )
 
 

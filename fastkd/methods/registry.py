@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..models.cloze_scores import check_candidates
 from ..models.language_model import LanguageModel
 from ..models.load import known_ids
 from ..models.task_model import TaskModel
@@ -182,7 +183,9 @@ def _word_prediction(inputs: StageInputs) -> Objective:
 
 def _task_scores(inputs: StageInputs) -> TaskScores:
     assert isinstance(inputs.rows, ClozeRows) and inputs.teacher is not None
-    task = inputs.rows.task
+    task, rows, student = inputs.rows.task, inputs.rows, inputs.student
+    if isinstance(student, LanguageModel) and student.vocab_map is not None:
+        check_candidates(task, [*rows.train, *rows.eval], student.vocab_map)
     return TaskScores(inputs.student, inputs.teacher, inputs.options, task, _label_words(task, inputs.tokenizer))
 
 

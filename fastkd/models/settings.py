@@ -25,6 +25,8 @@ _SIZES = re.compile(r"num_\w*(layers|heads)|(hidden|intermediate|embedding)_size
 _MOST = {"num_hidden_layers": 1000}
 _WRITTEN = {"transformers_version", "dtype", "architectures"}
 _FULL_ATTENTION = "full_attention"
+_SHORTEST_ROW = 8
+"""Rows are padded to a multiple of it."""
 
 
 def new_config(model_type: Any, settings: Mapping[str, Any] | None = None) -> PretrainedConfig:
@@ -116,7 +118,7 @@ def _check_each(base: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
         except Exception as error:  # a library's, of any kind: it says what it has against the value
             raise ValueError(f"student.{name} cannot be {value!r}: {_told(error)}") from error
         is_size, most = _SIZES.fullmatch(common.get(name, name)), _MOST.get(common.get(name, name), math.inf)
-        if is_size and value is not None and not 1 <= value <= most:
+        if is_size and isinstance(value, int | float) and not 1 <= value <= most:
             raise ValueError(f"student.{name} is {value}; it must be at least 1{f' and at most {most}' if most < math.inf else ''}.")
 
 
@@ -157,24 +159,13 @@ def _failure(
         if changed := [name for name, value in _plain(config).items() if _plain(opened).get(name) != value]:
             return f"{', '.join(changed)} would be another once the student is saved."
         with torch.device("meta"):
-            model = make(opened)
-            if shortage := _shortage(model.parameters()):
-                return shortage
-            if _runs(model):
-                return None
-        with no_init_weights():  # on the CPU, because some models ask for values, which are not there without weights
-            make(opened).eval()(input_ids=torch.ones(1, 2, dtype=torch.int64))
+            shortage = _shortage(make(opened).parameters())
+        if shortage is None:
+            with torch.no_grad(), no_init_weights():  # what the memory holds: without any, models that look at values do not run
+                make(opened).eval()(input_ids=torch.ones(1, _SHORTEST_ROW, dtype=torch.int64))
     except Exception as error:  # a library's, of any kind: it says what it has against the settings
         return _told(error)
-    return None
-
-
-def _runs(model: PreTrainedModel) -> bool:
-    try:
-        model.eval()(input_ids=torch.ones(1, 2, dtype=torch.int64))
-    except Exception:  # a library's, of any kind
-        return False
-    return True
+    return shortage
 
 
 def _plain(config: PretrainedConfig) -> dict[str, Any]:

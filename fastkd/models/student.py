@@ -143,7 +143,8 @@ def _keep_positions(config: Any, base: Any) -> None:
     """Give `config` the usable positions of `base` where they begin behind the padding id, as RoBERTa's do, and that has moved."""
     from transformers import AutoModel
 
-    pad, slot, positions = base.pad_token_id, config.pad_token_id, getattr(base, "max_position_embeddings", None) or 0
+    pad, slot = (getattr(each, "pad_token_id", None) for each in (base, config))
+    positions = getattr(base, "max_position_embeddings", None) or 0
     if pad is None or slot is None or pad == slot or pad + 1 >= positions:
         return
     with torch.device("meta"):

@@ -123,7 +123,7 @@ def open_corpus(
     streaming: bool = False,
     max_rows: int | None = None,
     bad_rows: BadRowPolicy = REFUSE_BAD_ROWS,
-    documents: Documents = "line",
+    documents: Documents = "file",
 ) -> Corpus:
     """Open a corpus, check what can be checked, and read its first row.
 

@@ -1,11 +1,9 @@
 """Floor 1, task examples: loads the rows of a task's data set, wherever it is."""
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.tasks.bad_rows import REFUSE_BAD_ROWS, BadRowPolicy, BadRows, is_text
 from fastkd.tasks.sources import matching_files, open_source
 
 
@@ -15,15 +13,13 @@ def load_examples(
     name: str | None = None,
     split: str = "train",
     max_rows: int | None = None,
-    text_columns: Sequence[str] = (),
-    bad_rows: BadRowPolicy = REFUSE_BAD_ROWS,
 ) -> list[dict[str, Any]]:
     """The rows of a data set, or its first `max_rows`, as dictionaries.
 
     `path` is a .jsonl, .json, .parquet or .csv file or a glob of them, a folder that `save_to_disk` wrote, a folder of files,
     or the name of a hub data set. Files, and a saved folder of one data set, are one split by themselves, so `split` picks
-    nothing there. `name` is the configuration, where there are several. A row is bad that has neither a text nor a number in one
-    of `text_columns`. Raises what `open_source` raises, and ValueError for a missing column, a bad row, and when there is no row.
+    nothing there. `name` is the configuration, where there are several. Raises what `open_source` raises, and ValueError when there
+    is no row.
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows is {max_rows}; it must be at least 1, or None for all rows.")
@@ -34,29 +30,7 @@ def load_examples(
     is_one_split = files or (Path(path).expanduser() / "state.json").is_file()
     source = open_source(path, files, name=name, split=None if is_one_split else split)
     with source.errors():
-        rows = source.dataset.select(range(len(source.dataset))[:max_rows]).to_list()
+        rows: list[dict[str, Any]] = source.dataset.select(range(len(source.dataset))[:max_rows]).to_list()
     if not rows:
         raise ValueError(f"There is no row in {source.description}; at least one is needed.")
-    missing = [column for column in text_columns if column not in rows[0]]
-    if missing:
-        raise ValueError(
-            f"There is no column {' or '.join(map(repr, missing))} in {source.description}: it has {', '.join(map(repr, rows[0]))}."
-        )
-    left_out = BadRows(source.description, bad_rows)
-    kept = []
-    for number, row in enumerate(rows):
-        fault = _fault(row, text_columns)
-        if fault is None:
-            kept.append(row)
-        else:
-            left_out.add(ValueError(f"Row {number} (the first is 0) of {source.description}: {fault}."))
-    left_out.report()
-    return kept
-
-
-def _fault(row: Mapping[str, Any], text_columns: Sequence[str]) -> str | None:
-    for column in text_columns:
-        value = row[column]
-        if not is_text(value):
-            return f"column {column!r} holds {value!r}; it must hold text or a number"
-    return None
+    return rows

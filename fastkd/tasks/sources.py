@@ -6,7 +6,6 @@ come from the content that was hashed or not at all.
 
 from __future__ import annotations
 
-import codecs
 import glob
 import hashlib
 import json
@@ -17,11 +16,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from fastkd.sealed import content_sha256, open_regular, read_json
+from fastkd.sealed import content_sha256, read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -30,7 +29,6 @@ AnyDataset: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 _LOADER_OF_SUFFIX = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
 # An empty cell is null; "NA", "None" and "nan" are words. Without `index_col` pandas makes an index of a first row's extra cell.
 _CSV_OPTIONS = {"keep_default_na": False, "na_values": [""], "index_col": False}
-_READ_LINES = 1_000
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -136,31 +134,6 @@ def require_one_of(argument: str, value: str, present: Collection[str], where: s
     """Raise ``ValueError`` unless ``value`` is one of the names present."""
     if value not in present:
         raise ValueError(f"{argument}={value!r} is not in {where}: use one of {', '.join(map(repr, present))}.")
-
-
-def text_lines(file: HashedFile) -> Iterator[str]:
-    """Yield the lines of a UTF-8 text file that are not blank; CR, LF and CRLF end a line, and a byte order mark is left out.
-
-    Raises:
-        ValueError: The file is not UTF-8, holds a NUL byte, or was changed since it was hashed.
-    """
-    offset = 0
-    with open_regular(file.path) as raw:
-        while batch := list(islice(raw, _READ_LINES)):
-            file.require_unchanged()
-            for line in batch:
-                try:
-                    text = line.removeprefix(codecs.BOM_UTF8 if offset == 0 else b"").decode()
-                    place = line.find(b"\0")
-                except UnicodeDecodeError as error:
-                    text, place = "", error.start + len(line) - len(error.object)
-                if place >= 0:
-                    raise ValueError(
-                        f"{file.path} is not text in UTF-8: its byte {offset + place} (the first is 0) is {line[place]:#04x}. "
-                        "Convert it to UTF-8, or mend it."
-                    )
-                yield from (part for part in text.removesuffix("\n").split("\r") if part.strip())
-                offset += len(line)
 
 
 def loader_of(path: str, files: list[Path]) -> str:

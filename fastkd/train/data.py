@@ -8,7 +8,7 @@ from typing import Any
 
 from ..methods.stage_data import ClozeRows, DatasetRows, TextRows
 from ..tasks.bad_rows import BadRowPolicy
-from ..tasks.cloze import encode_examples
+from ..tasks.cloze import Example, encode_examples
 from ..tasks.corpus import Corpus, open_corpus
 from ..tasks.encoded import encode_task
 from ..tasks.examples import load_examples
@@ -33,6 +33,7 @@ def train_corpus(text: TextData) -> Corpus:
         streaming=text.streaming,
         max_rows=text.max_rows,
         bad_rows=_bad_rows(text),
+        documents=text.documents,
     )
 
 
@@ -47,6 +48,7 @@ def eval_corpus(text: TextData) -> Corpus | None:
         streaming=text.streaming,
         max_rows=text.max_eval_rows,
         bad_rows=_bad_rows(text),
+        documents=text.documents,
     )
 
 
@@ -87,16 +89,15 @@ def cloze_rows(data: TaskData, tokenizer: Any, *, causal: bool) -> ClozeRows:
         )
     split = data.eval_split if data.eval_path is None else "train"
 
-    def loaded(path: str, split: str, max_rows: int | None) -> list[dict[str, Any]]:
-        text_columns, bad_rows = data.cloze.columns, _bad_rows(data)
-        return load_examples(path, name=data.name, split=split, max_rows=max_rows, text_columns=text_columns, bad_rows=bad_rows)
+    def encoded(path: str, split: str, max_rows: int | None) -> list[Example]:
+        rows, whose = load_examples(path, name=data.name, split=split, max_rows=max_rows), f"split {split!r} of {path!r}"
+        return encode_examples(data.cloze, rows, tokenizer, causal=causal, bad_rows=_bad_rows(data), description=whose)
 
-    train = loaded(data.path, data.train_split, data.max_rows)
-    judged = loaded(data.eval_path or data.path, split, data.max_eval_rows)
-    eval_rows = encode_examples(data.cloze, judged, tokenizer, causal=causal)
+    train_rows = encoded(data.path, data.train_split, data.max_rows)
+    eval_rows = encoded(data.eval_path or data.path, split, data.max_eval_rows)
     if any(example.label < 0 for example in eval_rows):
         raise ValueError(f"Some evaluation rows have no {data.cloze.label_column}; labels are needed there to select the best weights.")
-    return ClozeRows(data.cloze, encode_examples(data.cloze, train, tokenizer, causal=causal), eval_rows)
+    return ClozeRows(data.cloze, train_rows, eval_rows)
 
 
 def load_dataset(arguments: DatasetArguments) -> TaskDataset:

@@ -163,13 +163,11 @@ class RunModels:
 
         config = self.config
         assert arguments.teacher_model_name_or_path is not None
-        teacher_config = load_config(arguments.teacher_model_name_or_path)
+        name = config.model_name_or_path
+        new = self._student_config(arguments, None) if name is None else load_config(name, arguments.dropout)
         with torch.device("meta"):
-            teacher = AutoModel.from_config(teacher_config)
-            if config.model_name_or_path is None:
-                return AutoModel.from_config(student_config(teacher_config, {**config.student, **arguments.dropout}, None)), teacher
-            student = AutoModel.from_config(load_config(config.model_name_or_path, arguments.dropout))
-            if config.student_layers is not None:
+            teacher, student = (AutoModel.from_config(each) for each in (load_config(arguments.teacher_model_name_or_path), new))
+            if name is not None and config.student_layers is not None:
                 student = keep_layers(student, parse_layers(config.student_layers, student))
         return student, teacher
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastkd.store import disk_space, lock
+from fastkd.tasks.corpus import text_batches
 from fastkd.vocab.storage import load_record, record_exists, save_record
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def count_tokens(
         output_dir: where the running count is, and the finished one will be.
         num_proc: processes that tokenize. 1: this process, on the tokenizer's own threads; more: that many spawned
             processes of one thread each.
-        batch_size: rows that are tokenized at once.
+        batch_size: the most rows that are tokenized at once; of long ones it takes fewer.
         save_every: batches from one save to the next.
         poll: called after every batch, and while another process is waited for. What it raises ends the call; all is saved before.
 
@@ -144,7 +145,7 @@ def count_tokens(
             with lock(folder / f"{_KIND}.lock", poll=poll):
                 state, finished = _saved_or(new, output_dir)  # another process may have held the lock to count
                 if not finished:
-                    results = _counted(_batches(corpus.rows(state.rows), batch_size), tokenizer_json, vocab_size, num_proc)
+                    results = _counted(text_batches(corpus.rows(state.rows), batch_size), tokenizer_json, vocab_size, num_proc)
                     state = _count(state, results, corpus, output_dir, save_every, poll)
     return state
 
@@ -245,11 +246,6 @@ def _interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _batches(rows: Iterator[str], batch_size: int) -> Iterator[list[str]]:
-    while batch := list(islice(rows, batch_size)):
-        yield batch
 
 
 def _backend_copy(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> Tokenizer:

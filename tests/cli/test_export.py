@@ -68,7 +68,7 @@ def test_a_classifier_its_card_and_its_onnx_file(tmp_path, capsys, distilled, mo
     card = ModelCard(text).data
     measured = {(r.dataset_name, r.metric_type): r.metric_value for r in card.eval_results if r.dataset_split}
     assert measured == {("glue-rte", name): value for name, value in evaluation["models"]["student"]["scores"].items()}
-    assert [r.metric_value for r in card.eval_results if not r.dataset_split] == list(result["scores"].values())
+    assert not [r for r in card.eval_results if not r.dataset_split]  # the run's own figure is of the same metric and rows
     assert card.tags == ["fastkd", "knowledge-distillation", "crild", "onnx"] and card.base_model is None
     assert f"| kd | student | {result['steps']} | {result['kept_step']} | {result['tokens']:,} |" in text
     assert str(tmp_path) not in text and str(tmp_path) not in (exported / "fastkd.json").read_text()

@@ -63,7 +63,7 @@ def test_train_runs_all_stages_and_prints_where_the_student_is(tmp_path, capsys)
     flags = ["--max_steps", "3", "--stages.task_words.max_steps", "2", "--save_total_limit", "1"]
     assert main(["train", path, *flags]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in shown[2:]] == [["pretrain", "3"], ["task_words", "2"], ["task_scores", "3"]]
+    assert [line.split()[:2] for line in shown[2:5]] == [["pretrain", "3"], ["task_words", "2"], ["task_scores", "3"]]
     rows = re.search(r"perplexity [\d.]+ over (\d+) slots of 600 ids", shown[2])
     assert (
         rows is not None
@@ -72,7 +72,7 @@ def test_train_runs_all_stages_and_prints_where_the_student_is(tmp_path, capsys)
         and shown[4].endswith(str(tmp_path / "run" / "task_scores" / "student"))
     )
     assert main(["train", path, *flags, "--stage", "task_words"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["task_words"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:3]] == ["task_words"]
 
 
 def test_off_a_terminal_a_run_tells_where_it_stands(tmp_path, capsys, caplog):
@@ -106,7 +106,7 @@ def test_two_ranks_do_not_print_torchs_warnings(tmp_path):
     shown, told = process.communicate(timeout=240)
     assert process.returncode == 0, told
     assert "find_unused_parameters" not in told and told.count("Stage train: steps 0 to 2, log ") == 1
-    assert [line.split()[0] for line in shown.splitlines()[2:]] == ["train"]
+    assert shown.splitlines()[2].startswith("train ")
 
 
 def test_what_print_config_prints_is_the_same_run(tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_ted_rte_runs(tmp_path, rte, capsys):
     models_and_filters = ("teacher", "student", "filters", "filters", "student")
     made = dict(zip(("teacher", "student", "teacher_filters", "student_filters", "distill"), models_and_filters, strict=True))
     assert run(tmp_path, "ted/rte", **flags) == list(made)
-    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2 : 2 + len(made)]]
     assert shown == [str(tmp_path / "run" / stage / folder) for stage, folder in made.items()]
 
 

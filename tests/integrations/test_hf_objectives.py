@@ -174,6 +174,13 @@ def test_columns_that_trainer_would_drop_are_refused(name: str, own_collator: bo
     trainer = KDTrainer(student, arguments(tmp_path), teacher=teacher, method="kd", train_dataset=rows, **more)
     with pytest.raises(ValueError, match=f"The rows have {name}, of which fastkd makes nothing. Remove the column"):
         trainer.train()
+
+    def read(rows: list[dict[str, Any]]) -> dict[str, Tensor]:  # as TRL's collator does
+        assert name in rows[0]
+        return collate(rows)
+
+    kept = arguments(tmp_path, remove_unused_columns=False)
+    KDTrainer(student, kept, teacher=teacher, method="kd", train_dataset=rows, data_collator=read).train()
     for row in rows:
         row["number"] = row.pop(name, None)  # what no model reads is left out, as by Trainer
     KDTrainer(student, arguments(tmp_path), teacher=teacher, method="kd", train_dataset=rows, **more).train()

@@ -5,7 +5,6 @@ import json
 import datasets
 import pytest
 
-from fastkd.tasks.bad_rows import BadRowPolicy
 from fastkd.tasks.examples import load_examples
 
 ROWS = [{"premise": f"row {number}", "label": number % 2} for number in range(5)]
@@ -106,29 +105,6 @@ def test_refusals(tmp_path):
             load_examples(tmp_path / name)
     with pytest.raises(ValueError, match="max_rows is 0"):
         load_examples(tmp_path / "rows.jsonl", max_rows=0)
-
-
-def test_rows_without_text_are_refused_or_left_out(tmp_path, caplog):
-    rows = [ROWS[0], {"premise": None, "label": 1}, {"premise": "ok", "label": 1}]
-    path = write_lines(tmp_path / "rows.jsonl", rows)
-    assert load_examples(path) == rows  # no column is known to be text
-    with pytest.raises(ValueError, match=r"Row 1 .*rows\.jsonl.*column 'premise' holds None; it must hold text or a number"):
-        load_examples(path, text_columns=["premise"])
-    assert load_examples(path, text_columns=["premise", "label"], bad_rows=BadRowPolicy("skip")) == [rows[0], rows[2]]
-    assert "1 rows of " in caplog.text and "The first: Row 1 " in caplog.text
-    with pytest.raises(ValueError, match=r"no column 'text' in .*rows\.jsonl.*it has 'premise', 'label'"):
-        load_examples(path, text_columns=["text"], bad_rows=BadRowPolicy("skip"))
-    path = write_lines(tmp_path / "more.jsonl", [rows[1], *rows])
-    with pytest.raises(ValueError, match="More than max_bad_rows=1 rows"):
-        load_examples(path, text_columns=["premise"], bad_rows=BadRowPolicy("skip", 1))
-
-
-def test_a_number_that_is_none_is_no_text(tmp_path):
-    path = tmp_path / "rows.parquet"
-    datasets.Dataset.from_list([{"premise": 1.5}, {"premise": float("nan")}]).to_parquet(path)
-    with pytest.raises(ValueError, match=r"Row 1 .*column 'premise' holds nan; it must hold text or a number"):
-        load_examples(path, text_columns=["premise"])
-    assert load_examples(path, text_columns=["premise"], bad_rows=BadRowPolicy("skip")) == [{"premise": 1.5}]
 
 
 def test_words_of_csv_files_are_words(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,8 @@ SLOT_BIAS_FILE = "slot_bias.safetensors"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec"
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
+_pinned: dict[str, str] | None = None
+"""Within `one_revision`, the revision that every hub name stands for."""
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", f"{VOCAB_MAP_FOLDER}/*", SLOT_BIAS_FILE]
 
 
@@ -44,14 +47,26 @@ def model_folder(name_or_path: str, needed: str = "config.json", what: str = "a 
     return folder
 
 
-@functools.cache  # a name stands for one revision as long as the process runs
+@contextmanager
+def one_revision() -> Iterator[None]:
+    """Within the block a hub name stands for one revision, whatever is uploaded meanwhile."""
+    global _pinned
+    before, _pinned = _pinned, {}
+    try:
+        yield
+    finally:
+        _pinned = before
+
+
 def _snapshot(name: str, weights: bool) -> Path:
     """The folder of the hub's newest revision of a model, or of the newest one that is here if the hub cannot be reached."""
     from huggingface_hub import snapshot_download
 
+    folder = Path(snapshot_download(name, revision=(_pinned or {}).get(name), allow_patterns=_HUB_FILES))
+    if _pinned is not None:
+        _pinned[name] = folder.name
     if not weights:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    folder = _snapshot(name, False)
+        return folder
     files = _indexed(folder) if (folder / _INDEX).is_file() else [_WEIGHTS]
     return Path(snapshot_download(name, revision=folder.name, allow_patterns=files))
 

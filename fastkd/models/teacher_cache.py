@@ -62,7 +62,7 @@ class CachedTeacher:
 
 def model_hashes(name_or_path: str) -> tuple[str | None, str]:
     """(the hub's revision, None for a folder; sha256 of the configuration and the weights that are on this machine)."""
-    folder, digest = model_folder(name_or_path, weights=True), hashlib.sha256()
+    folder, digest = model_folder(name_or_path), hashlib.sha256()
     for path in sorted([folder / "config.json", *weight_files(folder)]):
         digest.update(f"{path.name} {content_sha256(path)}\n".encode())
     return None if Path(name_or_path).is_dir() else folder.name, digest.hexdigest()

@@ -21,7 +21,7 @@ from ..methods.cached import CacheForm, Kind, to_cache
 from ..methods.registry import LessonInputs
 from ..methods.stage_data import MakeBatch, Sequences, batch_maker, largest_id, train_sequences
 from ..methods.teaching import Lesson, Teacher
-from ..models.folder import VOCAB_MAP_FOLDER
+from ..models.folder import VOCAB_MAP_FOLDER, one_revision
 from ..models.load import check_padded_vocabulary, check_row_length, is_decoder, known_ids
 from ..models.teacher_cache import HEADER, CachedTeacher, Shard, finished_shard, read_header, write_header, write_shard
 from ..store import InUse, Lock, lock, sweep
@@ -119,6 +119,7 @@ def write_cache(
     (planned,) = plan_stages(config, stage)
     check_cacheable(planned.spec)
     with (
+        one_revision(),
         Ranks.join(use_cpu=config.use_cpu, timeout_seconds=config.ddp_timeout) as ranks,
         ranks.naming_absentees("fastkd cache"),
         SignalFlag() as flag,

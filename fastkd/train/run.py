@@ -17,6 +17,7 @@ from ..methods.objective import Share, Stage
 from ..methods.registry import METHODS, Data, LessonInputs, StageInputs, StageSpec, build_stage
 from ..methods.stage_data import DatasetRows, Rows, TextRows, largest_id, split_fingerprints, train_sequences
 from ..methods.teaching import Model
+from ..models.folder import one_revision
 from ..models.language_model import LanguageModel
 from ..models.load import (
     check_padded_vocabulary,
@@ -83,6 +84,7 @@ def distill(config: RunConfig | Mapping[str, Any] | str | Path, *, only_stage: s
     stages = plan_stages(config, only_stage)
     output_dir = Path(config.output_dir)
     with (
+        one_revision(),
         Ranks.join(use_cpu=config.use_cpu, timeout_seconds=config.ddp_timeout) as ranks,
         ranks.naming_absentees("the run"),
         SignalFlag(ranks) as flag,

@@ -123,7 +123,8 @@ class RunModels:
         found = {"start": start, **{f"filters of {stage}": str(folder) for stage, folder in self.filters(spec).items()}}
         if spec.needs_teacher and arguments.teacher.kind == "model":
             found["teacher"] = self.teacher_source(spec, arguments)
-        elif start is None:
+        elif start is None and not (spec.needs_teacher and named is not None and not Path(named).is_dir()):
+            # Of a cached teacher on the hub the weights need not be here, and its cache has the revision.
             found["teacher"] = named
         for role in ("teacher", "student"):
             found[f"options.{role}_filters"] = arguments.options.get(f"{role}_filters")

@@ -127,7 +127,7 @@ def test_a_pair_of_a_real_size_trains_through_the_callbacks_of_trainer(make: Cal
         args,
         teacher=teacher,
         method="kd",
-        options={"temperature": TEMPERATURE},
+        options={"temperature": TEMPERATURE, "completion_only": False},
         train_dataset=dataset,
         eval_dataset=dataset,
         callbacks=[watch],

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from fastkd.cli.main import main
-from fastkd.models import folder as folder_module
-from fastkd.models.folder import model_folder, weight_files
+from fastkd.models.folder import model_folder, one_revision, weight_files
 from fastkd.models.load import load_frozen, load_language_model, load_map, load_tokenizer
 from fastkd.models.task_model import TaskHead, load_task_model
 from fastkd.models.teacher_cache import model_hashes
@@ -33,16 +32,14 @@ def publish(tmp_path, monkeypatch):
     cache = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    folder_module._snapshot.cache_clear()
 
-    def publish(source: str, name: str) -> Path:
+    def publish(source: str, name: str, commit: str = COMMIT) -> Path:
         place = cache / f"models--{name.replace('/', '--')}"
-        (place / "refs").mkdir(parents=True)
-        (place / "refs" / "main").write_text(COMMIT)
-        return Path(shutil.copytree(source, place / "snapshots" / COMMIT))
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / "main").write_text(commit)
+        return Path(shutil.copytree(source, place / "snapshots" / commit))
 
-    yield publish
-    folder_module._snapshot.cache_clear()
+    return publish
 
 
 def test_a_mapped_student_by_its_hub_name_has_its_map(tmp_path, publish, capsys):
@@ -101,3 +98,13 @@ def test_what_lies_beside_the_weights_is_none_of_them(tmp_path):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert [file.name for file in weight_files(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]
+
+
+def test_a_name_stands_for_the_newest_revision_and_within_a_run_for_one(tmp_path, publish):
+    source, newer = runs.bert_teacher(tmp_path), "f" * 40
+    with one_revision():
+        first = publish(source, "me/teacher")
+        assert model_folder("me/teacher") == first
+        second = publish(source, "me/teacher", newer)
+        assert model_folder("me/teacher") == model_folder("me/teacher", weights=True) == first
+    assert model_folder("me/teacher") == model_folder("me/teacher", weights=True) == second

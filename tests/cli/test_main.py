@@ -230,6 +230,7 @@ def test_counts_and_a_pruned_model(tmp_path, capsys):
 
     teacher, text = runs.bert_teacher(tmp_path), runs.write_text(tmp_path)
     count = ["vocab", "count", "--model", teacher, "--data", text["path"], "--output_dir", str(tmp_path / "counts")]
+    count += ["--documents", "line"]
     assert main(count) == 0
     first = capsys.readouterr().out
     assert " tokens in 48 rows; " in first and f"Saved in {tmp_path / 'counts'}" in first

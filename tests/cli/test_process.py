@@ -103,7 +103,7 @@ import os, signal, sys
 from fastkd.cli.main import main
 from fastkd.vocab import count
 
-batches = count._batches
+batches = count.text_batches
 
 def interrupted(rows, size):
     for number, batch in enumerate(batches(rows, 2)):
@@ -111,14 +111,14 @@ def interrupted(rows, size):
             os.killpg(0, signal.SIGINT)
         yield batch
 
-count._batches = interrupted
+count.text_batches = interrupted
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_of_an_interrupt_to_all_processes_one_tells(tmp_path: Path) -> None:
     argv = ["vocab", "count", "--model", runs.bert_teacher(tmp_path), "--data", runs.write_text(tmp_path)["path"], "--num_proc", "2"]
-    argv += ["--output_dir", str(tmp_path / "counts")]
+    argv += ["--documents", "line", "--output_dir", str(tmp_path / "counts")]
     program = [sys.executable, "-c", TO_ALL, *argv]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, start_new_session=True)
     assert done.returncode == 130 and done.stderr.splitlines()[-1] == "fastkd vocab: stopped by SIGINT."

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -157,6 +158,7 @@ class Run:
 
         def body() -> None:
             tqdm.set_lock(threading.RLock())  # the one that all processes share stays taken when its holder is killed
+            faulthandler.register(signal.SIGUSR1, file=os.fdopen(os.dup(sys.stderr.fileno()), "w"))
             with self.errors_file.open("w") as file:
                 os.dup2(file.fileno(), sys.stderr.fileno())
             leave_out_drawing(pytest.MonkeyPatch())
@@ -242,7 +244,8 @@ def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more
             report.kills += 1
             struck = killed.errors.splitlines()[-1] if cause == "call" else "a random instant"
             report.kills_at[struck] += 1
-            half_written = [name for place in (killed.output_dir, cache_dir) for name in place.rglob(f".*.tmp-{process.pid}-*")]
+            folders = [folder for place in (killed.output_dir, cache_dir) for folder in os.walk(place)]  # neighbours rotate theirs
+            half_written = [name for _, inner, files in folders for name in (*inner, *files) if f".tmp-{process.pid}-" in name]
             report.kills_inside_a_save += cause == "call" or bool(half_written)
             report.kills_in[_standing(killed.output_dir, report.stages)] += 1
             report.failures += [f"kill {report.kills} ({struck}): {damage}" for damage in _damaged(killed.output_dir)]
@@ -261,9 +264,11 @@ def kill_repeatedly(method: str, kills: int, folder: Path, seed: int = 0, **more
 
 
 def wait_for_end(process: Any) -> None:
-    """One that hangs is ended, and the harness with it."""
+    """One that hangs shows where on the harness's stderr, and is ended, and the harness with it."""
     process.join(LONGEST_RUN)
     if process.is_alive():
+        os.kill(process.pid, signal.SIGUSR1)
+        process.join(1.0)
         process.kill()
         raise TimeoutError(f"A run did not end in {LONGEST_RUN:.0f} s.")
 

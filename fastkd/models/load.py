@@ -31,11 +31,8 @@ MAPPED_MODEL_TYPE = "fastkd_mapped_student_open_it_by_fastkd_export"
 """In the config.json of a model on a kept vocabulary, so that plain transformers, which would feed it the teacher's ids, refuses it."""
 _OWN_MODEL_TYPE = "mapped_model_type"
 _WORDS = "words"
-_REMEDY = {
-    True: "Give a masked or causal language model.",
-    False: "Fine-tune it first: by a stage that trains the teacher, or by method finetune.",
-}
-"""By whether the head that is missing is for words."""
+_GIVE_WORDS_HEAD = "Give a masked or causal language model."
+_FINE_TUNE = "Fine-tune it first: by a stage that trains the teacher, or by method finetune."
 # Heads read these, and a configuration that leaves them to the backbone's dropout does not name them.
 _HEAD_DROPOUTS = ("cls_dropout", "classifier_dropout")
 _POOLER = re.compile(r"(^|\.)pooler\.")
@@ -134,9 +131,8 @@ def _check_lost(model: PreTrainedModel, source: str, lost: set[str], backbone: s
             "missing. Save the model that is wrapped: `module` of DistributedDataParallel, `_orig_mod` of torch.compile."
         )
     if not backbone:
-        raise ValueError(
-            f"{_headless(source, model.config, head)}: {_listed(lost)} are missing and would be random. {_REMEDY[head == _WORDS]}"
-        )
+        remedy = _GIVE_WORDS_HEAD if head == _WORDS else _FINE_TUNE
+        raise ValueError(f"{_headless(source, model.config, head)}: {_listed(lost)} are missing and would be random. {remedy}")
     raise ValueError(
         f"The model {source} lacks the weights {_listed(lost)} of {kind}, or has them in other shapes, and they would be random: its "
         "files are not whole, or its config.json is another model's. Copy or save it again."
@@ -158,15 +154,19 @@ def _unnumbered(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def _check_words_head(source: str, config: PretrainedConfig) -> None:
-    """Refuse a model that was saved with the head of a task: a tied head for words would be there all the same."""
+def class_names(*tasks: str) -> set[str]:
+    """The names of transformers' classes for `tasks`, which are written as in its tables, such as MASKED_LM."""
     from transformers.models.auto import modeling_auto
 
-    tasks = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
-    heads = {name for task in tasks for name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()}
+    return {name for task in tasks for name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()}
+
+
+def _check_words_head(source: str, config: PretrainedConfig) -> None:
+    """Refuse a model that was saved with the head of a task: a tied head for words would be there all the same."""
+    heads = class_names("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
     saved = config.architectures or ()
     if saved and heads.issuperset(saved):
-        raise ValueError(f"{_headless(source, config, _WORDS)}. {_REMEDY[True]}")
+        raise ValueError(f"{_headless(source, config, _WORDS)}. {_GIVE_WORDS_HEAD}")
 
 
 def save_model(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

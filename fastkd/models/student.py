@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +13,13 @@ from ..vocab.map import VocabMap
 from ..vocab.tokenizer import prune_tokenizer
 from .folder import VOCAB_MAP_FOLDER
 from .language_model import LanguageModel
-from .load import auto_class, load_config, load_frozen, longest_row, vocabulary_rows
-from .prune import prune_model as prune_model
+from .load import auto_class, class_names, load_config, load_frozen, longest_row, vocabulary_rows
 from .prune import set_slots, set_vocabulary
 from .settings import building, changed_config, check_builds, new_config
 from .task_model import TaskHead, TaskModel, build_task_model, load_task_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-_TOKEN_ID = re.compile(r".*_token_id$")
 
 
 def build_student(
@@ -66,7 +62,7 @@ def student_config(
     base, overrides = base.get_text_config(), dict(overrides)
     kind = overrides.pop("model_type", base.model_type)
     if kind != base.model_type:
-        special = {name: value for name, value in base.to_dict().items() if _TOKEN_ID.match(name) and value is not None}
+        special = {name: value for name, value in base.to_dict().items() if name.endswith("_token_id") and value is not None}
         base = new_config(kind, {"vocab_size": base.vocab_size, **special})
     config = changed_config(base, overrides)
     rows = vocabulary or config.vocab_size
@@ -87,21 +83,16 @@ def student_config(
 def load_student(name_or_path: str) -> LanguageModel | TaskModel:
     """A finished model with the head that it was saved with, whatever that is, in evaluation mode. A file's other tensors, such as
     filters, are left there."""
-    from transformers.models.auto import modeling_auto
-
-    def names(*tasks: str) -> set[str]:
-        return {name for task in tasks for name in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()}
-
     config: Any = load_config(name_or_path)
     saved = next(iter(config.architectures or ()), None)
-    if saved in names("MASKED_LM", "CAUSAL_LM", "PRETRAINING"):
+    if saved in class_names("MASKED_LM", "CAUSAL_LM", "PRETRAINING"):
         return load_frozen(name_or_path)
     kinds: tuple[tuple[str, Kind, int], ...] = (
         ("SEQUENCE_CLASSIFICATION", "classification", config.num_labels),
         ("QUESTION_ANSWERING", "question_answering", 2),
     )
     for task, kind, outputs in kinds:
-        if saved in names(task):
+        if saved in class_names(task):
             model = load_task_model(name_or_path, TaskHead(kind, outputs), seed=0, needs_head=True)
             return model.eval().requires_grad_(False)
     raise ValueError(

@@ -19,7 +19,15 @@ from ..methods.comparison import Judged, judge
 from ..methods.perplexity import events
 from ..methods.stage_data import TextRows, largest_id, task_outputs
 from ..models.language_model import LanguageModel
-from ..models.load import check_padded_vocabulary, check_row_length, known_ids, load_config, load_frozen, load_tokenizer
+from ..models.load import (
+    check_padded_vocabulary,
+    check_row_length,
+    class_names,
+    known_ids,
+    load_config,
+    load_frozen,
+    load_tokenizer,
+)
 from ..models.student import count_parameters
 from ..models.task_model import TaskHead, TaskModel, load_task_model
 from ..ops.kl import kl_div
@@ -246,10 +254,7 @@ def _own_outputs(models: Mapping[str, str], wanted: OwnKind | None) -> tuple[Own
 
 def _check_no_other_head(name: str, source: str, config: Any) -> None:
     """Refuse a model that was saved with a head for something else than one label or value of a whole text."""
-    from transformers.models.auto import modeling_auto
-
-    tables = ("MASKED_LM", "CAUSAL_LM", "PRETRAINING", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
-    others = {head for table in tables for head in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values()}
+    others = class_names("MASKED_LM", "CAUSAL_LM", "PRETRAINING", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
     saved = others & {*(config.architectures or ())}
     if saved or config.problem_type == "multi_label_classification":
         what = f"was saved as {saved.pop()}" if saved else "gives a text several labels (multi-label classification)"

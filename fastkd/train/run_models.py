@@ -17,8 +17,9 @@ from ..models.cloze_scores import check_label_words
 from ..models.folder import VOCAB_MAP_FOLDER
 from ..models.language_model import LanguageModel
 from ..models.load import known_ids, load_config, load_frozen, load_language_model, load_map, tell_padding
+from ..models.prune import prune_model
 from ..models.settings import building
-from ..models.student import build_student, prune_model, student_config
+from ..models.student import build_student, student_config
 from ..models.task_model import TaskHead, TaskModel, build_task_model, load_task_model
 from ..models.teacher_cache import CachedTeacher, read_header
 from ..models.truncate import keep_layers, parse_layers

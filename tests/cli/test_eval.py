@@ -10,7 +10,7 @@ import pytest
 
 from fastkd.cli.main import main
 from fastkd.models.load import load_language_model, load_tokenizer, save_model
-from fastkd.models.student import prune_model
+from fastkd.models.prune import prune_model
 from fastkd.vocab.map import VocabMap
 from tests import runs
 

@@ -24,7 +24,7 @@ from fastkd.methods.glmd import GLMDOptions, WordPrediction
 from fastkd.methods.objective import Objective, Position, Stage
 from fastkd.models.language_model import LanguageModel
 from fastkd.models.load import load_language_model
-from fastkd.models.student import prune_model
+from fastkd.models.prune import prune_model
 from fastkd.models.task_model import TaskModel
 from fastkd.tasks.encoded import TaskBatch
 from fastkd.tasks.text import TextBatch

@@ -15,7 +15,8 @@ import torch
 from fastkd.models import onnx_export
 from fastkd.models.load import load_tokenizer
 from fastkd.models.onnx_export import TOLERANCE, check_onnx, export_onnx, onnx_difference
-from fastkd.models.student import export_student, prune_model
+from fastkd.models.prune import prune_model
+from fastkd.models.student import export_student
 from tests import runs, tiny
 from tests.models.test_student import vocab_map_for
 

@@ -11,7 +11,8 @@ import torch
 
 from fastkd.models.language_model import LanguageModel
 from fastkd.models.load import check_same_tokenizer, load_language_model, save_model
-from fastkd.models.student import build_student, export_student, prune_model
+from fastkd.models.prune import prune_model
+from fastkd.models.student import build_student, export_student
 from fastkd.models.task_model import TaskHead, build_task_model
 from fastkd.vocab.map import VocabMap
 from fastkd.vocab.tokenizer import protected_ids, prune_tokenizer, token_requirements

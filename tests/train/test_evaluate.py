@@ -320,7 +320,7 @@ def refused_models(case: str, folder: Path) -> dict[str, str]:
 def pruned(folder: Path, teacher: str, keep: float) -> str:
     """A mapped student without training."""
     from fastkd.models.load import save_model
-    from fastkd.models.student import prune_model
+    from fastkd.models.prune import prune_model
     from fastkd.vocab.map import VocabMap
 
     model, tokenizer = load_language_model(teacher), load_tokenizer(teacher)

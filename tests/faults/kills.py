@@ -49,6 +49,8 @@ from tests.faults.disturbed import config, differences, leave_out_drawing
 FORK = multiprocessing.get_context("fork")
 LONGEST_RUN = 180.0
 """Seconds; runs take a few."""
+SHOW_STACKS = signal.SIGUSR2
+"""One that a run has no use for."""
 BESIDE = "beside"
 """The neighbour in the killed run's folder."""
 SLOW_SECONDS = 0.05
@@ -157,8 +159,8 @@ class Run:
         """A process that runs it; prepare: called in it first."""
 
         def body() -> None:
-            tqdm.set_lock(threading.RLock())  # the one that all processes share stays taken when its holder is killed
-            faulthandler.register(signal.SIGUSR1, file=os.fdopen(os.dup(sys.stderr.fileno()), "w"))
+            take_own_bar_locks()
+            faulthandler.register(SHOW_STACKS, file=os.fdopen(os.dup(sys.stderr.fileno()), "w"))
             with self.errors_file.open("w") as file:
                 os.dup2(file.fileno(), sys.stderr.fileno())
             leave_out_drawing(pytest.MonkeyPatch())
@@ -267,10 +269,21 @@ def wait_for_end(process: Any) -> None:
     """One that hangs shows where on the harness's stderr, and is ended, and the harness with it."""
     process.join(LONGEST_RUN)
     if process.is_alive():
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pid, SHOW_STACKS)
         process.join(1.0)
         process.kill()
         raise TimeoutError(f"A run did not end in {LONGEST_RUN:.0f} s.")
+
+
+def take_own_bar_locks() -> None:
+    """Let this process's progress bars lock nothing that another one holds.
+
+    tqdm's lock is shared by all processes that are forked from the one that first drew a bar, and stays taken when its holder is killed.
+    """
+    kinds = [tqdm]
+    for kind in kinds:  # which grows
+        kinds += kind.__subclasses__()
+        kind.set_lock(threading.RLock())
 
 
 def _standing(output_dir: Path, stages: list[str]) -> str:

@@ -16,7 +16,7 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
-	-$(BIN)/python -m fastkd.ops.cpp    # without a compiler the torch backend serves
+	-$(BIN)/python -m fastkd.ops.backend_cpp    # without a compiler the torch backend serves
 	touch $@
 
 quickstart: setup

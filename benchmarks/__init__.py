@@ -9,7 +9,6 @@ CLAIMS = {
     "masked": "Masked tokens cost nothing.",
     "scaling": "The cost of a token and the peak of memory do not depend on the number of tokens.",
     "row_kernel": "The row kernels run at the speed of memory.",
-    "vocab_gather": "Gathers over a vocabulary map run at the speed of memory.",
     "accuracy": "Gradients stay exact when the student is close to its teacher, because logits are never rounded to 16 bits.",
     "relation_kl": "`relation_kl` is exact to 2e-5 in float32, takes at most a tenth of eager torch's memory, and no more time.",
     "projected_mse": "`projected_mse` is exact to 2e-5 in float32, takes at most a quarter of eager torch's memory, and no more time.",

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from fastkd.ops.backends import row_kernel
 from fastkd.ops.gemm import row_buffer
 from fastkd.ops.plan import plan_chunks
+from fastkd.ops.selfcheck import backends
 
 from .problem import Inputs, Outcome
 
@@ -64,18 +64,14 @@ def _absent(package: str) -> str:
 
 def live_backends(device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
     """fastkd's backends that run on `device`, and why the others of that kind of device do not."""
-    live, unavailable = [], {}
-    for name in _BACKENDS[device.type]:
-        try:
-            row_kernel(name, device)
-            live.append(name)
-        except (ValueError, RuntimeError) as error:
-            unavailable[name] = str(error).splitlines()[0]
-    return tuple(live), unavailable
+    reasons = {name: reason for name, reason in backends().items() if name in _BACKENDS[device.type]}
+    return tuple(name for name, reason in reasons.items() if not reason), {name: reason for name, reason in reasons.items() if reason}
 
 
 def gemms_alone(inputs: Inputs, logits_dtype: torch.dtype | None = None) -> Outcome:
-    """The four dense products, in fastkd's chunks and buffers, which are made once: the floor. Its "gradients" are those of no loss.
+    """The four dense products: the floor. Its "gradients" are those of no loss.
+
+    On a GPU all tokens are one chunk, however many the plan makes; on a CPU, where larger ones leave the cache, the plan's are taken.
 
     Logits stand for their gradient, as numbers of ordinary size: a CPU is slow on the denormal ones that fresh memory holds.
     logits_dtype: of both models' logits, if it is not that of the inputs (GPUs alone).
@@ -83,14 +79,14 @@ def gemms_alone(inputs: Inputs, logits_dtype: torch.dtype | None = None) -> Outc
     with torch.no_grad():
         student, head, teacher, teacher_head = inputs
         tokens, vocabulary = len(student), len(head)
-        plan = plan_chunks(tokens, vocabulary, device=student.device)
-        logits, other = (
-            row_buffer(plan.chunk_rows, vocabulary, logits_dtype or student.dtype, student.device)[:, :vocabulary] for _ in range(2)
-        )
+        chunk_size = tokens if student.is_cuda else None
+        plan = plan_chunks(tokens, vocabulary, chunk_size=chunk_size)
+        dtype = logits_dtype or student.dtype
+        logits, other = (row_buffer(plan.backward_tokens, vocabulary, dtype, student.device)[:, :vocabulary] for _ in range(2))
         gradient = logits if logits_dtype is None else torch.randn_like(logits, dtype=student.dtype)
         wider = {} if logits_dtype is None else {"out_dtype": logits_dtype}
         grad_student, grad_head = torch.empty_like(student), torch.empty_like(head)
-        for rows in plan.slices():
+        for rows in plan.backward_chunks():
             size = rows.stop - rows.start
             torch.mm(student[rows], head.T, out=logits[:size], **wider)
             torch.mm(teacher[rows], teacher_head.T, out=other[:size], **wider)

@@ -84,11 +84,11 @@ def gemms_alone(layers: list[Layer]) -> Outcome:
     with torch.no_grad():
         (tokens, _), width = layers[0].student_states.shape, len(layers[0].student_weight)
         plan = plan_chunks(tokens, width, device=layers[0].student_states.device, has_teacher=False)
-        buffer = layers[0].student_states.new_empty(plan.chunk_rows, width)
+        buffer = layers[0].student_states.new_empty(plan.backward_tokens, width)
         gradients = []
         for states, weight, _, teacher_states, teacher_weight, _ in layers:
             grad_states, grad_weight = torch.empty_like(states), torch.empty_like(weight)
-            for rows in plan.slices():
+            for rows in plan.backward_chunks():
                 residual = buffer[: rows.stop - rows.start]
                 torch.mm(states[rows], weight.T, out=residual)
                 torch.mm(teacher_states[rows], teacher_weight.T, out=residual)

@@ -180,14 +180,6 @@ def _row_kernel(record: Record) -> str:
     return f"{table}\nA copy: {record['copy']['bytes_per_second'] / 1e9:.3g} GB/s.\n"
 
 
-def _vocab_gather(record: Record) -> str:
-    rows = [
-        [x["what"], x["how"], cell(x["seconds"]["median"]), cell(x["bytes_per_second"] / 1e9), cell(x["share_of_copy"], ".2f")]
-        for x in record["results"]
-    ]
-    return markdown(["gathered", "by", "seconds", "GB/s", "of a copy's bandwidth"], rows)
-
-
 def _accuracy(record: Record) -> str:
     rows = [
         [
@@ -291,7 +283,6 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "masked": _masked,
     "scaling": _scaling,
     "row_kernel": _row_kernel,
-    "vocab_gather": _vocab_gather,
     "accuracy": _accuracy,
     "relation_kl": _relation_kl,
     "projected_mse": _projected_mse,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops.backends import row_kernel
+from fastkd.ops.backends import choose
 from fastkd.ops.divergence import Divergence
-from fastkd.ops.rows import RowLosses, RowOptions
+from fastkd.ops.row_call import RowCall, RowOptions, RowOutputs
 
 from .claim import Settings, main
 from .implementations import live_backends
@@ -69,9 +69,9 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def _run(backend: str, options: RowOptions, student: Tensor, teacher: Tensor) -> None:
     ones = student.new_ones(len(student))
-    row_kernel(backend, student.device)(
-        student, teacher, options, RowLosses(divergence=torch.empty_like(ones)), row_weight=ones, gradient=student
-    )
+    outputs = RowOutputs(divergence=torch.empty_like(ones))
+    call = RowCall(student=student, teacher=teacher, options=options, outputs=outputs, row_weight=ones, gradient=student)
+    choose(backend, call)(call)
 
 
 def _accesses(backend: str, divergence: str) -> int:

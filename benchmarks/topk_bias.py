@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.ops.rows import RowLosses, RowOptions
-from fastkd.ops.topk_rows import TAILS, TopK, topk_divergence_
+from fastkd.ops import backend_torch
+from fastkd.ops.checks import TAILS
+from fastkd.ops.row_call import RowCall, RowOptions, RowOutputs, TopK
 from fastkd.store import write_json_atomic
 
 from .environment import stamp
@@ -123,7 +124,8 @@ def sparse(student: Tensor, teacher: TopK, tail: str) -> tuple[Tensor, Tensor]:
     """Each token's loss, and its gradient with respect to the student's logits."""
     loss, gradient = student.new_empty(len(student)), torch.empty_like(student)
     options = RowOptions(divergence=None, tail=tail)
-    topk_divergence_(student, teacher, options, RowLosses(loss), row_weight=torch.ones_like(loss), gradient=gradient)
+    outputs, ones = RowOutputs(divergence=loss), torch.ones_like(loss)
+    backend_torch.run(RowCall(student=student, teacher=teacher, options=options, outputs=outputs, row_weight=ones, gradient=gradient))
     return loss, gradient
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import reference
-    from .ops.chunked import LossStats
     from .ops.divergence import Divergence
+    from .ops.fused_loss import LossStats
     from .ops.kl import kl_div
     from .ops.linear_cross_entropy import linear_cross_entropy
     from .ops.linear_kl import LinearKLDivLoss, linear_kl_div
@@ -25,7 +25,7 @@ __version__ = "0.2.0"
 _HOME = {
     "Divergence": ".ops.divergence",
     "LinearKLDivLoss": ".ops.linear_kl",
-    "LossStats": ".ops.chunked",
+    "LossStats": ".ops.fused_loss",
     "ProjectedMSELoss": ".ops.projected_mse",
     "RelationKLLoss": ".ops.relation_kl",
     "RelationTarget": ".ops.relation_kl",

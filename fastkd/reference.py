@@ -1,10 +1,290 @@
-"""The oracles: obvious torch, any float dtype including float64, the same names and arguments as the fast ops they check."""
+"""The oracles: obvious torch on any device and in any floating dtype, float64 included, by the names and arguments of the fast ops.
 
-from .ops.kl import kl_div_reference as kl_div
-from .ops.linear_cross_entropy import linear_cross_entropy_reference as linear_cross_entropy
-from .ops.linear_kl import linear_kl_div_reference as linear_kl_div
-from .ops.projected_mse import projected_mse_reference as projected_mse
-from .ops.relation_kl import relation_kl_reference as relation_kl
-from .ops.topk_kl import topk_kl_div_reference as topk_kl_div
+All tokens at once, in the inputs' dtype, with gradients by autograd. What has no part in a loss, a masked token or a token of zero
+probability, is left out before the arithmetic: autograd's 0 * infinity is NaN. Options that steer memory or choose a kernel are taken,
+so that the call is the same, and change nothing; options that approximate are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .ops.checks import check_tail
+from .ops.divergence import Divergence
+from .ops.fused_loss import LossStats
+from .ops.relation_kl import RelationTarget
 
 __all__ = ["kl_div", "linear_cross_entropy", "linear_kl_div", "projected_mse", "relation_kl", "topk_kl_div"]
+
+
+def kl_div(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    vocab_index: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    ignore_index: int = -100,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    return_stats: bool | Literal["losses"] = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """What `fastkd.kl_div` computes, from logits (..., V_s) and (..., V_t)."""
+    vocabulary = student_logits.shape[-1]
+    teacher_logits = teacher_logits.detach()
+    teacher_logits = teacher_logits[..., :vocabulary] if vocab_index is None else teacher_logits[..., vocab_index]
+    student = _transformed(_kept(student_logits, mask), student_logit_scale, student_softcap)
+    teacher = _transformed(_kept(teacher_logits, mask), teacher_logit_scale, teacher_softcap)
+    log_q, log_p = torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
+    values = temperature**2 * _divergence(Divergence.parse(divergence), log_p, log_q)
+    weight = _weight(values, mask)
+    terms, cross_entropy = [(values, weight)], None
+    if labels is not None:
+        cross_entropy, labelled = _cross_entropy(student, labels, ignore_index)
+        terms.append((label_weight * cross_entropy, weight * labelled))
+    loss = _reduced(terms, reduction, denominator)
+    if not return_stats:
+        return loss
+    statistics = {"divergence": values, "cross_entropy": cross_entropy}
+    if return_stats is True:
+        nothing = torch.zeros_like(log_q)  # the entropy is -KL(p || 1)
+        statistics |= {"student_entropy": -_kl(log_q, nothing), "teacher_entropy": -_kl(log_p, nothing)}
+        statistics["top1_agreement"] = (log_q.argmax(-1) == log_p.argmax(-1)).to(values.dtype)
+    return loss, _stats(weight, **statistics)
+
+
+def linear_kl_div(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """What `fastkd.linear_kl_div` computes, from hidden states (..., H) and heads (V, H); `options` are those of `kl_div`."""
+    student_logits = linear(_kept(student_hidden, mask), student_weight, student_bias)
+    teacher_logits = teacher_hidden
+    if teacher_weight is not None:
+        teacher_logits = linear(_kept(teacher_hidden, mask), teacher_weight, teacher_bias)
+    return kl_div(student_logits, teacher_logits, mask=mask, **options)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """What `fastkd.linear_cross_entropy` computes, from hidden states (..., H) and a head (V, H)."""
+    logits = linear(_kept(hidden, labels != ignore_index), weight, bias)
+    values, labelled = _cross_entropy(_transformed(logits, logit_scale, softcap), labels, ignore_index)
+    return _reduced([(values, labelled.to(values.dtype))], reduction, denominator)
+
+
+def topk_kl_div(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    tail_logprob: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    ignore_index: int = -100,
+    student_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    return_stats: bool | Literal["losses"] = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """What `fastkd.topk_kl_div` computes, from hidden states (..., H), a head (V, H), and ids and log-probabilities (..., K)."""
+    check_tail(tail, tail_logprob is not None)
+    logits = _transformed(linear(_kept(student_hidden, mask), student_weight, student_bias), student_logit_scale, student_softcap)
+    log_q = torch.log_softmax(logits / temperature, -1)
+    log_p = topk_logprobs.detach().to(log_q.dtype).masked_fill(topk_ids < 0, -math.inf)
+    if tail == "renormalize":
+        log_p = torch.log_softmax(log_p, -1)
+    values = _kl(_kept(log_p, mask, instead=-math.inf), log_q.gather(-1, topk_ids.clamp_min(0)))
+    if tail == "bucket":
+        assert tail_logprob is not None
+        log_p_tail = _kept(tail_logprob.detach().to(log_q.dtype)[..., None], mask, instead=-math.inf)
+        # A missing entry stands behind the vocabulary. Where there is no tail to compare, all of q stands for it.
+        places = torch.where(topk_ids < 0, log_q.shape[-1], topk_ids)
+        listed = log_q.new_zeros(*log_q.shape[:-1], log_q.shape[-1] + 1).scatter(-1, places, 1.0)[..., :-1] > 0
+        log_q_tail = log_q.masked_fill(listed & (log_p_tail.exp() > 0), -math.inf).logsumexp(-1, keepdim=True)
+        values = values + _kl(log_p_tail, log_q_tail)
+    values = temperature**2 * values
+    weight = _weight(values, mask)
+    terms, cross_entropy = [(values, weight)], None
+    if labels is not None:
+        cross_entropy, labelled = _cross_entropy(logits, labels, ignore_index)
+        terms.append((label_weight * cross_entropy, weight * labelled))
+    loss = _reduced(terms, reduction, denominator)
+    return (loss, _stats(weight, divergence=values, cross_entropy=cross_entropy)) if return_stats else loss
+
+
+def projected_mse(
+    student_states: Tensor,
+    student_weight: Tensor | None,
+    teacher_states: Tensor,
+    teacher_weight: Tensor | None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """What `fastkd.projected_mse` computes, from states (..., d) and weights (d_f, d)."""
+
+    def filtered(states: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        states = _kept(states, mask)
+        states = states if weight is None else linear(states, weight)
+        return states if bias is None else states + bias
+
+    target = filtered(teacher_states, teacher_weight, teacher_bias).detach()
+    values = (filtered(student_states, student_weight, student_bias) - target).square().mean(-1)
+    return _reduced([(values, _weight(values, mask))], reduction, None)
+
+
+def relation_kl(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor | None,
+    teacher_k: Tensor | None,
+    *,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    targets: Sequence[RelationTarget] = (),
+    form: str = "kl",
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """What `fastkd.relation_kl` computes, from queries and keys (B, heads, S, d)."""
+    if teacher_q is not None and teacher_k is not None:
+        targets = [RelationTarget(teacher_q, teacher_k, key_mask=key_mask), *targets]
+    rows = student_q.new_zeros(student_q.shape[:3])
+    weight = _weight(rows, None if query_mask is None else query_mask[:, None].expand(rows.shape))
+    for target in targets:
+        has_key = None if target.key_mask is None else target.key_mask.any(-1, keepdim=True).expand_as(target.key_mask)
+        masks = [x[:, None].expand(rows.shape) for x in (query_mask, target.query_mask, has_key) if x is not None]
+        log_q, log_p = (
+            _log_relation(_kept(q, *masks), k, target.key_mask)
+            for q, k in ((student_q, student_k), (target.q.detach(), target.k.detach()))
+        )
+        term = _kl(log_p, log_q) - (_kl(log_p, torch.zeros_like(log_p)) if form == "cross_entropy" else 0.0)
+        rows = rows + target.weight * _kept(term[..., None], *masks)[..., 0]
+    return _reduced([(rows, weight)], reduction, None)
+
+
+def _log_relation(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+    """log softmax(q k^T / sqrt(d)) (B, heads, S, S) over the keys that `key_mask` keeps; over all where it keeps none."""
+    if key_mask is None:
+        return torch.log_softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
+    scores = q @ _kept(k, key_mask[:, None].expand(k.shape[:3])).mT / math.sqrt(q.shape[-1])
+    left_out = ~key_mask & key_mask.any(-1, keepdim=True)
+    return torch.log_softmax(scores.masked_fill(left_out[:, None, None], -math.inf), -1)
+
+
+def _kept(x: Tensor, *masks: Tensor | None, instead: float = 0.0) -> Tensor:
+    """Put `instead` where a mask (...) leaves a row of `x` (..., n) out, whatever it holds."""
+    for mask in masks:
+        x = x if mask is None else x.masked_fill((mask == 0)[..., None], instead)
+    return x
+
+
+def _weight(values: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ones_like(values) if mask is None else mask.detach().to(values.dtype)
+
+
+def _transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _divergence(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """D(p, q) (...) of log-probabilities (..., V)."""
+    if divergence.kind == "forward_kl":
+        return _kl(log_p, log_q)
+    if divergence.kind == "reverse_kl":
+        return _kl(log_q, log_p)
+    if divergence.kind == "tvd":
+        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    assert divergence.mixing is not None
+    own = divergence.mixing
+    first, second = (log_q, log_p) if divergence.kind == "skew_rkl" else (log_p, log_q)
+    impossible = (first == -math.inf) & (second == -math.inf)
+    parts = first.masked_fill(impossible, 0.0) + math.log(own), second.masked_fill(impossible, 0.0) + math.log1p(-own)
+    log_m = torch.logaddexp(*parts)
+    if divergence.kind == "jsd":
+        return own * _kl(log_p, log_m) + (1 - own) * _kl(log_q, log_m)
+    return _kl(first, log_m)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """sum_i a_i (log a_i - log b_i) over the last dim; what has a_i = 0 adds nothing, whatever b_i is."""
+    impossible = log_a.exp() == 0
+    log_a, log_b = log_a.masked_fill(impossible, 0.0), log_b.masked_fill(impossible, 0.0)
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[label] (...), zero without a label, and which tokens have one."""
+    labelled = labels != ignore_index
+    log_q = torch.log_softmax(logits, -1).gather(-1, torch.where(labelled, labels, 0)[..., None])[..., 0]
+    return torch.where(labelled, -log_q, 0.0), labelled
+
+
+def _reduced(terms: Sequence[tuple[Tensor, Tensor]], reduction: str, denominator: float | Tensor | None) -> Tensor:
+    """The sum of terms, each of values and weights (...); "mean" divides each by its own weights' sum, or all by `denominator`."""
+    weighted = [weight * values for values, weight in terms]
+    if reduction == "none":
+        return torch.stack(weighted).sum(0)
+    totals = torch.stack([values.sum() for values in weighted])
+    if reduction == "mean" and denominator is None:
+        counts = torch.stack([weight.sum() for _, weight in terms])
+        totals = totals / torch.where(counts > 0, counts, 1.0)
+    loss = totals.sum()
+    return loss if denominator is None else (loss / denominator).to(loss.dtype)
+
+
+def _stats(weight: Tensor, **values: Tensor | None) -> LossStats:
+    return LossStats(**{name: None if x is None else x.detach() * (weight > 0) for name, x in values.items()})

@@ -1,30 +1,38 @@
-"""Floor 1: `python -m fastkd.kernels.compile` compiles every Triton and CUDA kernel ahead of time, without a GPU: what does it take?
+"""`python -m fastkd.kernels.compile` compiles every Triton and CUDA kernel ahead of time, without a GPU: what does it take?
 
-One line a variant and architecture: registers a thread, shared memory and spilled bytes. Exits with 1 if any variant spills.
+One line a variant and architecture: registers a thread, shared memory, spilled bytes and, for the row kernels, the instructions an
+element over the main loops of all passes. Exits with 1 if a variant spills, a main loop holds a barrier or loads fewer than 16 bytes at
+once, or there are more instructions than `instruction_counts.json` says. `--write` writes that table anew.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import triton
+import triton.language as tl
+from triton import compile as compile_
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..csrc import nvcc
-from . import gather, relation, rows, topk
+from . import relation, rows, sass, topk
+from .sass import Resources, resources
 
 ARCHITECTURES = (80, 90, 100)
+MAIN_ARCHITECTURE = 90
 CUDA_WARPS = 16  # `warps` of csrc/cuda/rows.cu
+TABLE = Path(__file__).with_name("instruction_counts.json")
+"""Instructions an element by variant and architecture."""
+
+_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 
 
 @dataclass(frozen=True)
@@ -36,174 +44,158 @@ class Variant:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     options: Mapping[str, int]
-    aligned: bool = True
-    """Whether pointers, sizes and strides are known to be multiples of 16, as for a padded vocabulary."""
+    element_bytes: int = 0
+    """What a pass loads for one element; 0: its instructions are not counted."""
+    vector: int = 1
+    """How many elements a 16-byte load brings; 1 where rows are not aligned."""
 
     def compile(self, architecture: int) -> Any:
         """Triton's compiled kernel for sm_`architecture`: `.asm` has every stage from "ttir" to "cubin"."""
         # Triton knows a kernel's arguments by position; one that is absent is the constant None.
         constants = {name: self.constants.get(name) for name in self.kernel.arg_names if name not in self.types}
         signature = {name: self.types.get(name, "constexpr") for name in self.kernel.arg_names}
-        numbers = [name for name, type_ in signature.items() if type_.startswith("i") and name not in self.kernel.do_not_specialize]
         aligned = [
-            i for i, (name, type_) in enumerate(signature.items()) if type_.startswith("*") or (self.aligned and name in numbers)
+            i
+            for i, (name, type_) in enumerate(signature.items())
+            if type_.startswith(("*", "i")) and name not in self.kernel.do_not_specialize
         ]
         source = ASTSource(self.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(self.options))
+        return compile_(source, target=GPUTarget("cuda", architecture, 32), options=dict(self.options))
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel takes: registers a thread, bytes of shared memory a block, bytes of spills and stack a thread."""
+def variants() -> Iterator[tuple[Variant, int]]:
+    """What dispatch launches, and for which architecture: the commonest for all, around it on one what else a call can change."""
+    for variant in itertools.chain(row_variants(), topk_variants()):
+        yield from ((variant, architecture) for architecture in ARCHITECTURES)
+    extras = itertools.chain(row_extras(), topk_extras(), relation_variants())
+    yield from ((variant, MAIN_ARCHITECTURE) for variant in extras)
 
-    registers: int
-    shared: int
-    spills: int
+
+def row_variants() -> Iterator[Variant]:
+    """Every kind, from float32 logits to a bfloat16 gradient."""
+    return (row_variant(kind, labels=kind == "none") for kind in rows.KINDS)
 
 
-def variants() -> Iterator[Variant]:
-    """What dispatch launches: every kind bare, with labels and with everything; around the commonest, what else a call can change."""
-    for kind in rows.KINDS:
-        if kind != "none":
-            yield row_variant(kind)
-        yield row_variant(kind, label_weight=True)
-        yield row_variant(kind, label_weight=True, softcap=True, stats=kind != "none")
-    yield row_variant("forward_kl", aligned=False)
+def row_extras() -> Iterator[Variant]:
+    """Around the commonest kind, what else a call can change."""
+    yield row_variant("forward_kl", labels=True)
+    yield row_variant("forward_kl", labels=True, statistics=True, softcap=True, bias=True)
     yield row_variant("forward_kl", gradient=None)
-    yield row_variant("forward_kl", softcap=True)
-    yield row_variant("forward_kl", stats=True)
-    yield row_variant("forward_kl", logits="bf16", gradient="bf16")
-    yield row_variant("forward_kl", gradient="bf16")
-    yield row_variant("jsd", gradient="bf16")
-    yield row_variant("forward_kl", logits="fp64", gradient="fp64")
-    for is_rows, dtype in itertools.product((True, False), ("bf16", "fp32")):
-        yield gather_variant(is_rows, dtype)
-    yield from topk_variants()
-    yield from relation_variants()
+    yield row_variant("forward_kl", aligned=False)
+    yield row_variant("forward_kl", student="bf16", teacher="bf16")
+    yield row_variant("forward_kl", student="bf16")
+    yield row_variant("forward_kl", student="fp64", teacher="fp64", gradient="fp64")
 
 
 def row_variant(
     kind: str,
     *,
-    logits: str = "fp32",
-    label_weight: bool = False,
+    student: str = "fp32",
+    teacher: str = "fp32",
+    gradient: str | None = "bf16",
+    labels: bool = False,
+    statistics: bool = False,
     softcap: bool = False,
-    stats: bool = False,
-    gradient: str | None = "fp32",
+    bias: bool = False,
     aligned: bool = True,
 ) -> Variant:
     has_teacher = kind != "none"
-    vectors = {"row_weight": True, "label_weight": label_weight, "divergence_out": has_teacher, "cross_entropy_out": label_weight}
-    vectors |= dict.fromkeys(("student_entropy_out", "teacher_entropy_out", "agreement_out"), stats)
-    scalars = ("temperature", "mixing", "student_scale", "student_softcap", "teacher_scale", "teacher_softcap")
-    types = {"student": f"*{logits}", "vocabulary": "i32"}
-    types |= dict.fromkeys(("student_stride", "teacher_stride", "gradient_stride"), "i32")
-    types |= {name: "*fp64" if logits == "fp64" else "*fp32" for name, present in vectors.items() if present}
-    types |= dict.fromkeys(scalars, "fp64")
+    logits = [student, teacher] if has_teacher else [student]
+    arithmetic = "fp64" if student == "fp64" else "fp32"
+    vectors = {"row_weight": True, "label_weight": labels, "divergence_out": has_teacher, "cross_entropy_out": labels}
+    vectors |= dict.fromkeys(("student_entropy_out", "teacher_entropy_out", "agreement_out"), statistics)
+    vectors |= {"student_bias": bias, "teacher_bias": bias and has_teacher}
+    types = _number_types(rows.softmax_divergence_kernel) | {"student": f"*{student}"}
+    types |= {name: f"*{arithmetic}" for name, present in vectors.items() if present}
     if has_teacher:
-        types["teacher"] = f"*{logits}"
+        types["teacher"] = f"*{teacher}"
     if gradient is not None:
         types["gradient"] = f"*{gradient}"
-    if label_weight:
+    if labels:
         types["labels"] = "*i64"
-    switches = {"labels": label_weight, "softcap": softcap, "stats": stats, "unaligned": not aligned}
-    switches |= {"no gradient": gradient is None, f"{gradient} gradient": gradient not in (None, logits)}
+    switches = {"labels": labels, "statistics": statistics, "softcap": softcap, "bias": bias, "unaligned": not aligned}
+    vector = 16 // min(_BYTES[name] for name in logits) if aligned else 1
+    counted = sum(_BYTES[name] + bias * _BYTES[arithmetic] for name in logits)
     return Variant(
-        name=" ".join(["rows", kind, logits, *(name for name, on in switches.items() if on)]),
+        name=" ".join(["rows", kind, f"{'/'.join(dict.fromkeys(logits))}>{gradient}", *(name for name, on in switches.items() if on)]),
         kernel=rows.softmax_divergence_kernel,
         types=types,
         constants={
             "KIND": kind,
-            "HAS_LABELS": label_weight,
-            "HAS_LABEL_WEIGHT": label_weight,
             "STUDENT_SOFTCAP": softcap,
             "TEACHER_SOFTCAP": softcap and has_teacher,
-            "WANTS_GRADIENT": gradient is not None,
-            "WANTS_STATS": stats,
+            "VECTOR": vector,
             "BLOCK": rows.BLOCK,
         },
-        options=rows.launch_options(bare=not (label_weight or softcap or stats)),
-        aligned=aligned,
-    )
-
-
-def gather_variant(is_rows: bool, dtype: str) -> Variant:
-    sizes = ("source_row_stride", "vocabulary", "out_row_stride", "out_columns")
-    return Variant(
-        name=f"gather {'rows' if is_rows else 'columns'} {dtype}",
-        kernel=gather.vocab_gather_kernel,
-        types={"source": f"*{dtype}", "index": "*i64", "out": f"*{dtype}"} | dict.fromkeys(sizes, "i32"),
-        constants={"source_column_stride": 1, "ROWS": is_rows, "BLOCK": gather.BLOCK},
-        options={"num_warps": gather.WARPS},
+        options=rows.launch_options(kind, arithmetic == "fp64", extras=softcap or bias),
+        element_bytes=counted if arithmetic == "fp32" else 0,
+        vector=vector,
     )
 
 
 def topk_variants() -> Iterator[Variant]:
-    """Every tail bare and with labels and soft-cap; around the commonest, the longest lists and what else a call can change."""
-    for tail in topk.TAILS:
-        yield topk_variant(tail)
-        yield topk_variant(tail, labels=True, softcap=True)
-    yield topk_variant("bucket", labels=True)
-    yield topk_variant("bucket", block_k=512)
-    yield topk_variant("bucket", block_k=topk.LONGEST_LIST, labels=True, softcap=True)
+    """Every tail, from float32 logits to a bfloat16 gradient."""
+    return (topk_variant(tail) for tail in topk.TAILS)
+
+
+def topk_extras() -> Iterator[Variant]:
+    """Around the commonest tail, what else a call can change."""
+    yield topk_variant("bucket", block_k=topk.LONGEST_LIST, labels=True, softcap=True, bias=True)
     yield topk_variant("bucket", gradient=None)
-    yield topk_variant("bucket", gradient="bf16")
-    yield topk_variant("bucket", logits="bf16", gradient="bf16")
-    yield topk_variant("bucket", logits="fp64", gradient="fp64", block_k=topk.LONGEST_LIST, labels=True, softcap=True)
     yield topk_variant("bucket", aligned=False)
+    yield topk_variant("bucket", logits="fp64", gradient="fp64", block_k=topk.LONGEST_LIST)
 
 
 def topk_variant(
     tail: str,
     *,
     logits: str = "fp32",
-    gradient: str | None = "fp32",
+    gradient: str | None = "bf16",
     block_k: int = 64,
     labels: bool = False,
     softcap: bool = False,
+    bias: bool = False,
     aligned: bool = True,
 ) -> Variant:
-    accurate = "*fp64" if logits == "fp64" else "*fp32"
-    strides = [name for name in topk.topk_divergence_kernel.arg_names if name.endswith("_stride")]
-    types = {"student": f"*{logits}", "ids": "*i64", "log_probabilities": "*fp32", "row_weight": accurate, "divergence_out": accurate}
-    types |= dict.fromkeys((*strides, "vocabulary", "entries"), "i32") | dict.fromkeys(("temperature", "scale", "softcap"), "fp64")
+    arithmetic = "fp64" if logits == "fp64" else "fp32"
+    vectors = {"row_weight": True, "divergence_out": True, "label_weight": labels, "cross_entropy_out": labels, "student_bias": bias}
+    types = _number_types(topk.topk_divergence_kernel) | {"student": f"*{logits}", "ids": "*i64", "log_probabilities": "*fp32"}
+    types |= {name: f"*{arithmetic}" for name, present in vectors.items() if present}
     if tail == "bucket":
         types["log_tail"] = "*fp32"
     if gradient is not None:
         types["gradient"] = f"*{gradient}"
     if labels:
-        types |= {"labels": "*i64", "label_weight": accurate, "cross_entropy_out": accurate}
-    switches = {"labels": labels, "softcap": softcap, "unaligned": not aligned}
+        types["labels"] = "*i64"
+    switches = {"labels": labels, "softcap": softcap, "bias": bias, "unaligned": not aligned}
+    vector = 16 // _BYTES[logits] if aligned else 1
     return Variant(
         name=" ".join(["topk", tail, f"K{block_k}", f"{logits}>{gradient}", *(name for name, on in switches.items() if on)]),
         kernel=topk.topk_divergence_kernel,
         types=types,
-        constants={
-            "TAIL": tail,
-            "HAS_LABELS": labels,
-            "HAS_LABEL_WEIGHT": labels,
-            "SOFTCAP": softcap,
-            "WANTS_GRADIENT": gradient is not None,
-            "BLOCK_K": block_k,
-            "BLOCK": topk.BLOCK,
-        },
-        options=topk.launch_options(block_k, double=logits == "fp64"),
-        aligned=aligned,
+        constants={"TAIL": tail, "SOFTCAP": softcap, "BLOCK_K": block_k, "VECTOR": vector, "BLOCK": topk.BLOCK},
+        options=topk.launch_options(block_k, arithmetic == "fp64"),
+        element_bytes=_BYTES[logits] + bias * _BYTES[arithmetic] if arithmetic == "fp32" else 0,
+        vector=vector,
     )
 
 
+def _number_types(kernel: Any) -> dict[str, str]:
+    """The types that a kernel annotates its numbers with."""
+    short = {"int32": "i32", "int64": "i64", "fp64": "fp64"}
+    return {name: short[type_.name] for name, type_ in kernel.fn.__annotations__.items() if isinstance(type_, tl.dtype)}
+
+
 def relation_variants() -> Iterator[Variant]:
-    """Each kernel at every width and dtype; at the commonest widths, what else a call can change.
+    """Each kernel at every width and dtype; at the commonest, what else a call can change.
 
     Not here: head sizes that are no multiples of 16. Their elements are loaded one by one, for which some registers spill.
     """
     for kernel in ("rows", "queries", "keys"):
         for size, dtype in itertools.product((16, 32, 64, 128), ("fp32", "bf16")):
             yield relation_variant(kernel, size, dtype)
-        for size, dtype in itertools.product((64, 128), ("fp32", "bf16")):
-            yield relation_variant(kernel, size, dtype, mask=False)
-            yield relation_variant(kernel, size, dtype, cross_entropy=kernel == "rows", add=kernel != "rows")
-        yield relation_variant(kernel, 64, "bf16", teacher="fp32")
+        yield relation_variant(kernel, 64, "bf16", mask=False)
+        yield relation_variant(kernel, 64, "bf16", cross_entropy=kernel == "rows", add=kernel != "rows")
 
 
 def relation_variant(
@@ -242,7 +234,7 @@ def relation_variant(
 def cuda_resources(library: bytes) -> dict[str, Resources]:
     """The CUDA row kernel's instantiations in what nvcc built. Shared memory for the slices of a row comes on top."""
     took = {}
-    for function, of_function in _resources_by_function(library).items():
+    for function, of_function in sass.resources_by_function(library).items():
         name = re.search(r"softmax_divergenceI(f|13__nv_bfloat16)LN\w+KindE(\d)ELb([01])E", function)
         assert name is not None, function
         logits = "fp32" if name[1] == "f" else "bf16"
@@ -250,49 +242,61 @@ def cuda_resources(library: bytes) -> dict[str, Resources]:
     return took
 
 
-def resources(cubin: bytes) -> Resources:
-    """What a cubin of one kernel takes."""
-    (took,) = _resources_by_function(cubin).values()
-    return took
+def count(variant: Variant, cubin: bytes) -> tuple[float, list[str]]:
+    """Instructions an element over the main loops of all passes, and what is wrong with these loops, in words."""
+    total, faults = 0.0, []
+    for loop in sass.main_loops(cubin):
+        total += loop.instructions / (sum(loop.load_bytes) / variant.element_bytes)
+        if loop.barriers:
+            faults.append(f"a main loop holds {loop.barriers} barriers; lanes meet after the loop")
+        if variant.vector > 1 and min(loop.load_bytes) < 16:
+            faults.append(f"a main loop loads {min(loop.load_bytes)} bytes at once; 16 are possible")
+    return round(total, 2), faults
 
 
-def _resources_by_function(binary: bytes) -> dict[str, Resources]:
-    """What `cuobjdump --dump-resource-usage` says of compiled kernels; STACK and LOCAL are where spilled registers live."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels"
-        path.write_bytes(binary)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    took = {}
-    for function, line in re.findall(r"Function (\S+):\s+(REG:.*)", said):
-        numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-        took[function] = Resources(numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"])
-    return took
-
-
-def main() -> int:
+def main(arguments: list[str]) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it to compile.", file=sys.stderr)
         return 2
-    print(f"{'kernel':<44} {'arch':>6} {'warps':>5} {'registers':>9} {'shared':>7} {'spills':>6}")
-    spilling = 0
-    for variant, architecture in itertools.product(variants(), ARCHITECTURES):
+    known = {} if "--write" in arguments else json.loads(TABLE.read_text())
+    counts: dict[str, dict[str, float]] = {}
+    faults = []
+    print(f"{'kernel':<56} {'arch':>6} {'warps':>5} {'registers':>9} {'shared':>7} {'spills':>6} {'instructions':>12}")
+    for variant, architecture in variants():
         compiled = variant.compile(architecture)
         took = resources(compiled.asm["cubin"])
-        spilling += took.spills > 0
+        name, arch = variant.name, f"sm_{architecture}"
+        shown = ""
+        if took.spills:
+            faults.append(
+                f"{name} on {arch} spills {took.spills} bytes; use fewer elements a thread or fewer programs a multiprocessor"
+            )
+        if variant.element_bytes:
+            now, wrong = count(variant, compiled.asm["cubin"])
+            faults += [f"{name} on {arch}: {words}" for words in wrong]
+            counts.setdefault(name, {})[arch] = now
+            before = known.get(name, {}).get(arch)
+            if before is not None and now > before:
+                faults.append(f"{name} on {arch} takes {now} instructions an element, {before} before")
+            if before is None and "--write" not in arguments:
+                faults.append(f"{name} on {arch} is not in {TABLE.name}; add it with --write")
+            shown = f"{now:.1f}"
         shared = max(took.shared, compiled.metadata.shared)
-        head = f"{variant.name:<44} {f'sm_{architecture}':>6} {variant.options['num_warps']:>5}"
-        print(f"{head} {took.registers:>9} {shared:>7} {took.spills:>6}", flush=True)
+        head = f"{name:<56} {arch:>6} {variant.options['num_warps']:>5}"
+        print(f"{head} {took.registers:>9} {shared:>7} {took.spills:>6} {shown:>12}", flush=True)
     if nvcc.find() is None:
         print("nvcc was not found: the CUDA row kernel is left out.")
     else:
         for name, took in cuda_resources(nvcc.build()).items():
-            spilling += took.spills > 0
-            print(f"{name:<44} {'sm_90a':>6} {CUDA_WARPS:>5} {took.registers:>9} {took.shared:>7} {took.spills:>6}", flush=True)
-    if spilling:
-        print(f"error: {spilling} variants spill registers; use more warps or a smaller block.", file=sys.stderr)
-    return 1 if spilling else 0
+            if took.spills:
+                faults.append(f"{name} spills {took.spills} bytes")
+            print(f"{name:<56} {'sm_90a':>6} {CUDA_WARPS:>5} {took.registers:>9} {took.shared:>7} {took.spills:>6}", flush=True)
+    for words in faults:
+        print(f"error: {words}.", file=sys.stderr)
+    if "--write" in arguments and not faults:
+        TABLE.write_text(json.dumps(counts, indent=1) + "\n")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,17 @@
-"""Floor 1: the Triton row kernel. Two rows of logits in, their divergence and the gradient of the student's row out.
+"""The Triton row kernel: two rows of logits in, their divergence and the gradient of the student's row out.
 
-`fastkd/ops/rows.py` states the mathematics and holds the torch backend, whose results these are. One program serves one row, in two or
-three passes, each of which begins where the one before it ended, so that it finds that end of the row in the second-level cache:
+`fastkd/ops/row_call.py` states the contract. One program serves one row, in two or three passes, each of which begins where the one
+before it ended, so that it finds that end of the row in the second-level cache:
 
-1. statistics: both maxima and normalisers, online; forward and reverse KL are complete after it, since their sum over the row is a
-   moment of the difference of the logits, which is rescaled as the maxima move;
-2. where that is not enough (the other divergences; entropies): the divergence and sum(c), c = dD / d log q;
-3. the gradient c - q sum(c), chained through temperature and soft-cap. This pass runs forward, because the gradient may lie over the
-   student's own logits in a narrower dtype: it then covers only what was read before.
+1. statistics: both maxima and sums of exponentials, online. A lane keeps its own and rescales them as its maximum moves; lanes meet
+   after the loop. Forward and reverse KL are complete after this pass: their sum over the row is a moment of the difference of the
+   logits. So are entropies;
+2. where that is not enough: the divergence and sum(c), c = dD / d log q;
+3. the gradient c - q sum(c), chained through temperature and soft-cap. At the student's largest logit this cancels where the student is
+   nearly certain: that entry is minus the sum of the others. This pass runs forward: in the interpreter the gradient may lie over the
+   student's own logits in a narrower dtype, and then covers only what was read before.
 
-Logits and gradient may be float16, bfloat16, float32 or float64; all arithmetic is in the dtype of the row weights, float32 or float64.
+Full blocks are read without a mask, the rest of the row as one masked block. All arithmetic is in the dtype of the row weights.
 """
 
 import torch
@@ -17,94 +19,211 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .row_math import (
+    BLOCK,
+    ELEMENTS,
+    LOG2E,
+    LOWEST,
+    WARPS,
+    absorb,
+    first_peak,
+    lane_sum,
+    log1p,
+    merge_lanes,
+    read_logits,
+    row_begin,
+    softcap_slope,
+    tile_columns,
+    vector_size,
+    weighted,
+)
+
 KINDS = ("none", "forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl")
 """What a row's loss is; "none" has no teacher, only labels."""
 
-# Four elements of each row a thread: the divergence alone needs at most 64 registers, so that two rows share a multiprocessor.
-BLOCK = 2048
-WARPS = 16
+_RUN_TIME = (
+    "row_weight", "labels", "label_weight", "divergence_out", "cross_entropy_out", "student_entropy_out", "teacher_entropy_out",
+    "agreement_out", "student", "teacher", "gradient", "student_stride", "teacher_stride", "gradient_stride", "vocabulary",
+)  # fmt: skip
 
 
 @triton.jit
-def _tanh(x):
-    """tanh without libdevice, which the interpreter lacks; the series keeps the relative precision that 1 - exp(-2x) loses near 0."""
-    size = tl.abs(x)
-    e = tl.exp(-2.0 * size)
-    ratio = (1.0 - e) / (1.0 + e)
-    s = x * x
-    series = -1382 / 155925 + s * (21844 / 6081075)
-    series = -1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 + s * series)))
-    return tl.where(size < 0.25, x + x * s * series, tl.where(x < 0, -ratio, ratio))
+def _statistics(
+    state,
+    student,
+    teacher,
+    block,
+    tile,
+    vocabulary,
+    exponent,
+    KIND: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+    HAS_PEAK: tl.constexpr,
+    FORWARD: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of the first pass."""
+    student_state, teacher_state, label_sum, moment = state
+    columns = block * tile.numel + tile
+    s = read_logits(student, columns, vocabulary, STUDENT_SOFTCAP, MASKED)
+    if KIND != "none":
+        t = read_logits(teacher, columns, vocabulary, TEACHER_SOFTCAP, MASKED)
+        old_teacher, _, weight_sum, _ = teacher_state
+        teacher_state, kept, weight = absorb(t, teacher_state, block, exponent, HAS_STATISTICS, HAS_STATISTICS, FORWARD)
+        teacher_largest, _, _, _ = teacher_state
+    old_student, _, student_sum, _ = student_state
+    student_state, student_kept, student_weight = absorb(s, student_state, block, exponent, HAS_STATISTICS, HAS_PEAK, FORWARD)
+    student_largest, _, _, _ = student_state
+    if HAS_LABELS and KIND != "none":
+        kept_at_one = tl.exp2((old_student - student_largest) * LOG2E)
+        label_sum = label_sum * kept_at_one + lane_sum(tl.exp2((s - student_largest[None, :, None]) * LOG2E))
+    if KIND == "forward_kl" or KIND == "reverse_kl":
+        if KIND == "reverse_kl":
+            kept = student_kept
+            weight = student_weight
+            weight_sum = student_sum
+        # sum of weight * (t - s), both from their maxima: of the size of the divergence, whatever is added to the logits.
+        center = teacher_largest - student_largest
+        shift = center - (old_teacher - old_student)
+        moment = weighted(kept, moment - shift * weight_sum) + lane_sum(weighted(weight, (t - s) - center[None, :, None]))
+    return student_state, teacher_state, label_sum, moment
 
 
 @triton.jit
-def _logits(row, columns, vocabulary, scale, softcap, HAS_SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
-    """The model's logits at `columns` of the raw `row`; -inf, which has no part in a softmax, past the vocabulary."""
-    inside = columns < vocabulary
-    logits = tl.load(row + columns, mask=inside, other=0.0).to(DTYPE) * scale
-    if HAS_SOFTCAP:
-        logits = softcap * _tanh(logits / softcap)
-    return tl.where(inside, logits, float("-inf"))
+def _probabilities(s, t, row):
+    """p, q and log p - log q of a block from the row's maxima and normalisers."""
+    student_largest, teacher_largest, student_share, teacher_share, log_center, inverse_temperature = row
+    exponent = inverse_temperature * LOG2E
+    q = tl.exp2((s - student_largest) * exponent) * student_share
+    p = tl.exp2((t - teacher_largest) * exponent) * teacher_share
+    return p, q, ((t - s) - (teacher_largest - student_largest)) * inverse_temperature - log_center
 
 
 @triton.jit
-def _finite(largest):
-    """A maximum that can be subtracted: a row that is -inf so far has none yet."""
-    return tl.where(largest == float("-inf"), 0.0, largest)
-
-
-@triton.jit
-def _weighted(probability, factor):
-    """probability * factor, with 0 * (anything, infinite or undefined) = 0; NaN shows."""
-    return tl.where(probability == 0, 0.0, probability * factor)
-
-
-@triton.jit
-def _value_and_coefficient(p, q, log_ratio, own, log_own, log_other, KIND: tl.constexpr):
+def _value_and_coefficient(p, q, log_ratio, mixing, KIND: tl.constexpr):
     """An entry's part of D(p, q), and its c = dD / d log q with log q treated as free. `log_ratio` is log p - log q.
 
     A mixture enters by softplus(x) with x the log of its odds, so that neither probability can underflow and nothing of the size of
     log p cancels: log(m / q) = log_other + softplus(x) for m = own p + other q, and log(m / p) = log_own + softplus(-x).
     """
+    own, log_own, log_other = mixing
     if KIND == "forward_kl":
-        value = _weighted(p, log_ratio)
+        value = weighted(p, log_ratio)
         coefficient = -p
     elif KIND == "reverse_kl":
-        value = _weighted(q, -log_ratio)
+        value = weighted(q, -log_ratio)
         coefficient = value + q
     elif KIND == "tvd":
         difference = q - p
         value = 0.5 * tl.abs(difference)
         coefficient = 0.5 * q * tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
     else:
-        odds = log_own - log_other + (-log_ratio if KIND == "skew_rkl" else log_ratio)
-        e = tl.exp(-tl.abs(odds))
-        rest = tl.log(1.0 + e)
-        to_other = log_other + tl.where(odds > 0, odds, 0.0) + rest
-        to_own = log_own + tl.where(odds < 0, -odds, 0.0) + rest
-        other_share = tl.where(odds > 0, e, 1.0) / (1.0 + e)
+        odds = (log_own - log_other) + (-log_ratio if KIND == "skew_rkl" else log_ratio)
+        e = tl.exp2(tl.abs(odds) * -LOG2E)
+        rest = log1p(e)
+        to_other = (log_other + rest) + tl.maximum(odds, 0.0)
+        to_own = (log_own + rest) + tl.maximum(-odds, 0.0)
         if KIND == "jsd":
-            student = _weighted(q, -to_other)
-            value = own * _weighted(p, -to_own) + (1.0 - own) * student
+            student = weighted(q, -to_other)
+            value = own * weighted(p, -to_own) + (1.0 - own) * student
             coefficient = (1.0 - own) * student
-        elif KIND == "skew_kl":
-            value = _weighted(p, -to_own)
-            coefficient = -_weighted(p, other_share)
         else:
-            value = _weighted(q, -to_own)
-            coefficient = value + _weighted(q, other_share)
+            other_share = tl.where(odds > 0, e, 1.0) * (1.0 / (1.0 + e))
+            if KIND == "skew_kl":
+                value = weighted(p, -to_own)
+                coefficient = -weighted(p, other_share)
+            else:
+                value = weighted(q, -to_own)
+                coefficient = value + weighted(q, other_share)
     return value, coefficient
 
 
 @triton.jit
+def _divergence(
+    sums,
+    student,
+    teacher,
+    row,
+    mixing,
+    peak,
+    block,
+    tile,
+    vocabulary,
+    KIND: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of the second pass: more of the sums of values, of coefficients and, for "tvd" without the peak, of q - p."""
+    values, coefficients, differences = sums
+    columns = block * tile.numel + tile
+    s = read_logits(student, columns, vocabulary, STUDENT_SOFTCAP, MASKED)
+    t = read_logits(teacher, columns, vocabulary, TEACHER_SOFTCAP, MASKED)
+    p, q, log_ratio = _probabilities(s, t, row)
+    if KIND == "tvd":
+        p = tl.where(columns == peak, q, p)
+        differences += lane_sum(q - p)
+    value, coefficient = _value_and_coefficient(p, q, log_ratio, mixing, KIND)
+    return values + lane_sum(value), coefficients + lane_sum(coefficient), differences
+
+
+@triton.jit
+def _gradient(
+    total,
+    student,
+    teacher,
+    gradient,
+    row,
+    mixing,
+    factors,
+    label,
+    peak,
+    block,
+    tile,
+    vocabulary,
+    KIND: tl.constexpr,
+    HAS_LABEL_WEIGHT: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of the last pass. `total` adds up all entries but the peak's, which lies in a masked block."""
+    factor, coefficient_sum, label_factor, label_share = factors
+    student_largest = row[0]
+    columns = block * tile.numel + tile
+    s = read_logits(student, columns, vocabulary, STUDENT_SOFTCAP, MASKED)
+    slope = tl.zeros_like(s)
+    if KIND != "none":
+        t = read_logits(teacher, columns, vocabulary, TEACHER_SOFTCAP, MASKED)
+        p, q, log_ratio = _probabilities(s, t, row)
+        _, coefficient = _value_and_coefficient(p, q, log_ratio, mixing, KIND)
+        slope = factor * (coefficient - q * coefficient_sum)
+    if HAS_LABEL_WEIGHT:
+        slope += label_share * tl.exp2((s - student_largest) * LOG2E) - tl.where(columns == label, label_factor, 0.0)
+    if MASKED:
+        total += lane_sum(tl.where(columns == peak, 0.0, slope))
+    else:
+        total += lane_sum(slope)
+    if STUDENT_SOFTCAP:
+        slope *= softcap_slope(s, student[3])
+    slope = slope.to(gradient.dtype.element_ty)
+    if MASKED:
+        tl.store(gradient + columns, slope, mask=columns < vocabulary)
+    else:
+        tl.store(gradient + columns, slope)
+    return total
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
 def softmax_divergence_kernel(
     student,
     teacher,
     gradient,
-    student_stride,
-    teacher_stride,
-    gradient_stride,
-    vocabulary,
+    student_bias,
+    teacher_bias,
     row_weight,
     labels,
     label_weight,
@@ -113,6 +232,10 @@ def softmax_divergence_kernel(
     student_entropy_out,
     teacher_entropy_out,
     agreement_out,
+    student_stride: tl.int64,
+    teacher_stride: tl.int64,
+    gradient_stride: tl.int64,
+    vocabulary: tl.int32,
     temperature: tl.float64,
     mixing: tl.float64,
     student_scale: tl.float64,
@@ -120,184 +243,159 @@ def softmax_divergence_kernel(
     teacher_scale: tl.float64,
     teacher_softcap: tl.float64,
     KIND: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
-    HAS_LABEL_WEIGHT: tl.constexpr,
     STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
-    WANTS_GRADIENT: tl.constexpr,
-    WANTS_STATS: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     DTYPE: tl.constexpr = row_weight.dtype.element_ty
-    HAS_TEACHER: tl.constexpr = KIND != "none"
     HAS_MOMENT: tl.constexpr = KIND == "forward_kl" or KIND == "reverse_kl"
-    SECOND_PASS: tl.constexpr = HAS_TEACHER and (WANTS_STATS or not HAS_MOMENT)
+    HAS_LABELS: tl.constexpr = labels is not None
+    HAS_STATISTICS: tl.constexpr = student_entropy_out is not None
+    HAS_PEAK: tl.constexpr = HAS_STATISTICS or gradient is not None
+    SECOND_PASS: tl.constexpr = KIND != "none" and not HAS_MOMENT
     # Scalars travel in float64, so that float64 logits lose nothing.
     temperature = tl.full((), temperature, DTYPE)
     inverse_temperature = 1.0 / temperature
-    mixing = tl.full((), mixing, DTYPE)
+    exponent = inverse_temperature * LOG2E
+    if KIND == "none":
+        exponent = tl.full((), LOG2E, DTYPE)
+    own = tl.full((), mixing, DTYPE)
+    mixing = (own, tl.log(own), tl.log(1.0 - own))
     student_scale = tl.full((), student_scale, DTYPE)
     student_softcap = tl.full((), student_softcap, DTYPE)
     teacher_scale = tl.full((), teacher_scale, DTYPE)
     teacher_softcap = tl.full((), teacher_softcap, DTYPE)
-    minus_infinity = tl.full((), float("-inf"), DTYPE)
 
-    # Rows times stride passes 2^31 in everyday chunks.
-    row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    if HAS_TEACHER:
-        teacher += row * teacher_stride
-    if WANTS_GRADIENT:
-        gradient += row * gradient_stride
-    offsets = tl.arange(0, BLOCK)
-    blocks = tl.cdiv(vocabulary, BLOCK)
+    row = tl.program_id(0)
+    student = (row_begin(student, student_stride, VECTOR), student_bias, student_scale, student_softcap)
+    if KIND != "none":
+        teacher = (row_begin(teacher, teacher_stride, VECTOR), teacher_bias, teacher_scale, teacher_softcap)
+    tile = tile_columns(BLOCK, VECTOR)
+    full = vocabulary // BLOCK
+    has_tail = full * BLOCK < vocabulary
+    label = -1
     if HAS_LABELS:
+        # Read before the first gradient is written. A label outside of the vocabulary gives NaN.
         label = tl.load(labels + row)
         labelled = label >= 0
-        # A label outside of the vocabulary reads nothing and gives NaN.
-        label_logit = tl.load(student + label, mask=labelled & (label < vocabulary), other=float("nan")).to(DTYPE) * student_scale
-        if STUDENT_SOFTCAP:
-            label_logit = student_softcap * _tanh(label_logit / student_softcap)
+        known = labelled & (label < vocabulary)
+        label_logit = read_logits(student, tl.where(known, label, 0), vocabulary, STUDENT_SOFTCAP, False)
+        label_logit = tl.where(known, label_logit, float("nan"))
+        label = tl.where(known, label, -1).to(tl.int32)
 
-    # Pass 1, in the direction that lets the last pass run forward. Sums stay apart by lane and are rescaled by the whole block's
-    # maximum: one reduction a block and model.
-    student_max = minus_infinity
-    teacher_max = minus_infinity
-    student_best = 0
-    teacher_best = 0
-    student_sum = tl.zeros((BLOCK,), DTYPE)
-    teacher_sum = tl.zeros((BLOCK,), DTYPE)
-    label_sum = tl.zeros((BLOCK,), DTYPE)
-    moment = tl.zeros((BLOCK,), DTYPE)
-    for step in range(blocks):
-        block = step if SECOND_PASS or not WANTS_GRADIENT else blocks - 1 - step
-        columns = block * BLOCK + offsets
-        s = _logits(student, columns, vocabulary, student_scale, student_softcap, STUDENT_SOFTCAP, DTYPE)
-        if WANTS_STATS:
-            largest, at = tl.max(s, axis=0, return_indices=True)
-            student_best = tl.where(largest > student_max, block * BLOCK + at, student_best)
-        else:
-            largest = tl.max(s, axis=0)
-        new_student_max = tl.where(largest > student_max, largest, student_max)
-        student_finite = _finite(new_student_max)
-        student_from = s - student_finite
-        if HAS_LABELS:
-            label_sum = label_sum * tl.exp(student_max - student_finite) + tl.exp(student_from)
-        if HAS_TEACHER:
-            student_kept = tl.exp((student_max - student_finite) * inverse_temperature)
-            student_exp = tl.exp(student_from * inverse_temperature)
-            t = _logits(teacher, columns, vocabulary, teacher_scale, teacher_softcap, TEACHER_SOFTCAP, DTYPE)
-            if WANTS_STATS:
-                largest, at = tl.max(t, axis=0, return_indices=True)
-                teacher_best = tl.where(largest > teacher_max, block * BLOCK + at, teacher_best)
-            else:
-                largest = tl.max(t, axis=0)
-            new_teacher_max = tl.where(largest > teacher_max, largest, teacher_max)
-            teacher_finite = _finite(new_teacher_max)
-            teacher_kept = tl.exp((teacher_max - teacher_finite) * inverse_temperature)
-            teacher_exp = tl.exp((t - teacher_finite) * inverse_temperature)
-            if HAS_MOMENT:
-                # sum of weight * (t - s), both from their maxima: of the size of the divergence, whatever is added to the logits.
-                center = teacher_finite - student_finite
-                shift = center - (_finite(teacher_max) - _finite(student_max))
-                if KIND == "forward_kl":
-                    kept = teacher_kept
-                    weight = teacher_exp
-                    weight_sum = teacher_sum
-                else:
-                    kept = student_kept
-                    weight = student_exp
-                    weight_sum = student_sum
-                moment = _weighted(kept, moment - shift * weight_sum) + _weighted(weight, (t - s) - center)
-            student_sum = student_sum * student_kept + student_exp
-            teacher_sum = teacher_sum * teacher_kept + teacher_exp
-            teacher_max = new_teacher_max
-        student_max = new_student_max
+    # Pass 1. Its direction lets the last pass run forward.
+    zeros = tl.zeros((BLOCK // ELEMENTS,), DTYPE)
+    softmax = (zeros + LOWEST, tl.zeros((BLOCK // ELEMENTS,), tl.int32), zeros, zeros)
+    state = (softmax, softmax, zeros, zeros)
+    if has_tail and not SECOND_PASS:
+        state = _statistics(
+            state, student, teacher, full, tile, vocabulary, exponent,
+            KIND, HAS_LABELS, HAS_STATISTICS, HAS_PEAK, SECOND_PASS, STUDENT_SOFTCAP, TEACHER_SOFTCAP, True,
+        )  # fmt: skip
+    for step in range(full):
+        block = step if SECOND_PASS else full - 1 - step
+        state = _statistics(
+            state, student, teacher, block, tile, vocabulary, exponent,
+            KIND, HAS_LABELS, HAS_STATISTICS, HAS_PEAK, SECOND_PASS, STUDENT_SOFTCAP, TEACHER_SOFTCAP, False,
+        )  # fmt: skip
+    if has_tail and SECOND_PASS:
+        state = _statistics(
+            state, student, teacher, full, tile, vocabulary, exponent,
+            KIND, HAS_LABELS, HAS_STATISTICS, HAS_PEAK, SECOND_PASS, STUDENT_SOFTCAP, TEACHER_SOFTCAP, True,
+        )  # fmt: skip
+    student_state, teacher_state, label_sum, moment = state
 
+    student_largest, student_sum, student_moment, student_kept = merge_lanes(student_state, exponent)
+    row_state = (student_largest,)
+    is_certain = student_sum < 2.0
+    student_peak = vocabulary
+    if HAS_PEAK and (is_certain | HAS_STATISTICS):
+        student_peak = first_peak(student, student_state, tile, vocabulary, STUDENT_SOFTCAP)
+    # Where more than half of the student's mass lies; past the end if there is no such column.
+    peak = tl.where(is_certain, student_peak, vocabulary)
+    label_factor = 0.0
+    label_share = 0.0
     if HAS_LABELS:
-        # Every label logit is read before the first gradient is written: the reductions between are barriers.
-        label_normaliser = tl.sum(label_sum, axis=0)
-        cross_entropy = tl.log(label_normaliser) - (label_logit - student_max)
+        if KIND == "none":
+            label_sum = student_sum
+        else:
+            label_sum = tl.sum(label_sum * tl.exp2((student_state[0] - student_largest) * LOG2E), axis=0)
+        cross_entropy = tl.log(label_sum) - (label_logit - student_largest)
         tl.store(cross_entropy_out + row, tl.where(labelled, cross_entropy, 0.0))
-        label_factor = tl.zeros((), DTYPE)
-        if HAS_LABEL_WEIGHT:
-            label_factor = tl.where(labelled, tl.load(label_weight + row), 0.0)
-        label_share = label_factor / label_normaliser
-    if HAS_TEACHER:
-        student_normaliser = tl.sum(student_sum, axis=0)
-        teacher_normaliser = tl.sum(teacher_sum, axis=0)
-        center = teacher_max - student_max
-        log_center = tl.log(teacher_normaliser / student_normaliser)  # not a difference of logs: both are large where it is small
-        log_own = tl.log(mixing)
-        log_other = tl.log(1.0 - mixing)
-        value = tl.zeros((), DTYPE)
-        coefficient_sum = tl.zeros((), DTYPE)
-        if KIND == "forward_kl":
-            value = tl.sum(moment, axis=0) * inverse_temperature / teacher_normaliser - log_center
-            coefficient_sum = tl.full((), -1.0, DTYPE)
-        elif KIND == "reverse_kl":
-            value = log_center - tl.sum(moment, axis=0) * inverse_temperature / student_normaliser
-            coefficient_sum = value + 1.0
-
-    # Pass 2, last block first.
-    if SECOND_PASS:
-        values = tl.zeros((BLOCK,), DTYPE)
-        coefficients = tl.zeros((BLOCK,), DTYPE)
-        student_entropies = tl.zeros((BLOCK,), DTYPE)
-        teacher_entropies = tl.zeros((BLOCK,), DTYPE)
-        student_log = tl.log(student_normaliser)
-        teacher_log = tl.log(teacher_normaliser)
-        for step in range(blocks):
-            columns = (blocks - 1 - step) * BLOCK + offsets
-            s = _logits(student, columns, vocabulary, student_scale, student_softcap, STUDENT_SOFTCAP, DTYPE)
-            t = _logits(teacher, columns, vocabulary, teacher_scale, teacher_softcap, TEACHER_SOFTCAP, DTYPE)
-            q = tl.exp((s - student_max) * inverse_temperature) / student_normaliser
-            p = tl.exp((t - teacher_max) * inverse_temperature) / teacher_normaliser
-            if WANTS_STATS:
-                student_entropies -= _weighted(q, (s - student_max) * inverse_temperature - student_log)
-                teacher_entropies -= _weighted(p, (t - teacher_max) * inverse_temperature - teacher_log)
-            if not HAS_MOMENT:
-                log_ratio = ((t - s) - center) * inverse_temperature - log_center
-                part, coefficient = _value_and_coefficient(p, q, log_ratio, mixing, log_own, log_other, KIND)
-                values += part
-                coefficients += coefficient
-        if not HAS_MOMENT:
-            value = tl.sum(values, axis=0)
-            coefficient_sum = tl.sum(coefficients, axis=0)
-        if WANTS_STATS:
-            tl.store(student_entropy_out + row, tl.sum(student_entropies, axis=0))
-            tl.store(teacher_entropy_out + row, tl.sum(teacher_entropies, axis=0))
-            tl.store(agreement_out + row, tl.where(student_best == teacher_best, 1.0, 0.0))
-    if HAS_TEACHER:
+        if label_weight is not None:
+            label_factor = tl.where(labelled, tl.load(label_weight + row), 0.0) * student_scale
+            label_share = label_factor / label_sum
+    factor = 0.0
+    coefficient_sum = 0.0
+    if KIND != "none":
+        teacher_largest, teacher_sum, teacher_moment, teacher_kept = merge_lanes(teacher_state, exponent)
+        log_center = tl.log(teacher_sum / student_sum)  # not a difference of logs: both are large where it is small
+        row_state = (student_largest, teacher_largest, 1.0 / student_sum, 1.0 / teacher_sum, log_center, inverse_temperature)  # type: ignore[assignment]
+        if HAS_MOMENT:
+            kept, weight_sum, row_sum = student_kept, student_state[2], student_sum
+            if KIND == "forward_kl":
+                kept, weight_sum, row_sum = teacher_kept, teacher_state[2], teacher_sum
+            shift = (teacher_largest - teacher_state[0]) - (student_largest - student_state[0])
+            difference = tl.sum(weighted(kept, moment - shift * weight_sum), axis=0) * inverse_temperature / row_sum - log_center
+            value = difference if KIND == "forward_kl" else -difference
+            coefficient_sum = -1.0 if KIND == "forward_kl" else value + 1.0
+        else:
+            # Pass 2, last block first.
+            sums = (zeros, zeros, zeros)
+            if has_tail:
+                sums = _divergence(
+                    sums, student, teacher, row_state, mixing, peak, full, tile, vocabulary,
+                    KIND, STUDENT_SOFTCAP, TEACHER_SOFTCAP, True,
+                )  # fmt: skip
+            for step in range(full):
+                sums = _divergence(
+                    sums, student, teacher, row_state, mixing, peak, full - 1 - step, tile, vocabulary,
+                    KIND, STUDENT_SOFTCAP, TEACHER_SOFTCAP, False,
+                )  # fmt: skip
+            value = tl.sum(sums[0], axis=0)
+            coefficient_sum = tl.sum(sums[1], axis=0)
+            if KIND == "tvd":
+                # At the peak q - p is minus the sum of the others too: its sign is all that counts in a certain student's gradient.
+                at_peak = tl.where(peak < vocabulary, -tl.sum(sums[2], axis=0), 0.0)
+                sign = tl.where(at_peak > 0, 1.0, tl.where(at_peak < 0, -1.0, 0.0))
+                value += 0.5 * tl.abs(at_peak)
+                coefficient_sum += 0.5 * sign / student_sum
         tl.store(divergence_out + row, temperature * temperature * value)
+        # T^2 from the loss, 1/T from z/T.
+        factor = temperature * tl.load(row_weight + row) * student_scale
+    if HAS_STATISTICS:
+        tl.store(student_entropy_out + row, tl.log(student_sum) - student_moment * inverse_temperature / student_sum)
+        tl.store(teacher_entropy_out + row, tl.log(teacher_sum) - teacher_moment * inverse_temperature / teacher_sum)
+        agrees = student_peak == first_peak(teacher, teacher_state, tile, vocabulary, TEACHER_SOFTCAP)
+        tl.store(agreement_out + row, tl.where(agrees, 1.0, 0.0))
 
-    # Pass 3, first block first.
-    if WANTS_GRADIENT:
-        if HAS_TEACHER:
-            # T^2 from the loss, 1/T from z/T.
-            factor = temperature * tl.load(row_weight + row)
-        for block in range(blocks):
-            columns = block * BLOCK + offsets
-            s = _logits(student, columns, vocabulary, student_scale, student_softcap, STUDENT_SOFTCAP, DTYPE)
-            slope = tl.zeros((BLOCK,), DTYPE)
-            if HAS_TEACHER:
-                t = _logits(teacher, columns, vocabulary, teacher_scale, teacher_softcap, TEACHER_SOFTCAP, DTYPE)
-                q = tl.exp((s - student_max) * inverse_temperature) / student_normaliser
-                p = tl.exp((t - teacher_max) * inverse_temperature) / teacher_normaliser
-                log_ratio = ((t - s) - center) * inverse_temperature - log_center
-                _, coefficient = _value_and_coefficient(p, q, log_ratio, mixing, log_own, log_other, KIND)
-                slope = factor * (coefficient - q * coefficient_sum)
-            if HAS_LABEL_WEIGHT:
-                slope += label_share * tl.exp(s - student_max) - tl.where(columns == label, label_factor, 0.0)
-            if STUDENT_SOFTCAP:
-                capped = s / student_softcap
-                slope *= 1.0 - capped * capped
-            slope *= student_scale
-            if gradient.dtype.element_ty.primitive_bitwidth < student.dtype.element_ty.primitive_bitwidth:
-                # Over the student's row, this block's gradient covers this block's logits and earlier ones, which other warps read:
-                # all of them must have done so.
-                tl.debug_barrier()
-            tl.store(gradient + columns, slope.to(gradient.dtype.element_ty), mask=columns < vocabulary)
+    # The last pass, first block first: up to the peak's block, which is masked to leave the peak out, then the rest and the tail.
+    if gradient is not None:
+        gradient = row_begin(gradient, gradient_stride, VECTOR)
+        factors = (factor, coefficient_sum, label_factor, label_share)
+        total = zeros
+        begin = 0
+        end = peak // BLOCK
+        while begin <= full:
+            for block in range(begin, end):
+                total = _gradient(
+                    total, student, teacher, gradient, row_state, mixing, factors, label, peak, block, tile, vocabulary,
+                    KIND, label_weight is not None, STUDENT_SOFTCAP, TEACHER_SOFTCAP, False,
+                )  # fmt: skip
+            if end * BLOCK < vocabulary:
+                total = _gradient(
+                    total, student, teacher, gradient, row_state, mixing, factors, label, peak, end, tile, vocabulary,
+                    KIND, label_weight is not None, STUDENT_SOFTCAP, TEACHER_SOFTCAP, True,
+                )  # fmt: skip
+            begin = end + 1
+            end = full
+        at_peak = -tl.sum(total, axis=0)
+        if STUDENT_SOFTCAP:
+            at_peak *= softcap_slope(student_largest, student_softcap)
+        # Another thread wrote the peak's column as it came.
+        tl.debug_barrier()
+        tl.store(gradient + peak, at_peak.to(gradient.dtype.element_ty), mask=is_certain)
 
 
 def softmax_divergence(
@@ -313,6 +411,8 @@ def softmax_divergence(
     top1_agreement: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     mixing: float = 0.5,
     temperature: float = 1.0,
     student_scale: float = 1.0,
@@ -324,28 +424,19 @@ def softmax_divergence(
 ) -> None:
     """Launch the kernel: losses per row into the (C,) outputs, and the gradient of `student` (C, V) into `gradient` if it is given.
 
-    Logits and gradient: unit stride along the vocabulary, any stride between rows; `gradient` may be `student`, or lie over it in a
-    narrower dtype with each row beginning where its logits do. `divergence` is needed with a teacher, `cross_entropy` with
-    `labels` ((C,) int64, negative for none); the three statistics come together or not at all. Outputs and weights are contiguous
-    and of one dtype, float32 or float64. Nothing is allocated and the host never waits.
+    Tensors are as `RowCall` of `fastkd/ops/row_call.py` says, V at least 1. Nothing is allocated and the host never waits.
     """
     rows, vocabulary = student.shape
-    for name, logits in (("student", student), ("teacher", teacher), ("gradient", gradient)):
-        if logits is not None and vocabulary > 1 and logits.stride(1) != 1:
-            raise ValueError(
-                f"{name} has strides {logits.stride()}; the row kernel needs stride 1 along the vocabulary: .contiguous()."
-            )
-    if rows == 0 or vocabulary == 0:
+    if rows == 0:
         return
+    extras = (student_bias, teacher_bias, student_softcap, teacher_softcap)
     with torch.cuda.device_of(student):
         softmax_divergence_kernel[(rows,)](
             student,
             teacher,
             gradient,
-            student.stride(0),
-            0 if teacher is None else teacher.stride(0),
-            0 if gradient is None else gradient.stride(0),
-            vocabulary,
+            student_bias,
+            teacher_bias,
             row_weight,
             labels,
             label_weight,
@@ -354,6 +445,10 @@ def softmax_divergence(
             student_entropy,
             teacher_entropy,
             top1_agreement,
+            student.stride(0),
+            0 if teacher is None else teacher.stride(0),
+            0 if gradient is None else gradient.stride(0),
+            vocabulary,
             temperature,
             mixing,
             student_scale,
@@ -361,17 +456,15 @@ def softmax_divergence(
             teacher_scale,
             teacher_softcap or 0.0,
             KIND=kind,
-            HAS_LABELS=labels is not None,
-            HAS_LABEL_WEIGHT=label_weight is not None,
             STUDENT_SOFTCAP=student_softcap is not None,
             TEACHER_SOFTCAP=teacher_softcap is not None,
-            WANTS_GRADIENT=gradient is not None,
-            WANTS_STATS=student_entropy is not None,
+            VECTOR=vector_size(student, teacher, gradient, student_bias, teacher_bias),
             BLOCK=block,
-            **launch_options(bare=labels is None and student_entropy is None and student_softcap is None and teacher_softcap is None),
+            **launch_options(kind, row_weight.dtype == torch.float64, extras=any(x is not None for x in extras)),
         )
 
 
-def launch_options(bare: bool) -> dict[str, int]:
-    """Warps, and for what is more than a `bare` divergence leave to use all registers: ptxas would spill to get down to 64."""
-    return {"num_warps": WARPS} if bare else {"num_warps": WARPS, "maxnreg": 65536 // (32 * WARPS)}
+def launch_options(kind: str, double: bool, extras: bool) -> dict[str, int]:
+    """Warps, and registers a thread: three programs share a multiprocessor, or fewer where registers would spill."""
+    programs = 1 if double else 2 if extras or kind in ("skew_kl", "skew_rkl") else 3
+    return {"num_warps": WARPS, "maxnreg": {1: 255, 2: 128, 3: 80}[programs]}

@@ -1,10 +1,12 @@
-"""Kernels run on the CPU here: the interpreter has to be chosen before anything imports triton, as transformers may."""
+"""Where there is no GPU, Triton's kernels run on the CPU: its interpreter is to be chosen before anything imports triton."""
 
 import os
 
 import pytest
+import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from fastkd.ops.divergence import Divergence
-from fastkd.ops.rows import LogitTransform, RowLosses, RowOptions
+from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, RowOutputs, TopK
 from tests.oracle import assert_close, assert_within, loss_rounding
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "tvd", "jsd(0.3)", "skew_kl(0.1)", "skew_rkl(0.2)"]
@@ -46,11 +46,17 @@ def make_place(student: Tensor, place: str) -> Tensor | None:
     return torch.full((student.shape[0], student.shape[1] + 5), 9.0, dtype=dtype)[:, 2:-3]
 
 
-def make_losses(count: int, dtype: torch.dtype, has_teacher: bool, has_labels: bool, stats: bool) -> RowLosses:
+def make_outputs(count: int, dtype: torch.dtype, has_teacher: bool, has_labels: bool, statistics: bool) -> RowOutputs:
     def column(wanted: bool) -> Tensor | None:
         return torch.full((count,), torch.nan, dtype=dtype) if wanted else None
 
-    return RowLosses(column(has_teacher), column(has_labels), column(stats), column(stats), column(stats))
+    return RowOutputs(
+        divergence=column(has_teacher),
+        cross_entropy=column(has_labels),
+        student_entropy=column(statistics),
+        teacher_entropy=column(statistics),
+        top1_agreement=column(statistics),
+    )
 
 
 def oracle(
@@ -60,61 +66,70 @@ def oracle(
     row_weight: Tensor,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
-) -> tuple[RowLosses, Tensor]:
-    """Losses and gradient as `fastkd.ops.rows.softmax_divergence_` defines them. All probabilities must be positive."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses and statistics by name, and the gradient, as `RowCall` defines them. All probabilities must be positive."""
     raw = student.double().requires_grad_()
     student_logits = _transform(raw, options.student)
-    losses, total = RowLosses(), raw.sum() * 0
+    losses: dict[str, Tensor] = {}
+    total = raw.sum() * 0
     if teacher is not None and options.divergence is not None:
         teacher_logits = _transform(teacher.double(), options.teacher)
         log_q = (student_logits / options.temperature).log_softmax(-1)
         log_p = (teacher_logits / options.temperature).log_softmax(-1)
-        losses.divergence = options.temperature**2 * _divergence(options.divergence, log_p.exp(), log_q.exp())
-        total = total + row_weight.double() @ losses.divergence
-        if options.stats:
-            losses.student_entropy = -(log_q.exp() * log_q).sum(-1)
-            losses.teacher_entropy = -(log_p.exp() * log_p).sum(-1)
-            losses.top1_agreement = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).double()
+        losses["divergence"] = options.temperature**2 * _divergence(options.divergence, log_p.exp(), log_q.exp())
+        total = total + row_weight.double() @ losses["divergence"]
+        losses["student_entropy"] = -(log_q.exp() * log_q).sum(-1)
+        losses["teacher_entropy"] = -(log_p.exp() * log_p).sum(-1)
+        losses["top1_agreement"] = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).double()
     if labels is not None:
         picked = student_logits.log_softmax(-1).gather(1, labels.clamp_min(0)[:, None])[:, 0]
-        losses.cross_entropy = torch.where(labels >= 0, -picked, 0.0)
+        losses["cross_entropy"] = torch.where(labels >= 0, -picked, 0.0)
         if label_weight is not None:
-            total = total + label_weight.double() @ losses.cross_entropy
+            total = total + label_weight.double() @ losses["cross_entropy"]
     (gradient,) = torch.autograd.grad(total, raw)
     return losses, gradient
 
 
 def check(
-    kernel,
+    run: Callable[[RowCall], None],
     student: Tensor,
     teacher: Tensor | None,
     options: RowOptions,
     place: str = "in place",
     *,
+    statistics: bool = False,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
     arithmetic: torch.dtype | None = None,
     tolerance: Mapping[torch.dtype, float] = TOLERANCE,
 ) -> None:
-    """Everything that `kernel` returns for these logits, with its gradient in `place`, equals the oracle's for the same values."""
+    """All that the row kernel `run` makes of these logits, with its gradient in `place`, equals the oracle's for the same values."""
     dtype = arithmetic or (torch.float64 if student.dtype == torch.float64 else torch.float32)
     row_weight = torch.linspace(0.5, 2.0, student.shape[0]).to(dtype)
     label_weight = None if label_weight is None else label_weight.to(dtype)
-    expected, truth = oracle(student, teacher, options, row_weight, labels, label_weight)
+    biases = [None if bias is None else bias.to(dtype) for bias in (student_bias, teacher_bias)]
+    shown = [x if bias is None else x.double() + bias.double() for x, bias in zip((student, teacher), biases, strict=True)]
+    expected, truth = oracle(*shown, options, row_weight, labels, label_weight)
     logits = student.clone()
     gradient = make_place(logits, place)
-    losses = make_losses(len(student), dtype, teacher is not None, labels is not None, options.stats)
-    kernel(
-        logits,
-        None if teacher is None else teacher.clone(),
-        options,
-        losses,
-        row_weight=row_weight,
-        labels=labels,
-        label_weight=label_weight,
-        gradient=gradient,
+    outputs = make_outputs(len(student), dtype, teacher is not None, labels is not None, statistics)
+    run(
+        RowCall(
+            student=logits,
+            teacher=None if teacher is None else teacher.clone(),
+            options=options,
+            outputs=outputs,
+            row_weight=row_weight,
+            labels=labels,
+            label_weight=label_weight,
+            student_bias=biases[0],
+            teacher_bias=biases[1],
+            gradient=gradient,
+        )
     )
-    assert_losses(losses, expected, student, teacher, options, dtype)
+    assert_outputs(outputs, expected, *shown, options, dtype)
     if gradient is not None:
         assert_close(gradient, truth, tolerance[dtype] + tolerance[gradient.dtype], "gradient")
         if gradient.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr():
@@ -123,15 +138,19 @@ def check(
             assert bool((around == 9.0).all()), "the gradient was written past its rows"
 
 
-def assert_losses(
-    losses: RowLosses, expected: RowLosses, student: Tensor, teacher: Tensor | None, options: RowOptions, dtype: torch.dtype
+def assert_outputs(
+    outputs: RowOutputs,
+    expected: Mapping[str, Tensor],
+    student: Tensor,
+    teacher: Tensor | None,
+    options: RowOptions,
+    dtype: torch.dtype,
 ) -> None:
-    """Losses that `dtype` made of raw logits are what is expected, to rounding; infinities and NaN are the same."""
+    """What `dtype` made of raw logits is what is expected, to rounding; infinities and NaN are the same."""
     allowed = allowed_errors(expected, student, teacher, options, dtype)
-    for name, truth in vars(expected).items():
-        value = getattr(losses, name)
-        assert (value is None) == (truth is None), name
-        if truth is not None:
+    for name, value in vars(outputs).items():
+        if value is not None:
+            truth = expected[name]
             finite = truth.isfinite()
             torch.testing.assert_close(
                 value[~finite].double(), truth[~finite].double(), equal_nan=True, msg=f"{name}: {value} is not {truth}"
@@ -140,7 +159,7 @@ def assert_losses(
 
 
 def allowed_errors(
-    expected: RowLosses, student: Tensor, teacher: Tensor | None, options: RowOptions, dtype: torch.dtype
+    expected: Mapping[str, Tensor], student: Tensor, teacher: Tensor | None, options: RowOptions, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """`loss_rounding` of every loss expected of these raw logits, (n,) each."""
     plain = _transform(student.double(), options.student)
@@ -148,14 +167,13 @@ def allowed_errors(
     theirs = ours if teacher is None else _transform(teacher.double(), options.teacher) / options.temperature
     made_of = {"cross_entropy": [plain], "student_entropy": [ours], "teacher_entropy": [theirs]}
     allowed = {}
-    for name, truth in vars(expected).items():
-        if truth is not None:
-            factor = options.temperature**2 if name == "divergence" else 1.0
-            allowed[name] = factor * loss_rounding(truth / factor, *made_of.get(name, [ours, theirs]), dtype=dtype)
+    for name, truth in expected.items():
+        factor = options.temperature**2 if name == "divergence" else 1.0
+        allowed[name] = factor * loss_rounding(truth / factor, *made_of.get(name, [ours, theirs]), dtype=dtype)
     return allowed
 
 
-def check_far_rows(kernel, tolerance: Mapping[torch.dtype, float] = TOLERANCE) -> None:
+def check_far_rows(run: Callable[[RowCall], None], tolerance: Mapping[torch.dtype, float] = TOLERANCE) -> None:
     """Rows whose offset passes 2^31 elements though their stride does not; of the 4 GiB between them no page is touched."""
     student, teacher = (x.bfloat16() for x in make_logits(3, 47))
     row_weight = torch.ones(3)
@@ -165,9 +183,18 @@ def check_far_rows(kernel, tolerance: Mapping[torch.dtype, float] = TOLERANCE) -
     far_student, far_teacher, far_gradient = (memory.as_strided((3, 47), (stride, 1), 64 * i) for i in range(3))
     far_student.copy_(student)
     far_teacher.copy_(teacher)
-    losses = make_losses(3, torch.float32, has_teacher=True, has_labels=False, stats=False)
-    kernel(far_student, far_teacher, RowOptions(), losses, row_weight=row_weight, gradient=far_gradient)
-    assert_losses(losses, expected, student, teacher, RowOptions(), torch.float32)
+    outputs = make_outputs(3, torch.float32, has_teacher=True, has_labels=False, statistics=False)
+    run(
+        RowCall(
+            student=far_student,
+            teacher=far_teacher,
+            options=RowOptions(),
+            outputs=outputs,
+            row_weight=row_weight,
+            gradient=far_gradient,
+        )
+    )
+    assert_outputs(outputs, expected, student, teacher, RowOptions(), torch.float32)
     assert_close(far_gradient, truth, tolerance[torch.bfloat16])
 
 
@@ -190,3 +217,24 @@ def _divergence(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
         "skew_kl": lambda: kl(p, mixture),
         "skew_rkl": lambda: kl(q, mixing * q + (1 - mixing) * p),
     }[divergence.kind]()
+
+
+def topk_kl_of_logits(logits: Tensor, teacher: TopK, tail: str, *, temperature: float = 1.0) -> Tensor:
+    """T^2 D per row, (C,), by plain torch from the student's transformed `logits` (C, V) in their dtype: the oracle in float64."""
+    log_q = torch.log_softmax(logits / temperature, dim=-1)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    is_tail = (columns != teacher.ids[:, :, None]).all(1)
+    q_tail = (log_q.exp() * is_tail).sum(-1)
+    p = teacher.log_probabilities.to(logits.dtype).exp().masked_fill(teacher.ids < 0, 0.0)
+    if tail == "renormalize":
+        p = p / p.sum(-1, keepdim=True)
+    kl = _kl_terms(p, log_q.gather(1, teacher.ids.clamp_min(0))).sum(-1)
+    if tail == "bucket":
+        assert teacher.log_tail is not None
+        p_tail = teacher.log_tail.to(logits.dtype).exp()
+        kl = kl + _kl_terms(p_tail, q_tail.masked_fill(p_tail == 0, 1.0).log())
+    return temperature**2 * kl
+
+
+def _kl_terms(p: Tensor, log_q: Tensor) -> Tensor:
+    return torch.where(p == 0, 0.0, p * (p.masked_fill(p == 0, 1.0).log() - log_q))

@@ -49,7 +49,7 @@ SIGNATURES = {
     "linear_cross_entropy": f"(hidden, weight, labels, *, bias=None, ignore_index=-100, softcap=None, logit_scale=1.0, {ROW_OPTIONS})",
     "linear_kl_div": "(student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias=None, teacher_bias=None, "
     f"divergence='forward_kl', temperature=1.0, mask=None, vocab_index=None, {LABELS}, {LOGITS}, {ROW_OPTIONS}, return_stats=False, "
-    "grad_filter=None, teacher_precision='full', group=None)",
+    "grad_filter=None, group=None)",
     "projected_mse": "(student_states, student_weight, teacher_states, teacher_weight, *, student_bias=None, teacher_bias=None, "
     "mask=None, reduction='mean', chunk_size=None, memory_budget=None)",
     "relation_kl": "(student_q, student_k, teacher_q, teacher_k, *, key_mask=None, query_mask=None, targets=(), form='kl', "
@@ -112,8 +112,8 @@ KEYS = """
     bias_correction max_grad_norm lr_scheduler_type warmup_steps lr_decay_steps lr_final_ratio bf16 fp16 torch_compile
     group_by_length logging_steps report_to profile_steps eval_steps save_steps save_total_limit async_save save_failure non_finite
     max_skipped_steps method output_dir model_name_or_path tokenizer_name_or_path student_layers student.NAME vocabulary
-    vocabulary.keep vocabulary.multiple_of vocabulary.protected vocabulary.stand_ins vocabulary.counts stages.NAME seed use_cpu fsdp
-    fsdp_teacher ddp_timeout cache_dir overwrite_output_dir
+    vocabulary.keep vocabulary.multiple_of vocabulary.protected vocabulary.stand_ins vocabulary.counts stages.NAME seed use_cpu backend
+    fsdp fsdp_teacher ddp_timeout cache_dir overwrite_output_dir
 """
 
 

@@ -30,11 +30,11 @@ exact = fastkd.reference.linear_kl_div(
 torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
 assert weight.grad.norm() > 0 and (hidden.grad[~mask] == 0).all()
 
-from fastkd.ops import cpp
+from fastkd.ops import backend_cpp
 from fastkd.kernels import rows
 
-assert not cpp.is_built()
-print(fastkd.__file__, cpp._sources()[0], rows.__file__, sep="\\n")
+assert not backend_cpp.is_built()
+print(fastkd.__file__, backend_cpp._sources()[0], rows.__file__, sep="\\n")
 """
 
 
@@ -114,7 +114,7 @@ def test_help_and_recipes_away_from_the_checkout(unpacked: Path):
 
 
 def test_compiling_without_a_compiler_is_one_sentence(unpacked: Path):
-    tried = away(unpacked, "-m", "fastkd.ops.cpp")
+    tried = away(unpacked, "-m", "fastkd.ops.backend_cpp")
     assert tried.returncode == 1 and tried.stdout == ""
     sentence = "fastkd: The C++ kernels could not be compiled: there is no c++ here."
     assert tried.stderr.startswith(sentence) and len(tried.stderr.splitlines()) == 1

@@ -10,6 +10,8 @@
 #include <numbers>
 #include <type_traits>
 
+#include "../row_math.h"
+
 #define INLINED inline __attribute__((always_inline))
 
 namespace {
@@ -54,5 +56,13 @@ INLINED T exp_of_negative(T x) {
   if constexpr (std::is_same_v<T, float>) return exp2_of_negative(x * std::numbers::log2e_v<T>);
   return std::exp(x);
 }
+
+// What csrc/row_math.h asks for.
+struct Math {
+  template <typename T>
+  static INLINED T exp(T x) { return exp_of_negative(x); }
+  template <typename T>
+  static INLINED T log(T x) { return std::log(x); }
+};
 
 }  // namespace

@@ -1,10 +1,10 @@
 // The row kernel on the CPU: two rows of logits in, their divergence and the gradient of the student's row out.
 //
-// It answers for `softmax_divergence_` of fastkd/ops/rows.py, whose torch backend is its reference. A row of both models (2 x 122 kB at
-// a vocabulary of 30 522) stays in the second-level cache over all passes, so memory is read once and written once. Rows of the compute
-// type are worked on in place, others are raised into two scratch rows a thread; a gradient of another type is rounded at the end. The
-// loops are plain C++: the compiler vectorises them, exp and log included (glibc's libmvec), for AVX-512, AVX2 and the baseline, of which
-// the machine's best is taken (`variants`). Rows are spread over torch's own thread pool.
+// It answers a `RowCall` of fastkd/ops/row_call.py. A row of both models (2 x 122 kB at a vocabulary of 30 522) stays in the second-level
+// cache over all passes, so memory is read once and written once. Rows of the compute type are worked on in place unless the caller
+// keeps them; others are upcast into two scratch rows a thread. A gradient of another type is rounded at the end. The loops are plain
+// C++: the compiler vectorises them, exp and log included (glibc's libmvec), for AVX-512, AVX2 and the baseline, of which the machine's
+// best is taken (`variants`). Rows are spread over torch's own thread pool.
 
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
@@ -24,7 +24,7 @@
 
 namespace {
 
-enum Kind : int64_t { none, forward_kl, reverse_kl, tvd, jsd, skew_kl, skew_rkl, simple_forward_kl };
+using namespace fastkd;
 
 // logits = softcap * tanh(scale * (raw + bias) / softcap); softcap 0: scale * (raw + bias).
 struct Transform {
@@ -42,7 +42,8 @@ struct Matrix {
 
 template <typename T>
 struct Call {
-  Matrix student, teacher, gradient;  // rows of logits are scratch once read
+  Matrix student, teacher, gradient;  // rows of logits are scratch once read, unless `keeps_logits`
+  bool keeps_logits;
   int64_t vocabulary;
   Kind kind;
   double mixing, temperature;
@@ -64,7 +65,7 @@ struct Block {
 };
 
 template <typename From, typename T>
-INLINED T* raise(From* row, int64_t n, T* scratch) {
+INLINED T* upcast(From* row, int64_t n, T* scratch) {
   if constexpr (std::is_same_v<From, T>) {
     return row;
   } else {
@@ -78,10 +79,10 @@ INLINED T* raise(From* row, int64_t n, T* scratch) {
 template <typename T>
 INLINED T* load(const Matrix& logits, int64_t row, int64_t n, T* scratch) {
   switch (logits.type) {
-    case at::kFloat: return raise(logits.row<float>(row), n, scratch);
-    case at::kDouble: return raise(logits.row<double>(row), n, scratch);
-    case at::kHalf: return raise(logits.row<at::Half>(row), n, scratch);
-    default: return raise(logits.row<at::BFloat16>(row), n, scratch);
+    case at::kFloat: return upcast(logits.row<float>(row), n, scratch);
+    case at::kDouble: return upcast(logits.row<double>(row), n, scratch);
+    case at::kHalf: return upcast(logits.row<at::Half>(row), n, scratch);
+    default: return upcast(logits.row<at::BFloat16>(row), n, scratch);
   }
 }
 
@@ -141,6 +142,14 @@ INLINED T row_max(const T* row, int64_t n) {
   return largest;
 }
 
+template <typename T>
+INLINED T row_sum(const T* row, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += row[j];
+  return sum;
+}
+
 // log sum exp(factor * row), with `largest` the row's maximum.
 template <typename T>
 INLINED T log_sum_exp(const T* row, int64_t n, T largest, T factor) {
@@ -152,52 +161,33 @@ INLINED T log_sum_exp(const T* row, int64_t n, T largest, T factor) {
 
 template <typename T>
 INLINED int64_t first_max(const T* row, int64_t n, T largest) {
-  for (int64_t j = 0; j < n; ++j)
-    if (row[j] == largest) return j;
+  for (int64_t start = 0; start < n; start += kPart) {
+    const int64_t end = std::min(start + kPart, n);
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t j = start; j < end; ++j) found |= row[j] == largest;
+    if (!found) continue;
+    for (int64_t j = start; j < end; ++j)
+      if (row[j] == largest) return j;
+  }
   return 0;
 }
 
-// One vocabulary entry: its part of D(p, q), and c = dD / d log q with log q treated as free. 0 * (anything) = 0.
-template <typename T, Kind kind>
-INLINED void entry(T log_p, T log_q, T mixing, T log_own, T log_other, T& value, T& coefficient) {
-  const T p = exp_of_negative(log_p), q = exp_of_negative(log_q);
-  if constexpr (kind == forward_kl) {
-    value = p == 0 ? T(0) : p * (log_p - log_q);
-    coefficient = -p;
-  } else if constexpr (kind == reverse_kl) {
-    value = q == 0 ? T(0) : q * (log_q - log_p);
-    coefficient = value + q;
-  } else if constexpr (kind == tvd) {
-    const T difference = q - p;
-    value = T(0.5) * std::abs(difference);
-    coefficient = difference > 0 ? T(0.5) * q : (difference < 0 ? T(-0.5) * q : difference * q);
-  } else {
-    // log m in log space: both probabilities may underflow.
-    const T a = (kind == skew_rkl ? log_q : log_p) + log_own, b = (kind == skew_rkl ? log_p : log_q) + log_other;
-    const T high = a > b ? a : b, low = a > b ? b : a;
-    const T log_m = high + std::log(1 + exp_of_negative(low - high));
-    if constexpr (kind == jsd) {
-      const T student = q == 0 ? T(0) : q * (log_q - log_m);
-      value = (p == 0 ? T(0) : mixing * p * (log_p - log_m)) + (1 - mixing) * student;
-      coefficient = (1 - mixing) * student;
-    } else if constexpr (kind == skew_kl) {
-      value = p == 0 ? T(0) : p * (log_p - log_m);
-      coefficient = p == 0 ? T(0) : -p * exp_of_negative(log_q - log_m + log_other);
-    } else {
-      value = q == 0 ? T(0) : q * (log_q - log_m);
-      coefficient = q == 0 ? T(0) : value + q * (1 - exp_of_negative(log_q - log_m + log_own));
-    }
-  }
+// Whether a row's largest probability, 1 / sum, is above a half. Its entry of the gradient is then minus the sum of the others: the row
+// sums to zero, and c - q sum(c) would be left to rounding. At a smaller probability c - q sum(c) is the more exact of the two.
+template <typename T>
+INLINED bool is_peaked(T sum) {
+  return sum < 2;
 }
 
 // Forward KL in two passes with one exponential an element and model. The first goes from block to block, each in the first-level cache:
 // exponentials, which stay, are relative to the largest logit up to their block, and what is summed of a block is brought to the row's
-// largest at the end. Tempered logits are (row + bias) times `of_student` or `of_teacher`, which are positive. The student's exponentials
-// are written to `s`, the teacher's to `e`: a row that stays in the cache, so that `t` is not written back to memory; it may be `t`.
-// `blocks` has room for every block. The gradient is written to `g`, which may be `s`; null: not wanted.
+// largest at the end. Tempered logits are (row + bias) times `of_student` or `of_teacher`, which are positive. Exponentials are written to
+// `s` and `t`: rows that stay in the cache, or those that they are made of. `blocks` has room for every block. The gradient is written to
+// `g`, which may be `s`; null: not wanted.
 template <typename T>
-INLINED void forward_kl_row(const Call<T>& call, int64_t row, T* s, const T* t, T* e, T* g, T of_student, T of_teacher,
-                            Block<T>* blocks) {
+INLINED void forward_kl_row(const Call<T>& call, int64_t row, const T* student, const T* teacher, T* s, T* t, T* g, T of_student,
+                            T of_teacher, Block<T>* blocks) {
   const int64_t n = call.vocabulary;
   // Exponents are of two: a product less an element.
   const T two_s = of_student * std::numbers::log2e_v<T>, two_t = of_teacher * std::numbers::log2e_v<T>;
@@ -205,17 +195,18 @@ INLINED void forward_kl_row(const Call<T>& call, int64_t row, T* s, const T* t, 
   T max_s = std::numeric_limits<T>::lowest(), max_t = max_s;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t size = std::min(kBlock, n - start);
-    T *const s_block = s + start, *const t_block = e + start;
-    add_bias(s_block, call.student_bias ? call.student_bias + start : nullptr, size, s_block);
-    add_bias(t + start, call.teacher_bias ? call.teacher_bias + start : nullptr, size, t_block);
+    T *const s_block = s + start, *const t_block = t + start;
+    const T *const next_s = student + start + kBlock, *const next_t = teacher + start + kBlock;
+    add_bias(student + start, call.student_bias ? call.student_bias + start : nullptr, size, s_block);
+    add_bias(teacher + start, call.teacher_bias ? call.teacher_bias + start : nullptr, size, t_block);
     max_s = std::max(max_s, row_max(s_block, size));
     max_t = std::max(max_t, row_max(t_block, size));
     T sum_s = 0, sum_t = 0, cross = 0;
     for (int64_t part = 0; part < size; part += kPart) {
       // The next block is fetched while this one is computed.
       for (int64_t j = part; j < part + kPart; j += kLine / sizeof(T)) {
-        __builtin_prefetch(s_block + kBlock + j);
-        __builtin_prefetch(t + start + kBlock + j);
+        __builtin_prefetch(next_s + j);
+        __builtin_prefetch(next_t + j);
       }
       const int64_t end = std::min(part + kPart, size);
 #pragma omp simd reduction(+ : sum_s, sum_t, cross)
@@ -232,8 +223,10 @@ INLINED void forward_kl_row(const Call<T>& call, int64_t row, T* s, const T* t, 
     blocks[start / kBlock] = {max_s, max_t, sum_s, sum_t, cross};
   }
   T sum_s = 0, sum_t = 0, cross = 0;
+  int64_t peak_block = -1;
   for (int64_t start = 0; start < n; start += kBlock) {
     Block<T>& block = blocks[start / kBlock];
+    if (peak_block < 0 && block.max_s == max_s) peak_block = start;
     const T a = two_s * (block.max_s - max_s), b = two_t * (block.max_t - max_t);
     block.max_s = exp2_of_negative(a);
     block.max_t = exp2_of_negative(b);
@@ -246,78 +239,156 @@ INLINED void forward_kl_row(const Call<T>& call, int64_t row, T* s, const T* t, 
   call.divergence[row] = temperature * temperature * (cross / sum_t * std::numbers::ln2_v<T> + std::log(sum_s / sum_t));
   if (!g) return;
   const T factor = temperature * call.row_weight[row] * T(call.student_transform.scale);
+  int64_t peak = -1;
+  if (is_peaked(sum_s)) {
+    // Its exponential is 1, and no other is: two of them make a sum of 2.
+    peak = peak_block + first_max(s + peak_block, std::min(kBlock, n - peak_block), T(1));
+    s[peak] = t[peak] = 0;
+    Block<T>& block = blocks[peak / kBlock];
+    block.sum_s = row_sum(s + peak_block, std::min(kBlock, n - peak_block));
+    block.sum_t = row_sum(t + peak_block, std::min(kBlock, n - peak_block));
+  }
+  T others = 0;
   for (int64_t start = 0; start < n; start += kBlock) {
     const Block<T>& block = blocks[start / kBlock];
     const T of_s = factor / sum_s * block.max_s, of_t = factor / sum_t * block.max_t;
     const int64_t end = std::min(start + kBlock, n);
+    others += block.sum_s * of_s - block.sum_t * of_t;
 #pragma omp simd
-    for (int64_t j = start; j < end; ++j) g[j] = s[j] * of_s - e[j] * of_t;
+    for (int64_t j = start; j < end; ++j) g[j] = s[j] * of_s - t[j] * of_t;
   }
+  if (peak >= 0) g[peak] = -others;
+}
+
+// Of the gradient: what the divergence gives, and what the label does.
+template <typename T>
+struct Terms {
+  T divergence, label;
+};
+
+// The slope of a transform at the logit z, which is temperature * tempered: scale * (1 - (z / cap)^2).
+template <typename T>
+struct Slope {
+  T scale, cap, temperature;  // cap 0: the slope is `scale`, and z may be infinite
+
+  template <bool has_cap>
+  T at(T tempered) const {
+    if constexpr (!has_cap) return scale;
+    const T capped = tempered * temperature / cap;
+    return scale * (1 - capped * capped);
+  }
+  T operator()(T tempered) const { return cap == 0 ? scale : at<true>(tempered); }
+};
+
+// The gradient of a row, of which `c` are the divergence's coefficients, without the -1 at the label. Returns its sums before the slope.
+// A loop of its own for every case: the compiler makes one that computes the parts of a label and of a cap for every row.
+template <typename T, Kind kind, bool has_label, bool has_cap>
+INLINED Terms<T> gradient_row(const T* s, const T* c, T* g, int64_t n, Terms<T> weight, Terms<T> log_z, T c_sum, Slope<T> slope) {
+  T of_divergence = 0, of_label = 0;
+#pragma omp simd reduction(+ : of_divergence, of_label)
+  for (int64_t j = 0; j < n; ++j) {
+    T gradient = 0;
+    if constexpr (kind != none) {
+      gradient = weight.divergence * (c[j] - exp_of_negative(s[j] - log_z.divergence) * c_sum);
+      of_divergence += gradient;
+    }
+    if constexpr (has_label) {
+      const T q = exp_of_negative(slope.temperature * s[j] - log_z.label);
+      of_label += q;
+      gradient += weight.label * q;
+    }
+    g[j] = gradient * slope.template at<has_cap>(s[j]);
+  }
+  return {of_divergence, weight.label * of_label};
 }
 
 template <typename T, Kind kind>
 INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
   const int64_t n = call.vocabulary;
-  const T temperature = call.temperature, mixing = call.mixing;
-  const T log_own = std::log(mixing), log_other = std::log1p(-mixing);
+  const T temperature = call.temperature;
+  const Mixing<T> mixing = make_mixing(T(call.mixing));
+  const Slope<T> slope{T(call.student_transform.scale), T(call.student_transform.softcap), temperature};
   const T max_s = row_max(s, n);
-  T log_z_s = 0, coefficients = 0;
+  T log_z_t = 0, c_sum = 0;
+  Terms<T> log_z{}, weight{};  // at the temperature, and at 1
   if constexpr (kind != none) {
     const T max_t = row_max(t, n);
-    log_z_s = log_sum_exp(s, n, max_s, T(1));
-    const T log_z_t = log_sum_exp(t, n, max_t, T(1));
+    log_z.divergence = log_sum_exp(s, n, max_s, T(1));
+    log_z_t = log_sum_exp(t, n, max_t, T(1));
+    weight.divergence = temperature * call.row_weight[row];
     if (call.top1_agreement) call.top1_agreement[row] = first_max(s, n, max_s) == first_max(t, n, max_t);
     if (call.student_entropy) {
       T entropy_s = 0, entropy_t = 0;
 #pragma omp simd reduction(+ : entropy_s, entropy_t)
       for (int64_t j = 0; j < n; ++j) {
-        const T log_q = s[j] - log_z_s, log_p = t[j] - log_z_t, q = exp_of_negative(log_q), p = exp_of_negative(log_p);
+        const T log_q = s[j] - log_z.divergence, log_p = t[j] - log_z_t, q = exp_of_negative(log_q), p = exp_of_negative(log_p);
         entropy_s -= q == 0 ? T(0) : q * log_q;
         entropy_t -= p == 0 ? T(0) : p * log_p;
       }
       call.student_entropy[row] = entropy_s;
       call.teacher_entropy[row] = entropy_t;
     }
-    T total = 0;
-#pragma omp simd reduction(+ : total, coefficients)
+  }
+  const int64_t label = call.labels ? call.labels[row] : -1;
+  if (call.labels) call.cross_entropy[row] = 0;
+  if (label >= 0) {
+    log_z.label = log_sum_exp(s, n, max_s, temperature);
+    call.cross_entropy[row] = log_z.label - temperature * s[label];
+    if (call.label_weight) weight.label = call.label_weight[row];
+  }
+  const T at_label = label >= 0 ? weight.label * slope(s[label]) : T(0);
+  const bool divergence_peaks = kind != none && is_peaked(std::exp(log_z.divergence - max_s));
+  const bool label_peaks = weight.label != 0 && is_peaked(std::exp(log_z.label - temperature * max_s));
+  const int64_t peak = divergence_peaks || label_peaks ? first_max(s, n, max_s) : -1;
+  const T s_peak = peak < 0 ? T(0) : s[peak];
+  constexpr T nothing = -std::numeric_limits<T>::infinity();
+  if constexpr (kind != none) {
+    // Both probabilities of a peak may be nearly 1: their difference, too, is minus the sum of the others.
+    const bool is_balanced = kind == tvd && divergence_peaks;
+    if (is_balanced) s[peak] = t[peak] = nothing;
+    T total = 0, balance = 0;
+#pragma omp simd reduction(+ : total, c_sum, balance)
     for (int64_t j = 0; j < n; ++j) {
-      T value, coefficient;
-      entry<T, kind>(t[j] - log_z_t, s[j] - log_z_s, mixing, log_own, log_other, value, coefficient);
-      total += value;
-      coefficients += coefficient;
-      t[j] = coefficient;
+      const T log_p = t[j] - log_z_t, log_q = s[j] - log_z.divergence;
+      const T p = exp_of_negative(log_p), q = exp_of_negative(log_q);
+      const Entry<T> entry = make_entry<kind, Math>(p, q, log_p, log_q, mixing);
+      if constexpr (kind == tvd) balance += q - p;
+      total += entry.value;
+      c_sum += entry.coefficient;
+      t[j] = entry.coefficient;
+    }
+    if (is_balanced) {
+      const Entry<T> entry = tvd_entry(exp_of_negative(s_peak - log_z.divergence), -balance);
+      total += entry.value;
+      c_sum += entry.coefficient;
+      t[peak] = entry.coefficient;
     }
     call.divergence[row] = temperature * temperature * total;
   }
-  const int64_t label = call.labels ? call.labels[row] : -1;
-  T label_factor = 0, log_z_1 = 0;
-  T label_logit = 0;
-  if (call.labels) {
-    call.cross_entropy[row] = 0;
-    if (label >= 0) {
-      log_z_1 = log_sum_exp(s, n, max_s, temperature);
-      label_logit = temperature * s[label];
-      call.cross_entropy[row] = log_z_1 - label_logit;
-      if (call.label_weight) label_factor = call.label_weight[row];
-    }
-  }
   if (!g) return;
-  const T weight = kind == none ? T(0) : temperature * call.row_weight[row];
-  const T cap = call.student_transform.softcap, scale = call.student_transform.scale;
-  // The slope of the transform at a logit z is scale * (1 - (z / cap)^2), scale without a cap (where z may be infinite).
-  const auto slope = [=](T tempered) {
-    const T capped = cap == 0 ? T(0) : tempered * temperature / cap;
-    return scale * (1 - capped * capped);
-  };
-  const T at_label = label >= 0 ? label_factor * slope(s[label]) : T(0);
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    T gradient = 0;
-    if constexpr (kind != none) gradient = weight * (t[j] - exp_of_negative(s[j] - log_z_s) * coefficients);
-    if (label_factor != 0) gradient += label_factor * exp_of_negative(temperature * s[j] - log_z_1);
-    g[j] = gradient * slope(s[j]);
+  Terms<T> at_peak{};
+  if (peak >= 0) {
+    if constexpr (kind != none) {
+      at_peak.divergence = weight.divergence * (t[peak] - exp_of_negative(s_peak - log_z.divergence) * c_sum);
+      t[peak] = 0;
+    }
+    if (weight.label != 0) at_peak.label = weight.label * (exp_of_negative(temperature * s_peak - log_z.label) - (label == peak));
+    s[peak] = nothing;
   }
-  if (label_factor != 0) g[label] -= at_label;
+  const auto fill = [=](auto has_label, auto has_cap) __attribute__((always_inline)) {
+    return gradient_row<T, kind, has_label, has_cap>(s, t, g, n, weight, log_z, c_sum, slope);
+  };
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  Terms<T> others = weight.label != 0 ? (slope.cap != 0 ? fill(yes, yes) : fill(yes, no)) : (slope.cap != 0 ? fill(no, yes) : fill(no, no));
+  if (weight.label != 0) {
+    g[label] -= at_label;
+    if (label != peak) others.label -= weight.label;
+  }
+  if (peak < 0) return;
+  if (divergence_peaks && std::isfinite(c_sum)) at_peak.divergence = -others.divergence;
+  if (label_peaks) at_peak.label = -others.label;
+  g[peak] = (at_peak.divergence + at_peak.label) * slope(s_peak);
 }
 
 template <typename T>
@@ -329,28 +400,30 @@ INLINED void rows(const Call<T>& call, int64_t begin, int64_t end) {
   const T of_teacher = T(call.teacher_transform.scale) * inverse_temperature;
   const bool is_linear = call.student_transform.softcap == 0 && call.teacher_transform.softcap == 0 && of_student > 0 && of_teacher > 0;
   const bool may_be_simple = call.kind == forward_kl && is_linear && !call.student_entropy;
-  const bool has_scratch = call.student.type != type || (call.teacher.data && call.teacher.type != type);
+  const bool has_scratch = call.keeps_logits || call.student.type != type || (call.teacher.data && call.teacher.type != type);
   const auto scratch = std::make_unique_for_overwrite<T[]>(has_scratch || may_be_simple ? 2 * n : 0);
   const auto blocks = std::make_unique_for_overwrite<Block<T>[]>(may_be_simple ? (n + kBlock - 1) / kBlock : 0);
   const bool rounds = call.gradient.data && call.gradient.type != type;
   for (int64_t row = begin; row < end; ++row) {
-    T* s = load(call.student, row, n, scratch.get());
-    T* t = call.teacher.data ? load(call.teacher, row, n, scratch.get() + n) : nullptr;
-    T* g = !call.gradient.data ? nullptr : rounds ? s : call.gradient.template row<T>(row);
+    T* const student = load(call.student, row, n, scratch.get());
+    T* const teacher = call.teacher.data ? load(call.teacher, row, n, scratch.get() + n) : nullptr;
     const bool has_label = call.labels && call.labels[row] >= 0;
     const bool is_simple = may_be_simple && !has_label;
+    T* const s = call.keeps_logits ? scratch.get() : student;
+    T* const t = call.keeps_logits || is_simple ? scratch.get() + n : teacher;
+    T* const g = !call.gradient.data ? nullptr : rounds ? s : call.gradient.template row<T>(row);
     if (is_simple) {
       if (call.labels) call.cross_entropy[row] = 0;
     } else {
-      add_bias(s, call.student_bias, n, s);
+      add_bias(student, call.student_bias, n, s);
       transform_row(s, n, call.student_transform, inverse_temperature);
-      if (t) {
-        add_bias(t, call.teacher_bias, n, t);
+      if (teacher) {
+        add_bias(teacher, call.teacher_bias, n, t);
         transform_row(t, n, call.teacher_transform, inverse_temperature);
       }
     }
-    switch (is_simple ? simple_forward_kl : call.kind) {
-      case simple_forward_kl: forward_kl_row(call, row, s, t, scratch.get() + n, g, of_student, of_teacher, blocks.get()); break;
+    if (is_simple) forward_kl_row(call, row, student, teacher, s, t, g, of_student, of_teacher, blocks.get());
+    else switch (call.kind) {
       case none: any_row<T, none>(call, row, s, t, g); break;
       case forward_kl: any_row<T, forward_kl>(call, row, s, t, g); break;
       case reverse_kl: any_row<T, reverse_kl>(call, row, s, t, g); break;
@@ -431,10 +504,10 @@ Matrix matrix(const Optional& tensor, const at::Tensor& shaped_like) {
 void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, double mixing, double temperature, double student_scale,
                          double student_softcap, double teacher_scale, double teacher_softcap, Optional student_bias,
                          Optional teacher_bias, at::Tensor row_weight, Optional labels, Optional label_weight, std::vector<Optional> out,
-                         Optional gradient) {
+                         Optional gradient, bool keeps_logits) {
   const auto launch = [&]<typename T>(void (*run)(const Call<T>&, int64_t, int64_t)) {
-    const Call<T> call{matrix(student, student), matrix(teacher, student), matrix(gradient, student), student.size(1), Kind(kind),
-                       mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap},
+    const Call<T> call{matrix(student, student), matrix(teacher, student), matrix(gradient, student), keeps_logits, student.size(1),
+                       Kind(kind), mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap},
                        data<T>(student_bias), data<T>(teacher_bias), data<T>(row_weight), data<int64_t>(labels), data<T>(label_weight),
                        data<T>(out[0]), data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])};
     at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });

@@ -26,6 +26,7 @@ from ..methods.teaching import Model
 from ..models.behaviour import forward_arguments
 from ..models.language_model import LanguageModel
 from ..models.load import save_vocabulary
+from ..ops.backends import prefer_backend
 from ..train.batches import counter_torch_generator
 from ..train.loop import NonFiniteError
 from ..train.parallel import StudentSide
@@ -67,6 +68,7 @@ class KDTrainer(Trainer):
         teacher: PreTrainedModel | Model | str | os.PathLike[str] | None = None,
         method: str | None = None,
         options: Mapping[str, Any] | None = None,
+        backend: str = "auto",
         **trainer: Any,
     ) -> None:
         """What Trainer is given, and what is learned.
@@ -78,12 +80,14 @@ class KDTrainer(Trainer):
             method: `kd`, `glmd` (word prediction) or `lm` on text, `crild` (logit distillation) or `finetune` on labelled tasks.
             options: the method's, by name. `completion_only` of `kd` is True for a decoder unless it is given: as in TRL's trainers, a
                 token without a label is in no term of the loss.
+            backend: kernels of the losses in this process: "auto", or "torch", "cpp", "triton" or "cuda".
             trainer: whatever else Trainer takes, by name.
 
         Raises:
             ValueError, TypeError: arguments that would be left out, or models that the method is not for.
         """
         _check_arguments(args, trainer)
+        prefer_backend(backend, args.device)
         if isinstance(model, Objective):
             if teacher is not None or method is not None or options is not None:
                 raise ValueError("model is an objective, which has its teacher and options; leave out teacher, method and options.")

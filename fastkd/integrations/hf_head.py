@@ -12,7 +12,7 @@ from torch.nn import functional
 from ..models.behaviour import base_model, uncompiled
 from ..models.language_model import LanguageModel, loss_head
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from ..ops.rows import LogitTransform
+from ..ops.row_call import LogitTransform
 from ..tasks.text import IGNORE_INDEX, shifted
 
 if TYPE_CHECKING:

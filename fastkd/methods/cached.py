@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..models.teacher_cache import TeacherCache
-from ..ops.linear_logits import LinearLogits, autocast_dtype, flatten_head
+from ..ops.backend_torch import transformed
+from ..ops.linear_logits import LinearLogits
+from ..ops.options import LossOptions, autocast_dtype
 from .teaching import DenseWords, Lesson, Taught, TopKWords
 
 Kind = Literal["dense", "topk"]
@@ -98,10 +100,12 @@ def _words(words: DenseWords, tokens: Tensor, form: CacheForm) -> dict[str, Tens
     assert words.weight is not None
     hidden = words.hidden[tokens]
     dtype = torch.promote_types(words.weight.dtype, torch.float32)
-    source = LinearLogits(flatten_head(hidden, words.weight, words.bias), None, _LOGIT_ROWS, dtype, autocast_dtype(hidden.device))
+    operand = LossOptions(operand_dtype=autocast_dtype(hidden.device)).operand
+    source = LinearLogits(hidden, words.weight, words.bias, None, _LOGIT_ROWS, dtype, operand)
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(hidden), _LOGIT_ROWS):
-        logits = words.transform.apply(source.logits(slice(start, min(start + _LOGIT_ROWS, len(hidden)))))
+        raw = source.logits(slice(start, min(start + _LOGIT_ROWS, len(hidden))))
+        logits = transformed(raw, source.bias, words.transform, dtype)
         for name, part in (_dense(logits, form) if form.kind == "dense" else _topk(logits, form)).items():
             parts.setdefault(name, []).append(part)
     return {name: torch.cat(part) for name, part in parts.items()}

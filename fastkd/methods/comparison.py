@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.language_model import LanguageModel, head_rows
-from ..ops.chunked import LossStats
+from ..ops.fused_loss import LossStats
 from ..ops.linear_kl import linear_kl_div
 from ..tasks.metrics import calibration_error
 from ..tasks.text import IGNORE_INDEX, TextBatch

@@ -32,7 +32,7 @@ from ..models.layer_map import LayerMap, layer_map
 from ..models.load import is_decoder
 from ..models.task_model import TaskModel
 from ..models.teacher_cache import CachedTeacher
-from ..ops.arguments import check_temperature
+from ..ops.checks import check_temperature
 from ..ops.projected_mse import projected_mse
 from ..ops.relation_kl import RelationTarget, relation_kl
 from .mixup import MixedBatch, partners

@@ -24,7 +24,7 @@ from ..models.cloze_scores import check_label_words, choice_scores, verbalizer_s
 from ..models.language_model import LanguageModel
 from ..models.task_model import TaskModel
 from ..models.teacher_cache import CachedTeacher
-from ..ops.arguments import check_temperature
+from ..ops.checks import check_temperature
 from ..ops.divergence import Divergence
 from ..tasks.cloze import ClozeBatch
 from ..tasks.cloze_task import ClozeTask

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.language_model import LanguageModel
 from ..models.teacher_cache import CachedTeacher
-from ..ops.arguments import check_temperature
+from ..ops.checks import check_temperature
 from ..ops.divergence import Divergence
 from ..tasks.text import IGNORE_INDEX, TextBatch
 from .language_modeling import check_mask_probability

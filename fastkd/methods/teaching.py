@@ -17,9 +17,9 @@ from torch import Tensor
 from ..models.capture import Captured, capture
 from ..models.language_model import LanguageModel, head_rows
 from ..models.task_model import TaskModel
-from ..ops.chunked import LossStats
+from ..ops.fused_loss import LossStats
 from ..ops.linear_kl import linear_kl_div
-from ..ops.rows import LogitTransform
+from ..ops.row_call import LogitTransform
 from ..ops.topk_kl import topk_kl_div
 
 Model = TaskModel | LanguageModel

@@ -32,7 +32,7 @@ from ..models.language_model import LanguageModel
 from ..models.layer_map import LayerMap, intervals, layer_map
 from ..models.task_model import TaskModel
 from ..models.teacher_cache import CachedTeacher
-from ..ops.arguments import check_temperature
+from ..ops.checks import check_temperature
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.projected_mse import projected_mse
 from ..tasks.labelled import Kind

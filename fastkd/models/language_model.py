@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..ops.rows import LogitTransform
+from ..ops.row_call import LogitTransform
 from ..tasks.text import IGNORE_INDEX, shifted
 from ..vocab.map import VocabMap
 from .behaviour import asked, forward_arguments, is_causal, probe_ids, uncompiled

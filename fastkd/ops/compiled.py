@@ -14,7 +14,7 @@ from typing import Any
 
 from ..store import open_own, sync, write_bytes_synced
 from .divergence import Divergence
-from .rows import LogitTransform
+from .row_call import LogitTransform
 
 logger = logging.getLogger("fastkd")
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
+
+from torch import Tensor
 
 _PLAIN = ("forward_kl", "reverse_kl", "tvd")
 _MIXED = {"jsd": "beta", "skew_kl": "alpha", "skew_rkl": "alpha"}
@@ -35,7 +39,7 @@ class Divergence:
             raise TypeError(f"kind is a {type(self.kind).__name__}; give a divergence's name.")
         if self.kind in _MIXED:
             name = _MIXED[self.kind]
-            if isinstance(self.mixing, bool) or not isinstance(self.mixing, (int, float)) or not 0.0 < self.mixing < 1.0:
+            if isinstance(self.mixing, bool) or not isinstance(self.mixing, Real) or not 0.0 < self.mixing < 1.0:
                 raise ValueError(
                     f"Divergence.{self.kind}({name}={self.mixing}) needs 0 < {name} < 1. At the ends it is another divergence "
                     "or zero: pass divergence='forward_kl' or 'reverse_kl' if that is what you mean."
@@ -86,3 +90,53 @@ class Divergence:
 
     def __str__(self) -> str:
         return self.kind if self.mixing is None else f"{self.kind}({self.mixing:g})"
+
+
+def value_and_coefficient(
+    divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, is_shard: bool = False
+) -> tuple[Tensor, Tensor]:
+    """D(p, q) per row (C,), and c = dD / d log q (C, V) with log q treated as free: dD / dz = c - q sum(c) for q = softmax(z).
+
+    p, q and their logarithms are (C, V), with is_shard some columns of whole rows. A token of zero probability adds nothing.
+    """
+    kind, mixing = divergence.kind, divergence.mixing
+    if kind == "forward_kl":
+        return weighted(p, log_p - log_q).sum(-1), -p
+    if kind == "reverse_kl":
+        terms = weighted(q, log_q - log_p)
+        return terms.sum(-1), terms + q
+    if kind == "tvd":
+        difference = q - p if is_shard else balance_(q - p, q, q.amax(-1) > 0.5)
+        return 0.5 * difference.abs().sum(-1), 0.5 * q * difference.sign()
+    assert mixing is not None
+    own, other = math.log(mixing), math.log1p(-mixing)
+    if kind == "jsd":
+        log_m = (log_p + own).logaddexp(log_q + other)
+        student_terms = weighted(q, log_q - log_m)
+        value = mixing * weighted(p, log_p - log_m).sum(-1) + (1.0 - mixing) * student_terms.sum(-1)
+        return value, student_terms.mul_(1.0 - mixing)
+    if kind == "skew_kl":
+        log_m = (log_p + own).logaddexp(log_q + other)
+        return weighted(p, log_p - log_m).sum(-1), -weighted(p, (log_q - log_m + other).exp())
+    log_m = (log_q + own).logaddexp(log_p + other)
+    terms = weighted(q, log_q - log_m)
+    return terms.sum(-1), terms + weighted(q, 1.0 - (log_q - log_m + own).exp())
+
+
+def balance_(terms: Tensor, student: Tensor, is_certain: Tensor) -> Tensor:
+    """Make a row's term at the student's largest entry minus the sum of the others where the student is certain.
+
+    For terms that sum to zero over a row: that one cancels where the student is nearly certain, and the others do not.
+    terms, student: (C, V), logits or probabilities; is_certain: (C,) bool, whether more than half of the mass lies there.
+    """
+    if not terms.shape[-1]:
+        return terms
+    peak = student.argmax(-1, keepdim=True)
+    own = terms.gather(-1, peak)
+    others = terms.scatter_(-1, peak, 0.0).sum(-1, keepdim=True)
+    return terms.scatter_(-1, peak, others.neg_().where(is_certain[:, None], own))
+
+
+def weighted(probability: Tensor, factor: Tensor) -> Tensor:
+    """probability * factor, with 0 * (anything, infinite or undefined) = 0."""
+    return (probability * factor).masked_fill_(probability == 0, 0.0)

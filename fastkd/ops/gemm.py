@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import backend_cpp
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _ROW_BYTES = 64
@@ -17,8 +17,8 @@ def row_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     return torch.empty(rows, -(-columns // multiple) * multiple, dtype=dtype, device=device)
 
 
-def multiplies_unraised(operand: torch.dtype, result: torch.dtype, device: torch.device) -> bool:
-    """Whether `mm_` takes operands of dtype `operand` into `result` as they are; otherwise they are to be raised to `result` first.
+def multiplies(operand: torch.dtype, result: torch.dtype, device: torch.device) -> bool:
+    """Whether `mm_` takes operands of dtype `operand` into `result` as they are; otherwise they are to be upcast to `result` first.
 
     True for equal dtypes, and for 16-bit operands into float32 where a library has that product: on CUDA, and on CPUs with MKL.
     """
@@ -26,7 +26,7 @@ def multiplies_unraised(operand: torch.dtype, result: torch.dtype, device: torch
         return True
     if operand not in _SIXTEEN_BITS or result != torch.float32:
         return False
-    return device.type == "cuda" or (device.type == "cpu" and operand in cpp.unraised_dtypes())
+    return device.type == "cuda" or (device.type == "cpu" and operand in backend_cpp.sixteen_bit_dtypes())
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
@@ -42,7 +42,7 @@ def mm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        cpp.mm_16bit_(out, _read_by_blas(a), _read_by_blas(b), accumulate)
+        backend_cpp.mm_16bit_(out, _read_by_blas(a), _read_by_blas(b), accumulate)
 
 
 def _read_by_blas(matrix: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ class GradFilter:
     Gradients are compared before the loss is divided by its denominator and multiplied by the upstream gradient: those of a token's
     own T^2 D, at most T for a token weight of 1, so that the threshold means the same for every batch. Replacing the small columns by
     their mean, row by row, keeps the sum of each row. Cut Cross-Entropy (arXiv:2411.09009) skips small blocks without that correction.
-    `statistics`: columns kept and mass dropped, (2, n), to be filled for the rows that pass through; None: not asked for.
+    `statistics`: columns kept (n,) and mass dropped (n,), to be filled for the tokens that pass through; None: not asked for.
     """
 
-    def __init__(self, threshold: float, statistics: Tensor | None) -> None:
+    def __init__(self, threshold: float, statistics: tuple[Tensor, Tensor] | None) -> None:
         self.threshold, self.statistics = threshold, statistics
 
     def split(self, rows: slice, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,6 +32,6 @@ class GradFilter:
         tail = (gradient.sum(1, dtype=dtype) - compact.sum(1, dtype=dtype)) / max(dropped, 1)
         if self.statistics is not None:
             total, remains = (torch.linalg.vector_norm(x, 1, dim=1, dtype=dtype) for x in (gradient, compact))
-            self.statistics[0, rows] = kept.numel() / gradient.shape[1]
-            self.statistics[1, rows] = torch.where(total > 0, (1 - remains / total).clamp_min(0), 0.0)
+            self.statistics[0][rows] = kept.numel() / gradient.shape[1]
+            self.statistics[1][rows] = torch.where(total > 0, (1 - remains / total).clamp_min(0), 0.0)
         return kept, compact, tail if dropped else torch.zeros_like(tail)

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from .arguments import (
-    LossOptions,
-    check_denominator,
-    check_row_tensors,
-    check_teacher,
-    check_vocab_index,
-    divergence_options,
-    leading_shape,
-    stats_options,
-)
-from .chunked import LossStats
+from .checks import check_denominator, check_teacher, check_token_tensors, check_vocab_index, leading_shape
 from .divergence import Divergence
-from .operator import chunked_loss
+from .fused_loss import LossStats, fused_loss
+from .options import LossOptions, divergence_options, statistics_option
 
 
 def kl_div(
@@ -101,12 +91,12 @@ def kl_div(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         backend=backend,
-        **stats_options(return_stats),
+        statistics=statistics_option(return_stats),
     )
-    mask, labels = check_row_tensors(leading, device, options, mask, labels)
-    return chunked_loss(
-        [student_logits.reshape(-1, student_logits.shape[-1])],
-        [teacher_logits.reshape(-1, teacher_logits.shape[-1])],
+    mask, labels = check_token_tensors(leading, device, options, mask, labels)
+    return fused_loss(
+        {"logits": student_logits.reshape(-1, student_logits.shape[-1])},
+        {"teacher_logits": teacher_logits.reshape(-1, teacher_logits.shape[-1])},
         options,
         leading,
         vocab_index=vocab_index,
@@ -114,90 +104,3 @@ def kl_div(
         labels=labels,
         denominator=check_denominator(denominator, reduction, device),
     )
-
-
-def kl_div_reference(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    divergence: str | Divergence = "forward_kl",
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    vocab_index: Tensor | None = None,
-    labels: Tensor | None = None,
-    label_weight: float = 0.0,
-    ignore_index: int = -100,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    reduction: str = "mean",
-    denominator: float | Tensor | None = None,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
-    backend: str = "auto",
-    return_stats: bool | Literal["losses"] = False,
-) -> Tensor | tuple[Tensor, LossStats]:
-    """The same value by plain torch and autograd, all rows at once, in the inputs' dtype: the oracle in float64.
-
-    `chunk_size`, `memory_budget` and `backend` are taken so that the call is the same, and change nothing.
-    """
-    divergence = Divergence.parse(divergence)
-    vocabulary = student_logits.shape[-1]
-    teacher_logits = teacher_logits.detach()
-    teacher_logits = teacher_logits[..., :vocabulary] if vocab_index is None else teacher_logits[..., vocab_index]
-
-    def transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-        logits = logits * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-    student = transformed(student_logits, student_logit_scale, student_softcap)
-    teacher = transformed(teacher_logits, teacher_logit_scale, teacher_softcap)
-    log_q, log_p = torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
-    values = temperature**2 * _reference_divergence(divergence, log_p, log_q)
-
-    leading = student_logits.shape[:-1]
-    weight = torch.ones(leading, dtype=values.dtype) if mask is None else mask.to(values.dtype)
-    cross_entropy, label_values = None, torch.zeros_like(values)
-    labelled = torch.zeros(leading, dtype=torch.bool)
-    if labels is not None:
-        labelled = labels != ignore_index
-        log_likelihood = torch.log_softmax(student, -1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
-        cross_entropy = torch.where(labelled, -log_likelihood, 0.0)
-        label_values = label_weight * cross_entropy
-    if reduction == "none":
-        loss = weight * (values + label_values)
-    elif reduction == "sum" or denominator is not None:
-        loss = (weight * (values + label_values)).sum()
-        loss = loss if denominator is None else loss / denominator
-    else:
-        loss = (weight * values).sum() / weight.sum().clamp_min(1e-300)
-        loss = loss + (weight * label_values).sum() / (weight * labelled).sum().clamp_min(1e-300)
-    if not return_stats:
-        return loss
-    present = (weight > 0).to(values.dtype)
-    if return_stats == "losses":
-        return loss, LossStats(values.detach() * present, None if cross_entropy is None else cross_entropy.detach() * present)
-    student_entropy, teacher_entropy = (-(x.exp() * x).sum(-1) * present for x in (log_q.detach(), log_p))
-    agreement = (log_q.argmax(-1) == log_p.argmax(-1)) * present
-    cross_entropy = None if cross_entropy is None else cross_entropy.detach() * present
-    return loss, LossStats(values.detach() * present, cross_entropy, student_entropy, teacher_entropy, agreement)
-
-
-def _reference_divergence(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
-    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        return (log_a.exp() * (log_a - log_b)).sum(-1)
-
-    if divergence.kind == "forward_kl":
-        return kl(log_p, log_q)
-    if divergence.kind == "reverse_kl":
-        return kl(log_q, log_p)
-    if divergence.kind == "tvd":
-        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
-    assert divergence.mixing is not None
-    own = divergence.mixing
-    first, second = (log_q, log_p) if divergence.kind == "skew_rkl" else (log_p, log_q)
-    log_m = (own * first.exp() + (1 - own) * second.exp()).log()
-    if divergence.kind == "jsd":
-        return own * kl(log_p, log_m) + (1 - own) * kl(log_q, log_m)
-    return kl(first, log_m)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_denominator, check_row_tensors, check_tensor, check_transform
-from .linear_logits import autocast_dtype, check_head, flatten_head
-from .operator import chunked_loss
+from .checks import check_denominator, check_tensor, check_token_tensors, check_transform
+from .fused_loss import fused_loss
+from .linear_logits import check_head
+from .options import LossOptions, autocast_dtype
 
 
 def linear_cross_entropy(
@@ -65,11 +65,11 @@ def linear_cross_entropy(
         backend=backend,
         operand_dtype=autocast_dtype(device),
     )
-    _, flat_labels = check_row_tensors(leading, device, options, None, labels)
+    _, flat_labels = check_token_tensors(leading, device, options, None, labels)
     assert flat_labels is not None
-    loss = chunked_loss(
-        flatten_head(hidden, weight, bias),
-        [],
+    loss = fused_loss(
+        {"hidden": hidden.reshape(-1, hidden.shape[-1]), "weight": weight, "bias": bias},
+        {},
         options,
         leading,
         mask=flat_labels != ignore_index,
@@ -78,29 +78,3 @@ def linear_cross_entropy(
     )
     assert not isinstance(loss, tuple)
     return loss
-
-
-def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    reduction: str = "mean",
-    denominator: float | Tensor | None = None,
-) -> Tensor:
-    """The same value by `torch.nn.functional.cross_entropy` on all logits at once, in the inputs' dtype."""
-    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    values = torch.nn.functional.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
-    ).view(labels.shape)
-    if reduction == "none":
-        return values
-    total = values.sum()
-    if reduction == "sum":
-        return total
-    return total / ((labels != ignore_index).sum().clamp_min(1) if denominator is None else denominator)

@@ -7,22 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .arguments import (
-    LossOptions,
-    check_denominator,
-    check_row_tensors,
-    check_teacher,
-    check_vocab_index,
-    divergence_options,
-    leading_shape,
-    stats_options,
-)
-from .chunked import LossStats
+from .checks import check_denominator, check_teacher, check_token_tensors, check_vocab_index, leading_shape
 from .divergence import Divergence
-from .kl import kl_div_reference
-from .linear_logits import autocast_dtype, check_head, flatten_head
-from .operator import chunked_loss
-from .vocab_parallel import check_group, vocab_parallel_loss
+from .fused_loss import LossStats, fused_loss
+from .linear_logits import check_head
+from .options import LossOptions, autocast_dtype, divergence_options, statistics_option
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,7 +43,6 @@ def linear_kl_div(
     backend: str = "auto",
     return_stats: bool | Literal["losses"] = False,
     grad_filter: float | None = None,
-    teacher_precision: str = "full",
     group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """T^2 D(softmax(z_t / T), softmax(z_s / T)) per token, with z = softcap(scale (h W^T + b)), reduced over tokens.
@@ -90,18 +78,17 @@ def linear_kl_div(
         backend: "auto", or "torch", "cpp", "triton" or "cuda"; one that cannot serve here is refused.
         return_stats: also return `LossStats`, per token and without gradient; "losses": of it the divergence and the cross-entropy
             alone, which cost nothing.
-        grad_filter: approximate, off by default. The two backward GEMMs run over those vocabulary columns alone in which the gradient
-            of some token of the chunk exceeds this (before the division by the denominator); the others are replaced by their mean,
-            token by token. `LossStats.columns_kept` and `.dropped_mass` say what it did. The value stays exact.
-        teacher_precision: "full", or approximate "fp8": the teacher's GEMM in float8 e4m3, on GPUs that have it (and slowly on CPUs).
+        grad_filter: approximate, off by default, on a CPU alone. The two backward GEMMs run over those vocabulary columns alone in
+            which the gradient of some token of the chunk exceeds this (before the division by the denominator); the others are replaced
+            by their mean, token by token. `LossStats.columns_kept` and `.dropped_mass` say what it did. The value stays exact.
         group: tensor-parallel heads. Every process of the group passes the same hidden states, mask and labels, and its own rows of
             both heads (with `teacher_weight=None` its own columns of the teacher's logits): the same ids in both, row by row. Shards
             may differ in size. The loss is that of the whole vocabulary, on every process. The gradient of `student_hidden` is summed
             over the group in the backward pass, so that it is complete, and equal, on every process: do not sum it again. Gradients of
             weight and bias are those of the shard. `labels` are positions in the shards as they stand one behind the other, in the
             order of ranks. A chunk of tokens takes two all-reduces (three for tvd, jsd, skew_kl and skew_rkl) of at most five numbers a
-            token. All processes must call, and go backward, alike. Not with vocab_index, return_stats, grad_filter,
-            teacher_precision="fp8" or compiled backends; under `torch.compile` the graph breaks here.
+            token. All processes must call, and go backward, alike. Not with vocab_index, return_stats, grad_filter
+            or compiled backends; under `torch.compile` the graph breaks here.
 
     Returns:
         The loss, () or with reduction="none" (...), in float32 (float64 for float64 inputs); with return_stats the pair of it and
@@ -113,7 +100,7 @@ def linear_kl_div(
     """
     is_shard = group is not None
     leading = check_head("student_", student_hidden, student_weight, student_bias, is_shard=is_shard)
-    if _check_teacher_side(teacher_hidden, teacher_weight, teacher_bias, teacher_precision, is_shard=is_shard) != leading:
+    if _check_teacher_side(teacher_hidden, teacher_weight, teacher_bias, is_shard=is_shard) != leading:
         raise ValueError(
             f"student_hidden has leading dims {tuple(leading)} and teacher_hidden {tuple(teacher_hidden.shape[:-1])}; "
             "both models must have seen the same tokens."
@@ -134,24 +121,28 @@ def linear_kl_div(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         backend=backend,
-        **stats_options(return_stats),
+        statistics=statistics_option(return_stats),
         grad_filter=grad_filter,
-        teacher_precision=teacher_precision,
         operand_dtype=autocast_dtype(device),
     )
-    mask, labels = check_row_tensors(leading, device, options, mask, labels)
+    mask, labels = check_token_tensors(leading, device, options, mask, labels)
     denominator = check_denominator(denominator, reduction, device)
-    student = flatten_head(student_hidden, student_weight, student_bias)
-    teacher = [teacher_hidden.flatten(0, -2)] if teacher_weight is None else flatten_head(teacher_hidden, teacher_weight, teacher_bias)
+    student = {"hidden": student_hidden.reshape(-1, student_hidden.shape[-1]), "weight": student_weight, "bias": student_bias}
+    teacher = {"teacher_hidden": teacher_hidden.flatten(0, -2), "teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
+    if teacher_weight is None:
+        teacher = {"teacher_logits": teacher_hidden.flatten(0, -2)}
     if group is not None:
+        # Imports torch.distributed and torch._dynamo, for which nobody else should wait.
+        from .vocab_parallel import check_group, vocab_parallel_loss
+
         check_group(group, vocab_index, options)
         return vocab_parallel_loss(student, teacher, options, leading, group, mask=mask, labels=labels, denominator=denominator)
     teacher_vocabulary = teacher_hidden.shape[-1] if teacher_weight is None else teacher_weight.shape[0]
     check_vocab_index(vocab_index, student_weight.shape[0], teacher_vocabulary, device)
-    return chunked_loss(student, teacher, options, leading, vocab_index=vocab_index, mask=mask, labels=labels, denominator=denominator)
+    return fused_loss(student, teacher, options, leading, vocab_index=vocab_index, mask=mask, labels=labels, denominator=denominator)
 
 
-def _check_teacher_side(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, precision: str, *, is_shard: bool) -> torch.Size:
+def _check_teacher_side(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, *, is_shard: bool) -> torch.Size:
     """Check a head with its hidden states, or logits that exist; return the leading dims."""
     if weight is not None:
         return check_head("teacher_", hidden, weight, bias, is_shard=is_shard)
@@ -161,33 +152,7 @@ def _check_teacher_side(hidden: Tensor, weight: Tensor | None, bias: Tensor | No
         raise ValueError(
             "teacher_bias was given without a teacher_weight: teacher_hidden then holds finished logits. Add the bias to them."
         )
-    if precision == "fp8":
-        raise ValueError(
-            "teacher_precision='fp8' is the teacher's GEMM, and without a teacher_weight there is none; leave it at 'full', or pass "
-            "the teacher's hidden states and weight."
-        )
     return leading
-
-
-def linear_kl_div_reference(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    **options: Any,
-) -> Tensor | tuple[Tensor, LossStats]:
-    """The same value by plain torch in the inputs' dtype, all logits at once: the oracle in float64.
-
-    `options` are those of `linear_kl_div` but grad_filter, teacher_precision and group.
-    """
-    student_logits = torch.nn.functional.linear(student_hidden, student_weight, student_bias)
-    teacher_logits = teacher_hidden
-    if teacher_weight is not None:
-        teacher_logits = torch.nn.functional.linear(teacher_hidden, teacher_weight, teacher_bias)
-    return kl_div_reference(student_logits, teacher_logits, **options)
 
 
 class LinearKLDivLoss(torch.nn.Module):

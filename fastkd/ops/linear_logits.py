@@ -1,138 +1,66 @@
-"""Logits of a linear head, a few rows at a time: hidden (N, H) times weight (V, H) transposed, plus bias (V,)."""
+"""A linear head as a source of logits, a few tokens at a time, and as a sink of their gradient: hidden (N, H) times weight (V, H)^T."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from .arguments import check_plain, check_teacher, leading_shape
-from .gemm import mm_, multiplies_unraised, row_buffer
+from .checks import check_plain, check_teacher, leading_shape
+from .gemm import mm_, multiplies, row_buffer
 from .grad_filter import GradFilter
+from .options import autocast_dtype
+from .plan import Plan
 
-# A weight that has to be raised to the compute dtype is, a tile at a time, so that no second copy of the head exists.
+# A weight that has to be upcast to the compute dtype is, a tile at a time, so that no second copy of the head exists.
 _TILE_ROWS = 4096
 
 
 class LinearLogits:
-    """A head and its hidden states as a source of logits (`TeacherSource`), and for the student as a sink of their gradient.
+    """A head and the hidden states of the tokens that count.
 
     Products are accumulated in `dtype`, float32 or float64, whatever the dtype of hidden states and weight: 16-bit operands are exact
-    in float32, and their logits are never rounded back. Where 16-bit operands are multiplied as they are, the logits' gradient is
-    rounded to 16 bits and lies over the first half of its float32 logits. The inputs' gradients accumulate in `dtype`.
+    in float32, and their logits are never rounded back. The bias is the row kernel's.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H).
+        bias: (V,) or None.
+        valid: (n,) the tokens that count; None: all.
+        tokens: how many tokens' logits are made at a time.
+        dtype: of the logits.
+        operand: what hidden states and weight are cast to first; None: nothing.
     """
 
     def __init__(
         self,
-        tensors: Sequence[Tensor],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         valid: Tensor | None,
-        rows: int,
+        tokens: int,
         dtype: torch.dtype,
-        operand_dtype: torch.dtype | None,
-        *,
-        needs_grad: Sequence[bool] = (),
-        grad_filter: GradFilter | None = None,
-        adds_bias: bool = True,
+        operand: torch.dtype | None,
     ) -> None:
-        """adds_bias: the bias is in the logits; else it is left to the row kernel, as `late_bias`."""
-        hidden, weight, *bias = tensors
+        self.dtype, self.operand = dtype, operand or weight.dtype
+        self.upcasts = not multiplies(self.operand, dtype, weight.device)
+        packed = (hidden if valid is None else hidden.index_select(0, valid)).to(self.operand)
+        self.hidden = packed.to(dtype) if self.upcasts else packed
+        self.weight = weight.to(self.operand)
+        self.bias = None if bias is None else bias.to(dtype)
         vocabulary, width = weight.shape
-        operand = operand_dtype or weight.dtype
-        raises = not multiplies_unraised(operand, dtype, weight.device)
-        self.tokens, self.valid, self.dtype = hidden.shape[0], valid, dtype
-        packed = hidden if valid is None else hidden.index_select(0, valid)
-        self.hidden = packed.to(operand).to(dtype if raises else operand)
-        self.weight = weight.to(operand)
-        own_bias = bias[0].to(dtype) if bias else None
-        self.bias = own_bias if adds_bias else None
-        self.late_bias = None if adds_bias else own_bias
-        self.tile = weight.new_empty(min(_TILE_ROWS, vocabulary), width, dtype=dtype) if raises else None
-        buffer = row_buffer(rows, vocabulary, dtype, weight.device)
-        self.buffer = buffer[:, :vocabulary]
-        self.gradient_buffer = self.buffer if raises else buffer.view(operand)[:, :vocabulary]
-        # The first chunk writes, later ones add; nothing is filled with zeros first.
-        self.first = True
-        shapes = [self.hidden.shape, weight.shape, weight.shape[:1]]
-        self.wanted = [*needs_grad, False, False, False][:3]
-        self.grad_hidden, self.grad_weight, self.grad_bias = (
-            weight.new_empty(shape if wanted else 0, dtype=dtype) for shape, wanted in zip(shapes, self.wanted, strict=True)
-        )
-        self.bias_sum = torch.empty_like(self.grad_bias)
-        self.results = len(tensors)
-        self.grad_filter = grad_filter
-        if grad_filter is not None:
-            self.weight_sum = self.weight.sum(0, dtype=dtype)
+        self.tile = weight.new_empty(min(_TILE_ROWS, vocabulary), width, dtype=dtype) if self.upcasts else None
+        self.buffer = row_buffer(tokens, vocabulary, dtype, weight.device)
 
-    def logits(self, rows: slice) -> Tensor:
-        """(rows, V) in the compute dtype; see `TeacherSource`."""
-        out = self.buffer[: rows.stop - rows.start]
-        for columns, weight in self._tiles():
-            mm_(out[:, columns], self.hidden[rows], weight.T)
-        return out if self.bias is None else out.add_(self.bias)
+    def logits(self, part: slice) -> Tensor:
+        """The logits of these of the tokens that count, (tokens, V), in a buffer that the next call overwrites."""
+        out = self.buffer[: part.stop - part.start, : self.weight.shape[0]]
+        for columns, weight in self.weight_tiles():
+            mm_(out[:, columns], self.hidden[part], weight.T)
+        return out
 
-    def gradient_target(self, rows: slice) -> Tensor:
-        """(rows, V), over the logits of these rows; see `StudentSource`."""
-        return self.gradient_buffer[: rows.stop - rows.start]
-
-    def collect(self, rows: slice) -> None:
-        """Add what the gradient of the logits of `rows` gives to hidden states, weight and bias; see `StudentSource`."""
-        gradient = self.gradient_target(rows)
-        wants_hidden, wants_weight, wants_bias = self.wanted
-        if self.grad_filter is not None:
-            self._collect_filtered(self.grad_filter, rows, gradient)
-            return
-        if wants_hidden:
-            for columns, weight in self._tiles():
-                mm_(self.grad_hidden[rows], gradient[:, columns], weight, accumulate=columns.start > 0)
-        if wants_weight:
-            mm_(self.grad_weight, gradient.T, self.hidden[rows], accumulate=not self.first)
-        if wants_bias:
-            torch.sum(gradient, 0, dtype=self.dtype, out=self.grad_bias if self.first else self.bias_sum)
-            if not self.first:
-                self.grad_bias.add_(self.bias_sum)
-        self.first = False
-
-    def _collect_filtered(self, grad_filter: GradFilter, rows: slice, gradient: Tensor) -> None:
-        """The gradient with its small columns replaced by their mean: products over the kept columns, and one of rank 1."""
-        kept, gradient, tail = grad_filter.split(rows, gradient, self.dtype)
-        wants_hidden, wants_weight, wants_bias = self.wanted
-        if self.first:
-            self.grad_weight.zero_()
-            self.grad_bias.zero_()
-            self.tail_weight, self.tail_bias = torch.zeros_like(self.weight_sum), torch.zeros_like(self.weight_sum[0])
-            self.first = False
-        if wants_hidden:
-            weight = self.weight.index_select(0, kept).to(gradient.dtype)
-            mm_(self.grad_hidden[rows], gradient, weight)
-            self.grad_hidden[rows].addr_(tail, self.weight_sum - weight.sum(0, dtype=self.dtype))
-        # What every row of the head gets from the tail is added once at the end, and taken back here from the rows that are kept.
-        if wants_weight:
-            hidden = self.hidden[rows]
-            product = self.grad_weight.new_empty(kept.numel(), hidden.shape[1])
-            mm_(product, gradient.T, hidden)
-            shared = tail @ hidden.to(self.dtype)
-            self.grad_weight.index_add_(0, kept, product.sub_(shared))
-            self.tail_weight += shared
-        if wants_bias:
-            self.grad_bias.index_add_(0, kept, gradient.sum(0, dtype=self.dtype) - tail.sum())
-            self.tail_bias += tail.sum()
-
-    def gradients(self) -> list[Tensor]:
-        """Of hidden states (N, H), weight (V, H), and the bias (V,) if there is one, in the compute dtype; empty where not wanted."""
-        results = [self.grad_hidden, self.grad_weight, self.grad_bias][: self.results]
-        if self.first:  # no rows at all
-            for gradient in results:
-                gradient.zero_()
-        elif self.grad_filter is not None:
-            self.grad_weight += self.tail_weight if self.wanted[1] else 0
-            self.grad_bias += self.tail_bias
-        if self.valid is not None and self.wanted[0]:
-            full = self.grad_hidden.new_zeros(self.tokens, self.grad_hidden.shape[1])
-            results[0] = full.index_copy_(0, self.valid, self.grad_hidden)
-        return results
-
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+    def weight_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the head, those rows as GEMMs take them)."""
         vocabulary = self.weight.shape[0]
         if self.tile is None:
@@ -145,9 +73,113 @@ class LinearLogits:
             yield columns, tile
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that GEMM operands take under torch.autocast on `device`; None outside it."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+def gradient_dtype(x: Tensor, operand: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What the gradient of a head's input `x` is kept in until the backward pass.
+
+    On a GPU bfloat16 is, for its products round once to it; elsewhere the compute dtype. float16 might overflow before the division by
+    the number of tokens.
+    """
+    return torch.bfloat16 if x.is_cuda and operand == torch.bfloat16 else dtype
+
+
+class LinearGradients:
+    """The gradients of a head's hidden states, weight and bias, from the gradient of its logits, one backward chunk after the other.
+
+    Where 16-bit operands are multiplied as they are, the logits' gradient is rounded to 16 bits. Sums over chunks are in the compute
+    dtype.
+
+    Args:
+        source: of the logits, in parts of `plan`.
+        plan: in place, the logits' gradient lies over them; else it has a buffer for a backward chunk.
+        needs_grad: by name: "hidden", "weight", "bias".
+        grad_filter: leaves columns out of the products.
+    """
+
+    def __init__(self, source: LinearLogits, plan: Plan, needs_grad: Mapping[str, bool], grad_filter: GradFilter | None) -> None:
+        self.source, self.plan, self.needs_grad, self.grad_filter = source, plan, needs_grad, grad_filter
+        vocabulary = source.weight.shape[0]
+        device, dtype = source.weight.device, source.dtype
+        element = dtype if source.upcasts else source.operand
+        if plan.in_place:
+            self.buffer = source.buffer.view(element)[:, :vocabulary]
+        else:
+            self.buffer = row_buffer(plan.backward_tokens, vocabulary, element, device)[:, :vocabulary]
+        shapes = {"hidden": source.hidden.shape, "weight": source.weight.shape, "bias": source.weight.shape[:1]}
+        kept = gradient_dtype(source.weight, source.operand, dtype)
+        # A sum over several chunks is rounded at its end only.
+        dtypes = {"hidden": kept, "weight": kept if plan.chunks == 1 else dtype, "bias": dtype}
+        self.made = {
+            name: torch.empty(shape if needs_grad.get(name) else 0, dtype=dtypes[name], device=device) for name, shape in shapes.items()
+        }
+        self.bias_sum = torch.empty_like(self.made["bias"])
+        # The first chunk writes, later ones add; nothing is filled with zeros first.
+        self.first = True
+        if grad_filter is not None:
+            self.weight_sum = source.weight.sum(0, dtype=dtype)
+
+    def target(self, chunk: slice, part: slice) -> Tensor:
+        """Where the gradient of the logits of `part` of `chunk` is to be written, (tokens, V)."""
+        return self.buffer[part.start - chunk.start : part.stop - chunk.start]
+
+    def collect(self, chunk: slice) -> None:
+        """Add what the gradient of the chunk's logits gives."""
+        gradient, hidden = self.target(chunk, chunk), self.source.hidden[chunk]
+        if self.grad_filter is not None:
+            self._collect_filtered(self.grad_filter, chunk, gradient)
+            return
+        if self.needs_grad["hidden"]:
+            for columns, weight in self.source.weight_tiles():
+                mm_(self.made["hidden"][chunk], gradient[:, columns], weight, accumulate=columns.start > 0)
+        if self.needs_grad["weight"]:
+            mm_(self.made["weight"], gradient.T, hidden, accumulate=not self.first)
+        if self.needs_grad.get("bias"):
+            bias = self.made["bias"]
+            torch.sum(gradient, 0, dtype=bias.dtype, out=bias if self.first else self.bias_sum)
+            if not self.first:
+                bias.add_(self.bias_sum)
+        self.first = False
+
+    def _collect_filtered(self, grad_filter: GradFilter, chunk: slice, gradient: Tensor) -> None:
+        """The gradient with its small columns replaced by their mean: products over the kept columns, and one of rank 1."""
+        dtype, weight_grad, bias_grad = self.source.dtype, self.made["weight"], self.made["bias"]
+        kept, gradient, tail = grad_filter.split(chunk, gradient, dtype)
+        if self.first:
+            weight_grad.zero_()
+            bias_grad.zero_()
+            self.tail_weight, self.tail_bias = torch.zeros_like(self.weight_sum), torch.zeros_like(self.weight_sum[0])
+            self.first = False
+        if self.needs_grad["hidden"]:
+            weight = self.source.weight.index_select(0, kept).to(gradient.dtype)
+            mm_(self.made["hidden"][chunk], gradient, weight)
+            self.made["hidden"][chunk].addr_(tail, self.weight_sum - weight.sum(0, dtype=dtype))
+        # What every row of the head gets from the tail is added once at the end, and taken back here from the rows that are kept.
+        if self.needs_grad["weight"]:
+            hidden = self.source.hidden[chunk]
+            product = weight_grad.new_empty(kept.numel(), hidden.shape[1])
+            mm_(product, gradient.T, hidden)
+            shared = tail @ hidden.to(dtype)
+            weight_grad.index_add_(0, kept, product.sub_(shared))
+            self.tail_weight += shared
+        if self.needs_grad.get("bias"):
+            bias_grad.index_add_(0, kept, gradient.sum(0, dtype=dtype) - tail.sum())
+            self.tail_bias += tail.sum()
+
+    def gradients(self, valid: Tensor | None, tokens: int) -> dict[str, Tensor]:
+        """By name: hidden (tokens, H), weight (V, H) and bias (V,), of `gradient_dtype`; empty where not wanted.
+
+        valid: (n,) which of the tokens were counted; None: all.
+        """
+        made = dict(self.made)
+        if self.first:  # no tokens at all
+            for gradient in made.values():
+                gradient.zero_()
+        elif self.grad_filter is not None:
+            made["weight"] += self.tail_weight if self.needs_grad["weight"] else 0
+            made["bias"] += self.tail_bias
+        if valid is not None and self.needs_grad["hidden"]:
+            made["hidden"] = made["hidden"].new_zeros(tokens, made["hidden"].shape[1]).index_copy_(0, valid, made["hidden"])
+        kept = gradient_dtype(self.source.weight, self.source.operand, self.source.dtype)
+        return {name: x.to(kept) for name, x in made.items()}
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, is_shard: bool = False) -> torch.Size:
@@ -183,8 +215,3 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
             f"{prefix}hidden has dtype {hidden.dtype} and {prefix}weight {weight.dtype}; cast one, or call under torch.autocast."
         )
     return leading
-
-
-def flatten_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """As the chunked pass takes them: hidden states (N, H), weight, and the bias if there is one."""
-    return [hidden.reshape(-1, hidden.shape[-1]), weight, *([] if bias is None else [bias])]

@@ -1,9 +1,14 @@
-"""How many tokens are turned into logits at a time.
+"""How many tokens are turned into logits, and into gradients, at a time.
 
-The chunk follows from a memory budget and from the hardware's knee, never from V / H: below about 512 rows the weight-gradient GEMM
-is bound by reading and writing dW (the knee is where 4 flops-per-byte rows amortise it), above it more rows only cost memory. The
-teacher has no weight gradient, so its logits can be made a quarter of a chunk at a time: always on a GPU; on a CPU, where smaller
-products are slower (by 8 % of the whole loss, measured), only where the budget does not hold two chunks at the knee.
+The sizes follow from a memory budget and from the hardware, never from V / H.
+
+On a CPU one chunk serves for both: the gradient lies over the student's logits, which a row kernel has just had in its cache. Below
+about 512 tokens the weight-gradient GEMM is bound by reading and writing dW; above 1024 more tokens only leave the cache. The teacher
+has no weight gradient: where the budget does not hold two such chunks, its logits are made a quarter of a chunk at a time.
+
+On a GPU the row kernel needs float32 logits of both models for a few tokens only, and the products that take a gradient back want many:
+a forward part is a multiple of the GEMM's tile, a backward chunk as many parts as the budget holds. Where the gradient of all tokens
+takes no more than the budget and what a float32 dW would, one backward chunk holds them: dW is then a single product, rounded once.
 """
 
 from __future__ import annotations
@@ -13,51 +18,62 @@ from dataclasses import dataclass
 
 import torch
 
-KNEE_ROWS = 512
-ROW_MULTIPLE = 128
-TEACHER_PARTS = 4
+KNEE_TOKENS = 512
+CPU_MULTIPLE = 128
+CPU_TEACHER_PARTS = 4
 CPU_BUDGET = 160 << 20
-CPU_ROWS = 1024
+CPU_TOKENS = 1024
+GPU_TILE = 128
+"""Rows of a GEMM's tile; two of them where the budget has room."""
 GPU_BUDGET_LIMIT = 1 << 30
 GPU_BUDGET_SHARE = 0.02
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A chunking of `tokens` rows: chunks of at most `chunk_rows` student rows, each in parts of at most `teacher_rows` rows.
+    """Backward chunks of at most `backward_tokens`, whose student logits are made `forward_tokens` at a time.
 
-    `teacher_rows` is 0 where no teacher logits are made. `buffer_bytes` of logits are alive at most.
+    The teacher's are made `teacher_tokens` at a time, 0 where there is no teacher. `in_place`: the gradient of a chunk lies over its
+    student logits; else it has a buffer of its own. At most `buffer_bytes` of logits and gradient are alive.
     """
 
     tokens: int
     vocabulary: int
-    chunk_rows: int
-    teacher_rows: int
+    backward_tokens: int
+    forward_tokens: int
+    teacher_tokens: int
+    in_place: bool
     buffer_bytes: int
+    dense_bytes: int
+    """What the logits of all tokens and their gradient would take."""
 
     @property
     def chunks(self) -> int:
-        """How many chunks there are."""
-        return -(-self.tokens // self.chunk_rows)
+        """How many backward chunks there are."""
+        return -(-self.tokens // self.backward_tokens)
 
-    def slices(self) -> Iterator[slice]:
-        """The chunks, in order."""
-        return _slices(0, self.tokens, self.chunk_rows)
+    def backward_chunks(self) -> Iterator[slice]:
+        """The backward chunks, in order."""
+        return _slices(0, self.tokens, self.backward_tokens)
 
-    def parts(self, chunk: slice) -> Iterator[slice]:
-        """The parts of a chunk, as rows of the whole."""
-        return _slices(chunk.start, chunk.stop, self.teacher_rows or self.chunk_rows)
+    def forward_parts(self, chunk: slice) -> Iterator[slice]:
+        """The forward parts of a backward chunk, as tokens of the whole."""
+        return _slices(chunk.start, chunk.stop, self.forward_tokens)
+
+    def teacher_parts(self, part: slice) -> Iterator[slice]:
+        """The teacher's parts of a forward part, as tokens of the whole."""
+        return _slices(part.start, part.stop, self.teacher_tokens or self.forward_tokens)
 
     def __str__(self) -> str:
-        dense = self.buffer_bytes / (self.chunk_rows + self.teacher_rows) * self.tokens * (2 if self.teacher_rows else 1)
+        forward = "" if self.in_place else f", logits made {self.forward_tokens} tokens at a time"
         return (
-            f"{self.tokens} tokens x {self.vocabulary} vocabulary in {self.chunks} chunk(s) of {self.chunk_rows} rows: "
-            f"{self.buffer_bytes / 2**20:.1f} MiB of logits alive instead of {dense / 2**20:.1f} MiB"
+            f"{self.tokens} tokens x {self.vocabulary} vocabulary in {self.chunks} chunk(s) of {self.backward_tokens} tokens{forward}: "
+            f"{self.buffer_bytes / 2**20:.1f} MiB alive instead of {self.dense_bytes / 2**20:.1f} MiB"
         )
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes of logits that may be alive: 160 MiB on CPU; on a GPU 2 % of its memory, at most 1 GiB."""
+    """Bytes of logits and gradient that may be alive: 160 MiB on a CPU; on a GPU 2 % of its memory, at most 1 GiB."""
     if device.type == "cuda":
         return min(GPU_BUDGET_LIMIT, int(GPU_BUDGET_SHARE * torch.cuda.get_device_properties(device).total_memory))
     return CPU_BUDGET
@@ -69,47 +85,82 @@ def plan_chunks(
     *,
     device: torch.device | str = "cpu",
     element_size: int = 4,
+    gradient_size: int | None = None,
+    hidden_size: int = 0,
     has_teacher: bool = True,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> Plan:
-    """Plan `tokens` rows of logits, with or without a teacher's beside them.
+    """Plan the logits of `tokens`, with or without a teacher's beside them.
 
     Chunks are equalised so that no tiny one is left at the end.
 
     Args:
-        tokens: rows.
-        vocabulary: elements of a row.
-        device: where the logits are made; the default budget and the number of parts depend on it.
-        element_size: bytes of an element.
+        tokens: how many.
+        vocabulary: logits of a token.
+        device: where they are made.
+        element_size: bytes of a logit.
+        gradient_size: bytes of an element of the gradient; None: those of a logit.
+        hidden_size: width of the student's head, where its weight takes a gradient; 0: it does not.
         has_teacher: whether a teacher's logits are made beside the student's.
-        chunk_size: rows of a chunk; if given, it decides alone.
-        memory_budget: bytes that may be alive: as many rows as they hold. None: `default_budget`, and then at least the knee (512
-            rows), and on a CPU at most 1024.
+        chunk_size: tokens of a backward chunk; if given, it decides alone.
+        memory_budget: bytes that may be alive: as many tokens as they hold. None: `default_budget`, and then at least 512 tokens.
 
     Returns:
         The plan; printed, it says what is alive instead of what.
     """
-    device, row_bytes = torch.device(device), max(1, element_size * vocabulary)
+    device = torch.device(device)
+    logit_bytes, gradient_bytes = (max(1, size * vocabulary) for size in (element_size, gradient_size or element_size))
     budget = default_budget(device) if memory_budget is None else memory_budget
-    parts = TEACHER_PARTS if device.type == "cuda" or budget < 2 * KNEE_ROWS * row_bytes else 1
-    if chunk_size is not None:
-        rows = min(chunk_size, tokens)
+    least = 1 if memory_budget is not None else KNEE_TOKENS
+    if device.type == "cuda":
+        models = 2 if has_teacher else 1
+        forward = min(_gpu_part(budget, models * logit_bytes, gradient_bytes), max(tokens, 1))
+        if chunk_size is None:
+            saved = 4 * vocabulary * hidden_size
+            if tokens * gradient_bytes <= budget + saved:
+                backward = tokens
+            else:
+                fitting = max((budget - models * forward * logit_bytes) // gradient_bytes, least)
+                backward = _even(tokens, fitting // forward * forward or fitting, forward)
+        else:
+            backward = min(chunk_size, tokens)
+        backward = max(backward, 1)
+        forward = min(forward, backward)
+        teacher = forward if has_teacher else 0
+        alive = models * forward * logit_bytes + backward * gradient_bytes
     else:
-        fitting = budget // row_bytes
-        if has_teacher:
-            fitting -= -(-fitting // (parts + 1))
-        if memory_budget is None:
-            # On a CPU a larger chunk of a small vocabulary would only leave the cache.
-            fitting = max(fitting if device.type == "cuda" else min(fitting, CPU_ROWS), KNEE_ROWS)
-        rows = min(max(fitting, 1), tokens)
-        if 0 < rows < tokens:
-            even = -(-tokens // -(-tokens // rows))
-            rounded = -(-even // ROW_MULTIPLE) * ROW_MULTIPLE
-            rows = rounded if rounded <= rows else even
-    rows = max(rows, 1)
-    teacher_rows = -(-rows // parts) if has_teacher else 0
-    return Plan(tokens, vocabulary, rows, teacher_rows, (rows + teacher_rows) * row_bytes if tokens else 0)
+        parts = CPU_TEACHER_PARTS if budget < 2 * KNEE_TOKENS * logit_bytes else 1
+        if chunk_size is None:
+            fitting = budget // logit_bytes
+            if has_teacher:
+                fitting -= -(-fitting // (parts + 1))
+            if memory_budget is None:
+                fitting = max(min(fitting, CPU_TOKENS), least)
+            backward = _even(tokens, fitting, CPU_MULTIPLE)
+        else:
+            backward = min(chunk_size, tokens)
+        forward = backward = max(backward, 1)
+        teacher = -(-backward // parts) if has_teacher else 0
+        alive = (backward + teacher) * logit_bytes
+    dense = tokens * ((1 + has_teacher) * logit_bytes + (gradient_bytes if device.type == "cuda" else 0))
+    return Plan(tokens, vocabulary, backward, forward, teacher, device.type != "cuda", alive if tokens else 0, dense)
+
+
+def _gpu_part(budget: int, token_bytes: int, gradient_bytes: int) -> int:
+    """Tokens of a forward part: two tiles where they leave the budget as many for the gradient again, else one."""
+    part = 2 * GPU_TILE
+    return part if part * (token_bytes + 2 * gradient_bytes) <= budget else GPU_TILE
+
+
+def _even(tokens: int, fitting: int, multiple: int) -> int:
+    """Tokens of a chunk: at most `fitting`, of nearly one size, and a multiple of `multiple` if such a one fits."""
+    size = min(max(fitting, 1), tokens)
+    if not 0 < size < tokens:
+        return size
+    even = -(-tokens // -(-tokens // size))
+    rounded = -(-even // multiple) * multiple
+    return rounded if rounded <= size else even
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:

@@ -1,27 +1,27 @@
 """`projected_mse`: the mean squared distance between two models' filtered states, without the filtered states (TED, arXiv:2210.01351).
 
-Gradients are made in the forward pass and multiplied by the upstream gradient in the backward pass. With reduction="none", where every
-token has an upstream gradient of its own, the pass is made again in the backward pass.
+A chunk of residuals at a time is squared, reduced and turned into the student's gradients in cache. The residual of two filtered states
+is one product, [H_s | H_t] [W_s | -W_t]^T: neither it nor a filtered state is ever kept. Masked tokens are packed out chunk by chunk;
+their number is read from the device once, and while a CUDA graph is captured, where nothing can be read, they stay in with weight zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_plain, check_row_tensors, check_teacher, compute_dtype, leading_shape
-from .linear_logits import autocast_dtype
-from .operator import finished_gradients
-from .residual import empty_gradients, residual_pass
+from .checks import check_plain, check_teacher, check_token_tensors, check_token_values, compute_dtype, leading_shape
+from .gemm import mm_, multiplies
+from .gradient_in_forward import Results, pack, register, unpack
+from .options import LossOptions, autocast_dtype
+from .plan import KNEE_TOKENS, Plan, plan_chunks
+from .token_weights import TokenWeights, token_weights
 
-_SCHEMA = (
-    "(Tensor student_states, Tensor? student_weight, Tensor? student_bias, Tensor teacher_states, Tensor? teacher_weight, "
-    "Tensor? teacher_bias, Tensor? mask, Tensor? upstream, bool[] needs_grad, *, str reduction, int? chunk_size, int? memory_budget, "
-    "ScalarType? operand_dtype) -> (Tensor, Tensor, Tensor[])"
-)
+# Bytes of residual in a chunk, unless that is fewer tokens than the weight gradient's knee: what a cache holds.
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 
 
 def projected_mse(
@@ -74,24 +74,16 @@ def projected_mse(
     if teacher_states.device != device:
         raise ValueError(f"teacher_states is on {teacher_states.device} and student_states on {device}; move them together.")
     options = LossOptions(reduction=reduction, chunk_size=chunk_size, memory_budget=memory_budget, operand_dtype=autocast_dtype(device))
-    mask, _ = check_row_tensors(leading, device, options, mask, None)
-    student = (student_states, student_weight, student_bias)
+    mask, _ = check_token_tensors(leading, device, options, mask, None)
+    student = {"states": student_states.reshape(-1, student_states.shape[-1]), "weight": student_weight, "bias": student_bias}
+    constants = {
+        "teacher_states": teacher_states.reshape(-1, teacher_states.shape[-1]),
+        "teacher_weight": teacher_weight,
+        "teacher_bias": teacher_bias,
+        "mask": mask,
+    }
     loss: Tensor
-    loss, _, _ = _operator(
-        student_states.reshape(-1, student_states.shape[-1]),
-        student_weight,
-        student_bias,
-        teacher_states.reshape(-1, teacher_states.shape[-1]),
-        teacher_weight,
-        teacher_bias,
-        mask,
-        None,
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student],
-        reduction=reduction,
-        chunk_size=chunk_size,
-        memory_budget=memory_budget,
-        operand_dtype=options.operand_dtype,
-    )
+    loss, _, _, _ = _operator(*pack(student, constants, options.to_text(), deferred=reduction == "none"))
     return loss.view(leading) if reduction == "none" else loss
 
 
@@ -124,110 +116,170 @@ def _check_side(side: str, states: Tensor, weight: Tensor | None, bias: Tensor |
     return leading, width
 
 
-def _forward(
-    student_states: Tensor,
-    student_weight: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_states: Tensor,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    mask: Tensor | None,
-    upstream: Tensor | None,
-    needs_grad: Sequence[bool],
-    **scalars: Any,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Loss, `factor`, and gradients that lack `factor`, and the upstream gradient unless it is given."""
-    options = LossOptions(**scalars)
-    if upstream is None and options.reduction == "none":
-        needs_grad = [False] * 3
-    student, teacher = (student_states, student_weight, student_bias), (teacher_states, teacher_weight, teacher_bias)
-    return residual_pass(student, teacher, mask, upstream, needs_grad, options)
+def _make(student: list[Tensor], constants: list[Tensor], upstream: Tensor | None, needs_grad: list[bool], call: str) -> Results:
+    inputs = unpack(student, constants, upstream, needs_grad, call)
+    options, learned, given = LossOptions.from_text(inputs.options), inputs.student, inputs.constants
+    states, teacher_states, mask = learned["states"], given["teacher_states"], given.get("mask")
+    weight, teacher_weight = learned.get("weight"), given.get("teacher_weight")
+    tokens, width = states.shape[0], states.shape[1] if weight is None else weight.shape[0]
+    check_token_values(options, width, mask, None)
+    dtype = compute_dtype(states, teacher_states)
+    weights = token_weights(options, tokens, dtype, states.device, mask, None, None)
+    plan = _plan(weights.token.numel(), width, states.device, dtype, options)
+    token, peak = _gradient_weights(weights, mask, inputs.upstream)
+    own = _Side(states, weight, weights.valid, dtype, options.operand)
+    other = _Side(teacher_states, None if teacher_weight is None else -teacher_weight, weights.valid, dtype, options.operand)
+    bias, teacher_bias = learned.get("bias"), given.get("teacher_bias")
+    biases = [x.to(dtype) for x in (bias, None if teacher_bias is None else -teacher_bias) if x is not None]
+    shift = torch.stack(biases).sum(0) if biases else None
+    made = {
+        name: states.new_empty(x.shape if inputs.needs_grad[name] else 0, dtype=_gradient_dtype(name, x, dtype))
+        for name, x in learned.items()
+    }
+    sink = _Gradients(own, made, inputs.needs_grad, plan, dtype)
+    buffer = states.new_empty(plan.backward_tokens, width, dtype=dtype)
+    values = states.new_empty(plan.tokens, dtype=dtype)
+    for chunk in plan.backward_chunks():
+        residual = buffer[: chunk.stop - chunk.start]
+        own_states, other_states = own.states_of(chunk), other.states_of(chunk)
+        if own.weight is None:
+            residual.copy_(own_states)
+        else:
+            mm_(residual, own_states, own.weight.T)
+        if other.weight is None:
+            residual.sub_(other_states)
+        else:
+            mm_(residual, other_states, other.weight.T, accumulate=True)
+        if shift is not None:
+            residual.add_(shift)
+        torch.linalg.vector_norm(residual, dim=1, out=values[chunk])
+        if inputs.makes_gradients:
+            sink.collect(chunk, residual if token is None else residual.mul_(token[chunk, None]), own_states)
+    total = weights.token * values.square_() / width
+    loss = weights.spread(total, tokens) if options.reduction == "none" else total.sum() * weights.scale
+    return loss, weights.scale * peak * (2 / width), states.new_empty(0, dtype=dtype), list(made.values())
 
 
-_operator = torch.library.custom_op("fastkd::projected_mse", _forward, mutates_args=(), schema=_SCHEMA)
+def _fake(student: list[Tensor], constants: list[Tensor], upstream: Tensor | None, needs_grad: list[bool], call: str) -> Results:
+    inputs = unpack(student, constants, upstream, needs_grad, call)
+    options, states = LossOptions.from_text(inputs.options), inputs.student["states"]
+    dtype = compute_dtype(states, inputs.constants["teacher_states"])
+    made = [
+        x.new_empty(x.shape if inputs.needs_grad[name] else 0, dtype=_gradient_dtype(name, x, dtype))
+        for name, x in inputs.student.items()
+    ]
+    loss = states.new_empty(states.shape[0] if options.reduction == "none" else (), dtype=dtype)
+    return loss, states.new_empty((), dtype=dtype), states.new_empty(0, dtype=dtype), made
 
 
-@_operator.register_fake
-def _fake(
-    student_states: Tensor,
-    student_weight: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_states: Tensor,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    mask: Tensor | None,
-    upstream: Tensor | None,
-    needs_grad: Sequence[bool],
-    *,
-    reduction: str,
-    **_scalars: Any,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dtype = compute_dtype(student_states, teacher_states)
-    if upstream is None and reduction == "none":
-        needs_grad = [False] * 3
-    return (
-        student_states.new_empty(student_states.shape[0] if reduction == "none" else (), dtype=dtype),
-        student_states.new_empty((), dtype=dtype),
-        empty_gradients((student_states, student_weight, student_bias), needs_grad, dtype),
-    )
+_operator = register("projected_mse", _make, _fake)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]) -> None:
-    *tensors, _upstream, needs_grad = inputs
-    _, factor, gradients = output
-    # Nobody differentiates the gradients: no zeros of their size are to be made for them.
-    ctx.set_materialize_grads(False)
-    ctx.needs_grad, ctx.scalars = needs_grad, keyword_only_inputs
-    ctx.dtypes = [None if x is None else x.dtype for x in tensors[:3]]
-    ctx.deferred = keyword_only_inputs["reduction"] == "none"
-    ctx.save_for_backward(*(tensors if ctx.deferred else [factor, *gradients]))
+def _gradient_dtype(name: str, x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """That of the states' gradient is their own, for it lives until the backward pass; else the compute dtype.
 
-
-def _backward(ctx: Any, upstream: Tensor | None, *_others: Any) -> tuple[Any, ...]:
-    nothing = [None] * 6
-    if upstream is None:
-        return None, None, None, *nothing
-    if ctx.deferred:
-        _, factor, made = _operator(*ctx.saved_tensors, upstream, ctx.needs_grad, **ctx.scalars)
-    else:
-        factor, *made = ctx.saved_tensors
-        factor = upstream * factor
-    # On a GPU a factor of no dims would be rounded to a 16-bit gradient's dtype before the product.
-    return *finished_gradients(ctx, made, factor.view(1) if factor.is_cuda else factor), *nothing
-
-
-_operator.register_autograd(_backward, setup_context=_setup)
-
-
-def projected_mse_reference(
-    student_states: Tensor,
-    student_weight: Tensor | None,
-    teacher_states: Tensor,
-    teacher_weight: Tensor | None,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    reduction: str = "mean",
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """The same value by plain torch and autograd, all rows at once, in the inputs' dtype: the oracle in float64.
-
-    `chunk_size` and `memory_budget` are taken so that the call is the same, and change nothing.
+    But not float16: not yet divided by the number of tokens, the gradient may be out of its range.
     """
+    return x.dtype if name == "states" and x.dtype != torch.float16 else dtype
 
-    def filtered(states: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        states = states if weight is None else states @ weight.T
-        return states if bias is None else states + bias
 
-    target = filtered(teacher_states, teacher_weight, teacher_bias).detach()
-    values = (filtered(student_states, student_weight, student_bias) - target).square().mean(-1)
-    weight = torch.ones_like(values) if mask is None else mask.to(values.dtype)
-    if reduction == "none":
-        return weight * values
-    total = (weight * values).sum()
-    return total if reduction == "sum" else total / weight.sum().clamp_min(torch.finfo(values.dtype).tiny)
+class _Side:
+    """One model's states (N, d) and weight (d_f, d), None for the identity, a few rows at a time and as GEMMs take them."""
+
+    def __init__(
+        self, states: Tensor, weight: Tensor | None, valid: Tensor | None, dtype: torch.dtype, operand: torch.dtype | None
+    ) -> None:
+        self.states, self.valid = states, valid
+        self.operand_dtype = operand or states.dtype
+        self.gemm_dtype = self.operand_dtype if multiplies(self.operand_dtype, dtype, states.device) else dtype
+        self.weight = None if weight is None else self._operand(weight)
+
+    def states_of(self, chunk: slice) -> Tensor:
+        """The states of these of the tokens that count, (tokens, d)."""
+        states = self.states[chunk] if self.valid is None else self.states.index_select(0, self.valid[chunk])
+        return states if self.weight is None else self._operand(states)
+
+    def _operand(self, x: Tensor) -> Tensor:
+        return x.to(self.operand_dtype).to(self.gemm_dtype)
+
+
+class _Gradients:
+    """The student's gradients of sum_i token_i |r_i|^2 / 2, from residuals r_i that were multiplied by token_i."""
+
+    def __init__(
+        self, student: _Side, made: Mapping[str, Tensor], needs_grad: Mapping[str, bool], plan: Plan, dtype: torch.dtype
+    ) -> None:
+        self.student = student
+        nothing = made["states"].new_empty(0)
+        self.states, self.weight, self.bias = made["states"], made.get("weight", nothing), made.get("bias", nothing)
+        self.wants_states, self.wants_weight, self.wants_bias = (needs_grad.get(name, False) for name in ("states", "weight", "bias"))
+        self.bias.zero_()
+        if student.valid is not None:
+            self.states.zero_()
+        if not plan.tokens:
+            self.weight.zero_()
+        # Where products can be written to their place at once, they are.
+        self.product: Tensor | None = None
+        if student.valid is not None or self.states.dtype != dtype:
+            tokens = plan.backward_tokens if self.wants_states and student.weight is not None else 0
+            self.product = self.states.new_empty(tokens, student.states.shape[1], dtype=dtype)
+
+    def collect(self, chunk: slice, residual: Tensor, inputs: Tensor) -> None:
+        """Add what `chunk` gives, whose states are `inputs`. The first chunk writes the weight's gradient, later ones add."""
+        weight = self.student.weight
+        if self.wants_bias:
+            self.bias += residual.sum(0)
+        if weight is None:
+            if self.wants_states:
+                self._store(chunk, residual)
+            return
+        operand = residual.to(weight.dtype)
+        if self.wants_weight:
+            mm_(self.weight, operand.T, inputs, accumulate=chunk.start > 0)
+        if not self.wants_states:
+            return
+        if self.product is None:
+            mm_(self.states[chunk], operand, weight)
+        else:
+            product = self.product[: residual.shape[0]]
+            mm_(product, operand, weight)
+            self._store(chunk, product)
+
+    def _store(self, chunk: slice, gradient: Tensor) -> None:
+        if self.student.valid is None:
+            self.states[chunk].copy_(gradient)
+        else:
+            self.states.index_copy_(0, self.student.valid[chunk], gradient.to(self.states.dtype))
+
+
+def _gradient_weights(weights: TokenWeights, mask: Tensor | None, upstream: Tensor | None) -> tuple[Tensor | None, float | Tensor]:
+    """What residuals are multiplied by, (n,), or None where that is one, and what is left for the end.
+
+    The former is of order one, so that a weighted residual of 16 bits does not underflow.
+    """
+    is_packed = weights.valid is not None and mask is not None and mask.dtype == torch.bool
+    if upstream is None and (mask is None or is_packed):
+        return None, 1.0
+    token = weights.token
+    if upstream is not None:
+        upstream = upstream.to(token.dtype)
+        token = token * (upstream if weights.valid is None else upstream[weights.valid])
+    if not token.numel():
+        return token, 1.0
+    peak = token.abs().amax().clamp_min(torch.finfo(token.dtype).tiny)
+    return token / peak, peak
+
+
+def _plan(tokens: int, width: int, device: torch.device, dtype: torch.dtype, options: LossOptions) -> Plan:
+    default = max(_CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cpu"]), KNEE_TOKENS * width * dtype.itemsize)
+    return plan_chunks(
+        tokens,
+        width,
+        element_size=dtype.itemsize,
+        has_teacher=False,
+        chunk_size=options.chunk_size,
+        memory_budget=options.memory_budget or default,
+    )
 
 
 class ProjectedMSELoss(torch.nn.Module):

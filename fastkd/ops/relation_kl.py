@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_choice, check_number, check_plain, check_teacher, check_tensor
-from .relation_pass import kept_rows, relation_pass
+from .checks import check_choice, check_number, check_plain, check_teacher, check_tensor
+from .gradient_in_forward import pack
+from .options import LossOptions
+from .relation_pass import RelationOptions, relation_pass
 
 FORMS = ("kl", "cross_entropy")
 
@@ -86,73 +87,18 @@ def relation_kl(
     _check_mask("query_mask", query_mask, student_q)
     check_choice("form", form, FORMS)
     LossOptions(reduction=reduction, chunk_size=chunk_size, memory_budget=memory_budget, backend=backend)  # refuses what is not known
-    none = student_q.new_empty(0, dtype=torch.bool)
+    constants = {
+        "query_mask": query_mask,
+        "weights": torch.stack([_weight(prefix, target.weight, student_q.device) for prefix, target in named.items()]),
+    }
+    for index, target in enumerate(named.values()):
+        fields = {"q": target.q, "k": target.k, "key_mask": target.key_mask, "query_mask": target.query_mask}
+        constants |= {f"{index}.{name}": tensor for name, tensor in fields.items()}
+    options = RelationOptions(len(named), form, reduction, chunk_size, memory_budget, backend)
+    student = {"q": student_q, "k": student_k}
     loss: Tensor
-    loss, _, _ = relation_pass(
-        student_q,
-        student_k,
-        [target.q for target in named.values()],
-        [target.k for target in named.values()],
-        [none if target.key_mask is None else target.key_mask for target in named.values()],
-        [none if target.query_mask is None else target.query_mask for target in named.values()],
-        query_mask,
-        torch.stack([_weight(prefix, target.weight, student_q.device) for prefix, target in named.items()]),
-        None,
-        [torch.is_grad_enabled() and x.requires_grad for x in (student_q, student_k)],
-        form=form,
-        reduction=reduction,
-        chunk_size=chunk_size,
-        memory_budget=memory_budget,
-        backend=backend,
-    )
+    loss, _, _, _ = relation_pass(*pack(student, constants, options.to_text(), deferred=reduction == "none"))
     return loss
-
-
-def relation_kl_reference(
-    student_q: Tensor,
-    student_k: Tensor,
-    teacher_q: Tensor | None,
-    teacher_k: Tensor | None,
-    *,
-    key_mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    targets: Sequence[RelationTarget] = (),
-    form: str = "kl",
-    reduction: str = "mean",
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """The same value by plain torch and autograd, all S x S scores at once, in the inputs' dtype: the oracle in float64.
-
-    `chunk_size`, `memory_budget` and `backend` are taken so that the call is the same, and change nothing.
-    """
-    rows = student_q.new_zeros(student_q.shape[:3])
-    for target in _named_targets(teacher_q, teacher_k, key_mask, targets).values():
-        # What masks leave out is zero, so that not even NaN there has a part in a product.
-        masks = (query_mask, target.query_mask), (target.key_mask,)
-        log_q, log_p = (
-            _log_relation(kept_rows(q, *masks[0]), kept_rows(k, *masks[1]), target.key_mask)
-            for q, k in ((student_q, student_k), (target.q.detach(), target.k.detach()))
-        )
-        p = log_p.exp()
-        terms = p * (log_p - log_q if form == "kl" else -log_q)
-        # Masked keys have p = 0, rows without a key p = NaN: neither adds anything.
-        term = torch.where(p > 0, terms, 0.0).sum(-1)
-        rows = rows + target.weight * (term if target.query_mask is None else term * target.query_mask[:, None])
-    if query_mask is not None:
-        rows = rows * query_mask[:, None]
-    if reduction == "none":
-        return rows
-    count = rows.numel() if query_mask is None else student_q.shape[1] * int(query_mask.sum())
-    return rows.sum() / (max(count, 1) if reduction == "mean" else 1)
-
-
-def _log_relation(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
-    return torch.log_softmax(scores, -1)
 
 
 class RelationKLLoss(torch.nn.Module):

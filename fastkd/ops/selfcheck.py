@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import cpp, cuda, triton
-from .arguments import LARGEST_TEMPERATURE, SMALLEST_TEMPERATURE
+from .backends import MODULES, sample_call
+from .checks import LARGEST_TEMPERATURE, SMALLEST_TEMPERATURE
 from .kl import kl_div
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl_div
@@ -79,16 +79,15 @@ def main_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def backends() -> dict[str, str]:
-    """Why each backend cannot serve on this machine, and the remedy; empty where it is live."""
+def backends(vocabulary: int = 4096) -> dict[str, str]:
+    """Why each backend cannot serve rows of so many logits on this machine, and the remedy; empty where it is live."""
     device = main_device()
-    no_gpu = "" if device.type == "cuda" else "it needs an NVIDIA GPU and torch sees none: install the driver, and torch for CUDA"
-    return {
-        "torch": "",
-        "cpp": "" if cpp.is_built() else "it is not compiled: run `python -m fastkd.ops.cpp`, which needs a C++20 compiler",
-        "triton": no_gpu or ("" if triton.is_ready(device) else "triton is not installed, or not for this GPU: pip install triton"),
-        "cuda": no_gpu or _why_no_cuda(device),
-    }
+    reasons = {}
+    for name, module in MODULES.items():
+        reasons[name] = module.why_not(sample_call(CPU if name == "cpp" else device, vocabulary)) or ""
+        if name in ("triton", "cuda") and device.type != "cuda":  # Triton's interpreter is for its own tests
+            reasons[name] = "it needs an NVIDIA GPU and torch sees none: install the driver, and torch for CUDA"
+    return reasons
 
 
 def check_ops(problem: Problem) -> Iterator[Check]:
@@ -97,9 +96,7 @@ def check_ops(problem: Problem) -> Iterator[Check]:
     Yields:
         A `Check` for every op and backend. What a backend raises is its `failure`.
     """
-    live = [name for name, why_not in backends().items() if not why_not]
-    if not cuda.fits(problem.vocabulary, getattr(torch, problem.dtype)):
-        live = [name for name in live if name != "cuda"]
+    live = [name for name, why_not in backends(problem.vocabulary).items() if not why_not]
     for case in _cases(problem):
         op = case.op.__name__
         truth = _value_and_gradients(getattr(reference, op), case, CPU, torch.float64)
@@ -183,9 +180,3 @@ def _value_and_gradients(
     scale = 256 * next(iter(learned.values())).shape[-2] / (case.temperature or 1)
     gradients = torch.autograd.grad(loss * scale, list(learned.values()))
     return {"value": loss.detach(), **dict(zip(learned, gradients, strict=True))}
-
-
-def _why_no_cuda(device: torch.device) -> str:
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
-        return "its kernel is for Hopper GPUs (compute capability 9.x) and this is none: triton serves here"
-    return "" if cuda.is_built() else "it is not compiled: run `python -m fastkd.ops.cuda`, which needs nvcc (CUDA toolkit 12 or newer)"

@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .arguments import LossOptions, check_denominator, check_plain, check_row_tensors, check_teacher, check_tensor, stats_options
-from .chunked import LossStats
-from .linear_logits import autocast_dtype, check_head, flatten_head
-from .operator import chunked_loss
-from .topk_rows import TopK, check_tail, topk_kl_reference
+from .checks import check_denominator, check_plain, check_tail, check_teacher, check_tensor, check_token_tensors
+from .fused_loss import LossStats, fused_loss
+from .linear_logits import check_head
+from .options import LossOptions, autocast_dtype, statistics_option
 
 
 def topk_kl_div(
@@ -110,46 +109,21 @@ def topk_kl_div(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         backend=backend,
-        **stats_options(return_stats),
+        statistics=statistics_option(return_stats),
         grad_filter=grad_filter,
         operand_dtype=autocast_dtype(device),
     )
-    mask, labels = check_row_tensors(leading, device, options, mask, labels)
-    teacher = [x.reshape(-1, x.shape[-1]) for x in (topk_ids, topk_logprobs)]
-    return chunked_loss(
-        flatten_head(student_hidden, student_weight, student_bias),
-        teacher if tail_logprob is None else [*teacher, tail_logprob.reshape(-1)],
+    mask, labels = check_token_tensors(leading, device, options, mask, labels)
+    return fused_loss(
+        {"hidden": student_hidden.reshape(-1, student_hidden.shape[-1]), "weight": student_weight, "bias": student_bias},
+        {
+            "topk_ids": topk_ids.reshape(-1, topk_ids.shape[-1]),
+            "topk_logprobs": topk_logprobs.reshape(-1, topk_ids.shape[-1]),
+            "tail_logprob": None if tail_logprob is None else tail_logprob.reshape(-1),
+        },
         options,
         leading,
         mask=mask,
         labels=labels,
         denominator=check_denominator(denominator, reduction, device),
     )
-
-
-def topk_kl_div_reference(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    topk_ids: Tensor,
-    topk_logprobs: Tensor,
-    tail_logprob: Tensor | None = None,
-    *,
-    student_bias: Tensor | None = None,
-    tail: str = "bucket",
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    reduction: str = "mean",
-    denominator: float | Tensor | None = None,
-) -> Tensor:
-    """The same value by plain torch in the inputs' dtype, all logits at once: the oracle in float64.
-
-    Without labels, statistics, soft-cap and scale, which `linear_kl_div`'s reference has.
-    """
-    logits = torch.nn.functional.linear(student_hidden, student_weight, student_bias)
-    teacher = TopK(topk_ids.flatten(0, -2), topk_logprobs.flatten(0, -2), None if tail_logprob is None else tail_logprob.flatten())
-    values = topk_kl_reference(logits.flatten(0, -2), teacher, tail, temperature=temperature).view(topk_ids.shape[:-1])
-    weight = torch.ones_like(values) if mask is None else mask.to(values.dtype)
-    if reduction == "none":
-        return weight * values
-    total = (weight * values).sum()
-    return total if reduction == "sum" else total / (weight.sum() if denominator is None else denominator)

@@ -11,7 +11,7 @@ that all processes have agreed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -19,14 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .arguments import LossOptions, check_row_values, compute_dtype
-from .chunked import RowWeights, row_weights
+from .backend_torch import blocks, chain_, transformed
+from .checks import check_token_values, compute_dtype
+from .divergence import value_and_coefficient, weighted
 from .given_logits import GivenLogits
-from .kl import kl_div_reference
-from .linear_logits import LinearLogits
-from .operator import finished_gradients
-from .plan import Plan, plan_chunks
-from .rows import _CPU_BLOCK_ELEMENTS, _GPU_BLOCK_ELEMENTS, RowLosses, RowOptions, _value_and_coefficient, _weighted
+from .gradient_in_forward import finish_gradients
+from .linear_logits import LinearGradients, LinearLogits
+from .options import LossOptions
+from .plan import Plan, default_budget, plan_chunks
+from .row_call import RowOptions
+from .token_weights import TokenWeights, token_weights
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,12 +50,10 @@ def check_group(group: Any, vocab_index: Tensor | None, options: LossOptions) ->
         )
     if options.backend not in ("auto", "torch"):
         raise ValueError(f"backend={options.backend!r} has no kernel for a shard of the vocabulary; use 'auto' or 'torch' with group=.")
-    if options.return_stats or options.return_losses:
+    if options.statistics:
         raise ValueError("return_stats is not available with group=; leave it out, or take reduction='none' for the losses.")
     if options.grad_filter is not None:
         raise ValueError(f"grad_filter={options.grad_filter} is not available with group=; leave it out.")
-    if options.teacher_precision != "full":
-        raise ValueError(f"teacher_precision={options.teacher_precision!r} is not available with group=; leave it at 'full'.")
 
 
 _uncompiled: Callable[[Callable[P, R]], Callable[P, R]] = torch.compiler.disable  # which says nothing of types
@@ -61,8 +61,8 @@ _uncompiled: Callable[[Callable[P, R]], Callable[P, R]] = torch.compiler.disable
 
 @_uncompiled
 def vocab_parallel_loss(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
+    student: Mapping[str, Tensor | None],
+    teacher: Mapping[str, Tensor | None],
     options: LossOptions,
     leading: torch.Size,
     group: dist.ProcessGroup,
@@ -71,10 +71,11 @@ def vocab_parallel_loss(
     labels: Tensor | None,
     denominator: Tensor | None,
 ) -> Tensor:
-    """What `linear_kl_div` returns with a `group`, from arguments that it has checked and flattened."""
-    needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in student]
+    """What `linear_kl_div` returns with a `group`, from arguments that it has checked and flattened (see `fused_loss`)."""
+    learned, given = ([x for x in tensors.values() if x is not None] for tensors in (student, teacher))
+    needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in learned]
     apply: Callable[..., Tensor] = _VocabParallel.apply
-    loss = apply(group, options, len(student), needs_grad, mask, labels, denominator, *student, *teacher)
+    loss = apply(group, options, len(learned), needs_grad, mask, labels, denominator, *learned, *given)
     return loss.view(leading) if options.reduction == "none" else loss
 
 
@@ -97,32 +98,32 @@ class _VocabParallel(torch.autograd.Function):
         student, teacher = tensors[:students], tensors[students:]
         tokens, vocabulary = student[0].shape[0], student[1].shape[0]
         dtype = compute_dtype(student[0], teacher[0])
-        weights = row_weights(options, tokens, dtype, student[0].device, mask, labels, denominator)
-        # Logits of both models are alive together, so a row is as wide as two.
+        weights = token_weights(options, tokens, dtype, student[0].device, mask, labels, denominator)
+        budget = options.memory_budget or (default_budget(student[0].device) if student[0].is_cuda else None)
+        # Logits of both models are alive together, so a token is as wide as two; the gradient lies over the student's.
         plan = plan_chunks(
-            weights.row.numel(),
+            weights.token.numel(),
             vocabulary,
-            device=student[0].device,
             element_size=2 * dtype.itemsize,
             has_teacher=False,
             chunk_size=options.chunk_size,
-            memory_budget=options.memory_budget,
+            memory_budget=budget,
         )
         teacher_rows = teacher[0].shape[1] if len(teacher) == 1 else teacher[1].shape[0]
         shard = _agree(tokens, plan, teacher_rows, group, student[0].device)
-        check_row_values(options, shard.vocabulary, mask, labels, denominator)
+        check_token_values(options, shard.vocabulary, mask, labels, denominator)
         norms = Norms(*torch.zeros(len(Norms._fields), plan.tokens, dtype=dtype, device=student[0].device))
         losses = torch.zeros(2, plan.tokens, dtype=dtype, device=student[0].device)
         deferred = options.reduction == "none"
-        makes = [False] * students if deferred else needs_grad
-        source = LinearLogits(student, weights.valid, shard.plan.chunk_rows, dtype, options.operand_dtype, needs_grad=makes)
-        _loop(source, teacher, shard, weights, options, norms, any(makes), losses, group)
+        source = _head(student, weights.valid, shard.plan, dtype, options)
+        gradients = None if deferred or not any(needs_grad) else LinearGradients(source, shard.plan, _named(needs_grad), None)
+        _loop(source, teacher, shard, weights, options, norms, gradients, losses, group)
         ctx.set_materialize_grads(False)
         ctx.group, ctx.options, ctx.students, ctx.needs_grad, ctx.shard = group, options, students, needs_grad, shard
         ctx.deferred, ctx.dtypes = deferred, [x.dtype for x in student]
-        kept = [mask, labels, denominator, *norms, *tensors] if deferred else [weights.scale, *source.gradients()]
-        ctx.save_for_backward(*kept)
-        total = weights.total(RowLosses(*losses))
+        made = [] if gradients is None else list(gradients.gradients(weights.valid, tokens).values())[:students]
+        ctx.save_for_backward(*([mask, labels, denominator, *norms, *tensors] if deferred else [weights.scale, *made]))
+        total = weights.total(*losses)
         return weights.spread(total, tokens) if deferred else total.sum() * weights.scale
 
     @staticmethod
@@ -136,10 +137,10 @@ class _VocabParallel(torch.autograd.Function):
             scale, *made = ctx.saved_tensors
             factor = upstream * scale
         if ctx.needs_grad[0]:
-            if not ctx.deferred and torch._C._autograd._get_current_graph_task_keep_graph():
-                made[0] = made[0].clone()  # the saved one will be asked for again
+            # Shards are summed in float32, and what is saved may be asked for again.
+            made[0] = made[0].to(compute_dtype(made[0]), copy=True)
             dist.all_reduce(made[0], dist.ReduceOp.SUM, ctx.group)
-        return *(None,) * 7, *finished_gradients(ctx, made, factor), *(None,) * teachers
+        return *(None,) * 7, *finish_gradients(ctx, made, factor), *(None,) * teachers
 
 
 @torch.no_grad()
@@ -149,12 +150,22 @@ def _deferred_gradients(ctx: Any, upstream: Tensor) -> list[Tensor]:
     norms, tensors = Norms(*saved[: len(Norms._fields)]), saved[len(Norms._fields) :]
     student, teacher = tensors[: ctx.students], tensors[ctx.students :]
     dtype = norms.student_max.dtype
-    weights = row_weights(ctx.options, student[0].shape[0], dtype, student[0].device, mask, labels, denominator)
-    rows, operand_dtype = ctx.shard.plan.chunk_rows, ctx.options.operand_dtype
-    source = LinearLogits(student, weights.valid, rows, dtype, operand_dtype, needs_grad=ctx.needs_grad)
+    weights = token_weights(ctx.options, student[0].shape[0], dtype, student[0].device, mask, labels, denominator)
+    source = _head(student, weights.valid, ctx.shard.plan, dtype, ctx.options)
+    gradients = LinearGradients(source, ctx.shard.plan, _named(ctx.needs_grad), None)
     weights = weights.times(upstream.to(dtype), linear=True)
-    _loop(source, teacher, ctx.shard, weights, ctx.options, norms, True)
-    return [weights.scale, *source.gradients()]
+    _loop(source, teacher, ctx.shard, weights, ctx.options, norms, gradients)
+    return [weights.scale, *list(gradients.gradients(weights.valid, student[0].shape[0]).values())[: ctx.students]]
+
+
+def _named(needs_grad: Sequence[bool]) -> dict[str, bool]:
+    return dict(zip(("hidden", "weight", "bias"), needs_grad, strict=False))
+
+
+def _head(tensors: Sequence[Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions) -> LinearLogits:
+    """[hidden, weight] and perhaps a bias, a chunk at a time."""
+    hidden, weight, *bias = tensors
+    return LinearLogits(hidden, weight, bias[0] if bias else None, valid, plan.backward_tokens, dtype, options.operand)
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,7 @@ class Norms(NamedTuple):
     label_log_sum: Tensor
     """log sum exp(z - max) of the student; zero without labels"""
     coefficient_sum: Tensor
-    """sum of dD / d log q; see `_value_and_coefficient`"""
+    """sum of dD / d log q; see `value_and_coefficient`"""
 
     def at(self, rows: slice) -> Norms:
         """Those of some of the rows."""
@@ -189,10 +200,10 @@ class Norms(NamedTuple):
 
 def _agree(tokens: int, plan: Plan, teacher_rows: int, group: dist.ProcessGroup, device: torch.device) -> Shard:
     """One all-gather of every process's sizes. What is wrong with them is seen and refused by all processes alike."""
-    own = torch.tensor([tokens, plan.tokens, plan.vocabulary, teacher_rows, plan.chunk_rows], device=device)
+    own = torch.tensor([tokens, plan.tokens, plan.vocabulary, teacher_rows, plan.backward_tokens], device=device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group)
-    all_tokens, all_kept, sizes, teacher_sizes, chunk_rows = torch.stack(gathered, 1).tolist()
+    all_tokens, all_kept, sizes, teacher_sizes, chunk_tokens = torch.stack(gathered, 1).tolist()
     if len(set(all_tokens)) > 1 or len(set(all_kept)) > 1:
         raise ValueError(
             f"The processes of group hold {all_tokens} tokens, {all_kept} of them unmasked; "
@@ -206,60 +217,59 @@ def _agree(tokens: int, plan: Plan, teacher_rows: int, group: dist.ProcessGroup,
             "process must hold the same ids, row by row."
         )
     rank = dist.get_rank(group)
-    return Shard(sum(sizes[:rank]), sum(sizes), replace(plan, chunk_rows=min(chunk_rows)))
+    plan = replace(plan, backward_tokens=min(chunk_tokens), forward_tokens=min(chunk_tokens))
+    return Shard(sum(sizes[:rank]), sum(sizes), plan)
 
 
 def _loop(
     student: LinearLogits,
     teacher: Sequence[Tensor],
     shard: Shard,
-    weights: RowWeights,
+    weights: TokenWeights,
     options: LossOptions,
     norms: Norms,
-    makes_gradient: bool,
+    gradients: LinearGradients | None,
     losses: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Over all chunks: fill `norms` and `losses` if they are given, by collectives of `group`; collect the gradients if wanted."""
-    plan, dtype, row_options = shard.plan, student.dtype, options.row_options(has_teacher=True)
+    plan, dtype = shard.plan, student.dtype
     source: GivenLogits | LinearLogits
     if len(teacher) == 1:
-        source = GivenLogits(teacher[0], weights.valid, plan.chunk_rows, dtype)
+        source = GivenLogits(teacher[0], weights.valid, plan.backward_tokens)
     else:
-        source = LinearLogits(teacher, weights.valid, plan.chunk_rows, dtype, options.operand_dtype)
+        source = _head(teacher, weights.valid, plan, dtype, options)
     own_labels = None
     if weights.labels is not None and weights.label is not None:
         own_labels = weights.labels - shard.offset
         own_labels = own_labels.masked_fill((own_labels < 0) | (own_labels >= plan.vocabulary), -1)
-    for chunk in plan.slices():
-        pair = _Pair(student.logits(chunk), source.logits(chunk), row_options, dtype)
+    for chunk in plan.backward_chunks():
+        pair = _Pair(student.logits(chunk), source.logits(chunk), student.bias, source.bias, options.rows, dtype)
         labels = None if own_labels is None else own_labels[chunk]
         if losses is not None and group is not None:
             _reduce(pair, norms.at(chunk), labels, losses[:, chunk], group)
-        if makes_gradient:
+        if gradients is not None:
             label_weight = None if weights.label is None else weights.label[chunk]
-            _write_gradient(pair, norms.at(chunk), weights.row[chunk], labels, label_weight, student.gradient_target(chunk))
-            student.collect(chunk)
+            _write_gradient(pair, norms.at(chunk), weights.token[chunk], labels, label_weight, gradients.target(chunk, chunk))
+            gradients.collect(chunk)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A chunk of both models' logits over this shard, (C, V) each, as the heads made them."""
+    """A chunk of both models' logits over this shard, (C, V) each, as the heads made them, and their biases (V,)."""
 
     student: Tensor
     teacher: Tensor
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
     options: RowOptions
     dtype: torch.dtype
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """A few rows at a time: which, and both models' transformed logits of them. They may lie where the chunk lies."""
-        rows, vocabulary = self.student.shape
-        elements = _GPU_BLOCK_ELEMENTS if self.student.is_cuda else _CPU_BLOCK_ELEMENTS
-        step = max(1, elements // vocabulary)
-        for start in range(0, rows, step):
-            block = slice(start, min(start + step, rows))
-            student, teacher = self.student[block].to(self.dtype), self.teacher[block].to(self.dtype)
-            yield block, self.options.student.apply(student), self.options.teacher.apply(teacher)
+        for block in blocks(self.student):
+            student = transformed(self.student[block], self.student_bias, self.options.student, self.dtype)
+            yield block, student, transformed(self.teacher[block], self.teacher_bias, self.options.teacher, self.dtype)
 
     def log_probabilities(self, norms: Norms) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """`blocks`, with log q and log p: which, the student's logits, log q, log p."""
@@ -296,7 +306,7 @@ def _reduce(pair: _Pair, norms: Norms, labels: Tensor | None, losses: Tensor, gr
         q, p = log_q.exp(), log_p.exp()
         sums[0, block], sums[1, block] = q.sum(-1), p.sum(-1)
         if divergence.kind in _LINEAR:
-            terms = _weighted(p, log_p - log_q) if divergence.kind == "forward_kl" else _weighted(q, log_q - log_p)
+            terms = weighted(p, log_p - log_q) if divergence.kind == "forward_kl" else weighted(q, log_q - log_p)
             sums[2, block] = terms.sum(-1)
         if labels is not None:
             shifted = student - norms.student_max[block, None]
@@ -318,7 +328,7 @@ def _reduce(pair: _Pair, norms: Norms, labels: Tensor | None, losses: Tensor, gr
         norms.coefficient_sum.copy_(value + 1.0)
     else:
         for block, _, log_q, log_p in pair.log_probabilities(norms):
-            own_value, coefficient = _value_and_coefficient(divergence, log_p.exp(), log_q.exp(), log_p, log_q)
+            own_value, coefficient = value_and_coefficient(divergence, log_p.exp(), log_q.exp(), log_p, log_q, is_shard=True)
             maxima[0, block], maxima[1, block] = own_value, coefficient.sum(-1)
         dist.all_reduce(maxima, dist.ReduceOp.SUM, group)
         value = maxima[0]
@@ -330,12 +340,12 @@ def _write_gradient(
     pair: _Pair, norms: Norms, row_weight: Tensor, labels: Tensor | None, label_weight: Tensor | None, gradient: Tensor
 ) -> None:
     """The gradient of sum_i (row_weight_i T^2 D_i + label_weight_i CE_i) with respect to this shard's raw student logits, which
-    `gradient` may lie over as in `softmax_divergence_`."""
+    `gradient` may lie over as `RowCall` says."""
     divergence, temperature = pair.options.divergence, pair.options.temperature
     assert divergence is not None
     for block, student, log_q, log_p in pair.log_probabilities(norms):
         q = log_q.exp()
-        _, total = _value_and_coefficient(divergence, log_p.exp(), q, log_p, log_q)
+        _, total = value_and_coefficient(divergence, log_p.exp(), q, log_p, log_q, is_shard=True)
         # T^2 from the loss, 1/T from z/T.
         total.sub_(q.mul_(norms.coefficient_sum[block, None])).mul_(temperature * row_weight[block, None])
         if labels is not None and label_weight is not None:
@@ -344,25 +354,4 @@ def _write_gradient(
             is_own = (labels[block] >= 0).to(shares.dtype)
             shares.scatter_add_(1, labels[block].clamp_min(0)[:, None], -is_own[:, None])
             total.add_(shares.mul_(label_weight[block, None]))
-        gradient[block] = pair.options.student.backward_(total, student)
-
-
-def vocab_parallel_reference(
-    student_hidden: Tensor,
-    student_weights: Sequence[Tensor],
-    teacher_hidden: Tensor | Sequence[Tensor],
-    teacher_weights: Sequence[Tensor] | None,
-    *,
-    student_biases: Sequence[Tensor] | None = None,
-    teacher_biases: Sequence[Tensor] | None = None,
-    **options: Any,
-) -> Any:
-    """The same value from all shards in one process: the dense loss on the concatenated ones, by plain torch in the inputs' dtype."""
-
-    def logits(hidden: Any, weights: Sequence[Tensor] | None, biases: Sequence[Tensor] | None) -> Tensor:
-        if weights is None:
-            return torch.cat(list(hidden), -1)
-        return torch.nn.functional.linear(hidden, torch.cat(list(weights)), None if biases is None else torch.cat(list(biases)))
-
-    student = logits(student_hidden, student_weights, student_biases)
-    return kl_div_reference(student, logits(teacher_hidden, teacher_weights, teacher_biases), **options)
+        gradient[block] = chain_(total, student, pair.options.student)

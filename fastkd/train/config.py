@@ -357,6 +357,8 @@ class RunConfig(StageArguments):
     """Of new weights, of the order of the data, and of masking."""
     use_cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
+    backend: Literal["auto", "torch", "cpp", "triton", "cuda"] = "auto"
+    """Kernels of the losses: auto takes the fastest that is right on this machine; FASTKD_BACKEND in the environment comes first."""
     fsdp: bool = False
     """Under torchrun: split the student, its gradients and its optimizer over the ranks (FSDP2); false: whole on each (DDP)."""
     fsdp_teacher: bool = False

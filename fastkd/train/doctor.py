@@ -83,7 +83,7 @@ def outlook(pair: Pair) -> Outlook:
     objective.student, teacher = pair.models("meta")
     memory = memory_estimate("training", objective, teacher, arguments, pair.length, device)
     available = device_memory(device)
-    rows = plan_chunks(tokens, objective.student.vocabulary, device=device).chunk_rows  # every chunk takes as long
+    rows = plan_chunks(tokens, objective.student.vocabulary, device=device).backward_tokens  # every chunk takes as long
     head_rate = rows / _seconds(_head_step(pair, objective.student, teacher, rows, device), device)
     if memory.total > available:
         return Outlook(memory, available, head_rate, 0, 0.0)

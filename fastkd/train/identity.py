@@ -20,7 +20,7 @@ COSMETIC = frozenset(
     {
         *("output_dir", "overwrite_output_dir", "cache_dir", "logging_steps", "report_to", "profile_steps"),
         *("save_steps", "save_total_limit", "async_save", "save_failure"),
-        *("fsdp", "fsdp_teacher", "ddp_timeout"),
+        *("fsdp", "fsdp_teacher", "ddp_timeout", "backend"),
     }
 )
 _BESIDE_WEIGHTS = ("config.json", "filters.json", SLOT_BIAS_FILE, f"{VOCAB_MAP_FOLDER}/*.safetensors")

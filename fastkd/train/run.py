@@ -30,6 +30,7 @@ from ..models.load import (
 )
 from ..models.task_model import TaskHead
 from ..models.teacher_cache import HEADER, CachedTeacher, TeacherCache
+from ..ops.backends import prefer_backend
 from ..recipes import config_path
 from ..sealed import Damaged, file_sha256, read_json, read_manifest, remove_sealed, seal
 from ..store import new_folder, write_bytes_synced, write_json_atomic
@@ -90,6 +91,7 @@ def distill(config: RunConfig | Mapping[str, Any] | str | Path, *, only_stage: s
         SignalFlag(ranks) as flag,
         ranks.on_main(lambda: prepare_output_dir(config.output_dir)) or nullcontext() as held,
     ):
+        prefer_backend(config.backend, ranks.device)
         run = Run(config, output_dir, stages, ranks, flag, held)
         ranks.main_first(run.check)
         ranks.on_main(run.claim_all)

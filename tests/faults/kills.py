@@ -278,7 +278,7 @@ def wait_for_end(process: Any) -> None:
 def take_own_bar_locks() -> None:
     """Let this process's progress bars lock nothing that another one holds.
 
-    tqdm's lock is shared by all processes that are forked from the one that first drew a bar, and stays taken when its holder is killed.
+    tqdm's lock is shared by all processes forked from the one that first drew a bar, and stays taken when its holder is killed.
     """
     kinds = [tqdm]
     for kind in kinds:  # which grows

@@ -7,26 +7,27 @@ sentence that says what it needs and what to take instead.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import fastkd
-from fastkd.ops import backends, cpp, cuda, rows, topk_rows, triton
-from fastkd.ops.backends import row_kernel, topk_kernel
+from fastkd.ops import backend_cpp, backend_torch, backend_triton, backends
+from fastkd.ops.backends import choose, sample_call
 from tests import runs
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 TOKENS, WIDTH, VOCABULARY = 9, 16, 301
 
 
 def strip(patch: pytest.MonkeyPatch) -> None:
     """Make of this a machine with torch and nothing else: no triton, nothing compiled."""
-    patch.setattr(triton, "_is_installed", lambda: False)
-    for compiled in (cpp, cuda):
-        patch.setattr(compiled, "is_built", lambda: False)
+    patch.setattr(backend_triton, "_is_installed", lambda: False)
+    patch.setattr(backend_cpp, "is_built", lambda: False)
 
 
 def loss_and_gradients(backend: str = "auto") -> list[Any]:
@@ -42,7 +43,7 @@ def loss_and_gradients(backend: str = "auto") -> list[Any]:
 def test_auto_gives_the_same_numbers_on_a_bare_machine(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     equipped = loss_and_gradients()
     strip(monkeypatch)
-    assert row_kernel("auto", CPU) is rows.softmax_divergence_ and topk_kernel("auto", CPU) is topk_rows.topk_divergence_
+    assert choose("auto", sample_call(CPU)) is backend_torch.run
     with caplog.at_level(logging.INFO):
         backends._tell_once.cache_clear()
         caplog.clear()
@@ -61,19 +62,17 @@ def test_a_whole_run_needs_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_named_backend_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     strip(monkeypatch)
-    with pytest.raises(ValueError, match=r"backend='triton' needs triton .*Install triton, move them, or use 'auto' or 'torch'"):
+    with pytest.raises(ValueError, match=r"backend='triton' cannot serve this call: .*triton.*Use 'auto' or 'torch'"):
         loss_and_gradients("triton")
-    with pytest.raises(ValueError, match=r"backend='cuda' needs a GPU of compute capability 9\.x.*Use 'auto', 'torch' or 'triton'"):
+    with pytest.raises(ValueError, match=r"backend='cuda' cannot serve this call: .*Use 'auto' or 'torch'"):
         loss_and_gradients("cuda")
-    with pytest.raises(ValueError, match="backend='cpp' runs on the CPU"):
-        row_kernel("cpp", GPU)
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (8, 9), (10, 0)])
-def test_an_old_or_another_gpu_has_its_kernels_in_torch(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """The Hopper library lies there compiled, and is not for this GPU."""
+def test_an_old_or_another_gpu_is_not_given_hoppers_kernel(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Whatever lies there compiled is not for this GPU; what is too old for Triton too has torch's kernel."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(cuda, "is_built", lambda: True)
-    assert row_kernel("auto", GPU) is rows.softmax_divergence_
-    with pytest.raises(ValueError, match=r"backend='cuda' needs a GPU of compute capability 9\.x"):
-        row_kernel("cuda", GPU)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    call = replace(sample_call(CPU), student=on_gpu, teacher=None)
+    assert "compute capability" in str(backends.MODULES["cuda"].why_not(call))
+    assert (backends.MODULES["triton"].why_not(call) is None) == (capability >= (8, 0))

@@ -6,14 +6,11 @@ import shutil
 
 import pytest
 
-from fastkd.ops import chunked
-from fastkd.ops.backends import row_kernel
-
 HERE = ["torch", "cpp"] if shutil.which("c++") else ["torch"]
 
 
 @pytest.fixture(params=HERE, autouse=True)
 def backend(request, monkeypatch):
     """What "auto" means while the test runs."""
-    monkeypatch.setattr(chunked, "row_kernel", lambda name, device: row_kernel(request.param if name == "auto" else name, device))
+    monkeypatch.setenv("FASTKD_BACKEND", request.param)
     return request.param

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fastkd.ops import compiled, cpp
+from fastkd.ops import backend_cpp, compiled
 from fastkd.ops.compiled import CompiledLibrary
 
 ROOT = Path(__file__).parents[2]
@@ -222,12 +222,12 @@ def case(environment, user):
         os.setgid(user)
         os.setuid(user)
     work()
-    os.write(results, (json.dumps({"warnings": warned, "is_built": cpp.is_built()}) + "\\n").encode())
+    os.write(results, (json.dumps({"warnings": warned, "is_built": backend_cpp.is_built()}) + "\\n").encode())
 
 warned = []
 import torch, fastkd
 import torch._dynamo   # and all that a first call may import: another user may have no access to this Python's files
-from fastkd.ops import cpp
+from fastkd.ops import backend_cpp
 logging.getLogger("fastkd").addHandler(Warned())
 cases, results = json.loads(sys.argv[1]), os.dup(1)
 for environment, user in cases:
@@ -249,8 +249,8 @@ def places() -> Iterator[dict[str, tuple[dict[str, str], int | None]]]:
     """Environments that processes find themselves in, and as whom; on folders that every user may pass."""
     if shutil.which("c++") is None:
         pytest.skip("no compiler")
-    cpp.extension(build=True)
-    good = next(file for file in compiled.cache_folder().iterdir() if file.name.startswith(cpp._stem()))
+    backend_cpp.extension(build=True)
+    good = next(file for file in compiled.cache_folder().iterdir() if file.name.startswith(backend_cpp._stem()))
     other = SOMEBODY if IS_ROOT else None
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
@@ -267,7 +267,7 @@ def places() -> Iterator[dict[str, tuple[dict[str, str], int | None]]]:
             content = b"\0" * 4096
             found = cache(name, content)
             file = base / name / "fastkd" / good.name
-            file.rename(file.with_name(f"{cpp._stem()}-{hashlib.sha256(content).hexdigest()}.so"))
+            file.rename(file.with_name(f"{backend_cpp._stem()}-{hashlib.sha256(content).hexdigest()}.so"))
             return found
 
         def planted(name: str) -> tuple[dict[str, str], None]:
@@ -278,7 +278,7 @@ def places() -> Iterator[dict[str, tuple[dict[str, str], int | None]]]:
             content = (base / "planted.so").read_bytes()
             found = cache(name, content)
             file = base / name / "fastkd" / good.name
-            file.rename(file.with_name(f"{cpp._stem()}-{hashlib.sha256(content).hexdigest()}.so"))
+            file.rename(file.with_name(f"{backend_cpp._stem()}-{hashlib.sha256(content).hexdigest()}.so"))
             (base / name / "fastkd").chmod(0o777)
             return found
 

@@ -9,7 +9,7 @@ import torch
 
 import fastkd
 from fastkd import Divergence
-from fastkd.ops.arguments import LARGEST_TEMPERATURE
+from fastkd.ops.checks import LARGEST_TEMPERATURE
 from tests.ops.test_linear_kl import DIVERGENCES, INDEX, LABELS, MASK, STUDENT_VOCAB, TEACHER_VOCAB, TOKENS
 from tests.oracle import assert_close
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
+from fastkd.ops.options import LossOptions
 from tests.oracle import assert_close, wrong_gradients
 
 TOKENS, STUDENT_WIDTH, TEACHER_WIDTH, WIDTH = 23, 8, 12, 10
@@ -254,10 +255,11 @@ def test_compiles_whole_and_only_once_for_every_number_of_tokens(student_weight,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_shapes_and_dtypes_that_are_promised_to_the_compiler_are_kept(dtype):
     inputs = make_inputs(dtype)
+    names = ("states", "weight", "bias"), ("teacher_states", "teacher_weight", "teacher_bias", "mask")
+    call = repr((*names, False, LossOptions(chunk_size=5).to_text()))
     torch.library.opcheck(
         torch.ops.fastkd.projected_mse.default,
-        (*(inputs[n] for n in NAMES), *(inputs[n] for n in TEACHER), MASK, None, [True, True, True]),
-        {"reduction": "mean", "chunk_size": 5, "memory_budget": None, "operand_dtype": None},
+        ([inputs[n] for n in NAMES], [*(inputs[n] for n in TEACHER), MASK], None, [True, True, True], call),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

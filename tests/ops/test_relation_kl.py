@@ -10,8 +10,6 @@ from torch import Tensor
 
 import fastkd
 from fastkd import RelationTarget
-from fastkd.ops import relation_pass
-from fastkd.ops.backends import row_kernel
 from tests.oracle import assert_close, wrong_gradients
 
 BATCH, HEADS, LENGTH, STUDENT_SIZE, TEACHER_SIZE = 3, 2, 11, 4, 6
@@ -28,12 +26,6 @@ MASKS = {
     "query mask": {"query_mask": QUERY_MASK},
     "both masks": {"key_mask": KEY_MASK, "query_mask": QUERY_MASK},
 }
-
-
-@pytest.fixture(autouse=True)
-def auto_backend(backend, monkeypatch):
-    """What "auto" means here while the test runs: in turn, each backend that this machine has."""
-    monkeypatch.setattr(relation_pass, "row_kernel", lambda name, device: row_kernel(backend if name == "auto" else name, device))
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

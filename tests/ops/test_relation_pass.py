@@ -11,13 +11,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
 from fastkd import RelationTarget
+from fastkd.ops.relation_pass import RelationOptions
 from tests.ops.test_relation_kl import (
     KEY_MASK,
     MASKS,
     NAMES,
     QUERY_MASK,
     REDUCTIONS,
-    auto_backend,  # noqa: F401
     make_inputs,
     make_targets,
     normal,
@@ -85,13 +85,14 @@ def test_compiles_whole_and_only_once_for_every_length(reduction):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_shapes_and_dtypes_that_are_promised_to_the_compiler_are_kept(reduction):
     inputs = make_inputs(torch.bfloat16)
-    arguments = (
-        *(inputs[n] for n in NAMES), [inputs["teacher_q"]] * 2, [inputs["teacher_k"]] * 2, [KEY_MASK, KEY_MASK[:0]],
-        [KEY_MASK[:0], QUERY_MASK.flip(0)], QUERY_MASK, torch.ones(2, dtype=torch.float64), None, [True, True],
-    )  # fmt: skip
-    scalars = {"form": "kl", "reduction": reduction, "chunk_size": 5, "memory_budget": None, "backend": "auto"}
+    pair = {"q": inputs["teacher_q"], "k": inputs["teacher_k"]}
+    targets = [pair | {"key_mask": KEY_MASK}, pair | {"query_mask": QUERY_MASK.flip(0)}]
+    constants = {f"{index}.{name}": x for index, target in enumerate(targets) for name, x in target.items()}
+    constants |= {"query_mask": QUERY_MASK, "weights": torch.ones(2, dtype=torch.float64)}
+    call = repr((("q", "k"), tuple(constants), reduction == "none", RelationOptions(2, "kl", reduction, 5, None, "auto").to_text()))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.fastkd.relation_kl.default, arguments, scalars, test_utils=checks)
+    arguments = [inputs[n] for n in NAMES], list(constants.values()), None, [True, True], call
+    torch.library.opcheck(torch.ops.fastkd.relation_kl.default, arguments, test_utils=checks)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The C++ kernels on the CPU (`csrc/cpu`): the row kernel, and products of 16-bit matrices.
 
-They are compiled once per source and torch version and found again in later processes. `python -m fastkd.ops.cpp` compiles them ahead
-of time; `backend="cpp"` does when it has to; `backend="auto"` takes them if they are there. The row kernel is compiled for several
-processors: FASTKD_CPU_VARIANT in the environment, avx512, avx2 or baseline, takes the place of the best one that the CPU has.
+They are compiled once per source and torch version and found again in later processes. `python -m fastkd.ops.backend_cpp` compiles
+them ahead of time; `backend="cpp"` does when it has to; `backend="auto"` takes them if they are there. The row kernel is compiled for
+several processors: FASTKD_CPU_VARIANT in the environment, avx512, avx2 or baseline, takes the place of the best that the CPU has.
 """
 
 from __future__ import annotations
@@ -24,54 +24,59 @@ import torch
 from torch import Tensor
 
 from .compiled import CompiledLibrary, kind_and_mixing, scale_and_softcap
-from .rows import RowLosses, RowOptions
+from .row_call import RowCall, TopK
 
 # __FAST_MATH__ alone makes glibc declare the vector forms of exp, log and tanh; infinities and NaN keep their meaning.
-_COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-D__FAST_MATH__=1"]
+_COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-falign-loops=64", "-D__FAST_MATH__=1"]
 _LINK_FLAGS = ["-lmvec", "-lm"] if platform.system() == "Linux" and platform.machine() == "x86_64" else []
 
 
-def softmax_divergence_(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    options: RowOptions,
-    out: RowLosses,
-    *,
-    row_weight: Tensor,
-    labels: Tensor | None = None,
-    label_weight: Tensor | None = None,
-    gradient: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-) -> None:
-    """`fastkd.ops.rows.softmax_divergence_` in one compiled pass a row, to which biases (V,) are added first."""
+def run(call: RowCall) -> None:
+    """Fill the call's outputs in one compiled pass a row; compiles first if need be.
+
+    Raises:
+        RuntimeError: the kernels cannot be compiled, or the call's tensors are not what `RowCall` says.
+    """
+    options, out = call.options, call.outputs
     extension(build=True).softmax_divergence_(
-        student_logits,
-        teacher_logits,
+        call.student,
+        call.teacher,
         *kind_and_mixing(options.divergence),
         options.temperature,
         *scale_and_softcap(options.student),
         *scale_and_softcap(options.teacher),
-        None if student_bias is None else student_bias.contiguous(),
-        None if teacher_bias is None else teacher_bias.contiguous(),
-        row_weight.contiguous(),
-        None if labels is None else labels.contiguous(),
-        None if label_weight is None else label_weight.contiguous(),
+        call.student_bias,
+        call.teacher_bias,
+        call.row_weight,
+        call.labels,
+        call.label_weight,
         [out.divergence, out.cross_entropy, out.student_entropy, out.teacher_entropy, out.top1_agreement],
-        gradient,
+        call.gradient,
+        call.keeps_logits,
     )
 
 
+def why_not(call: RowCall, *, build: bool = False) -> str | None:
+    """Why `run` cannot serve this call, or None. With `build`, that nothing is compiled yet is no reason: `run` compiles it."""
+    if call.student.device.type != "cpu":
+        return f"it runs on the CPU, and the logits are on {call.student.device}."
+    if isinstance(call.teacher, TopK):
+        return "it has no kernel for a top-k teacher."
+    if not build and not is_built():
+        return "it is not compiled: run `python -m fastkd.ops.backend_cpp`, which needs a C++20 compiler."
+    return None
+
+
 def mm_16bit_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """out (M, N) float32 = a (M, K) b (K, N), both bfloat16 or both float16, or out += a b; see `unraised_dtypes` for where it works.
+    """out (M, N) float32 = a (M, K) b (K, N), both bfloat16 or both float16 as `sixteen_bit_dtypes` says, or out += a b.
 
     Products are exact and sums in float32. a and b have unit stride along one dimension (transposed views do), out along its rows.
     """
     extension(build=True).mm_16bit_(out, a, b, accumulate)
 
 
-def unraised_dtypes() -> frozenset[torch.dtype]:
-    """The dtypes that `mm_16bit_` takes here: none where torch was built without MKL or the extension is not there; never compiles."""
+def sixteen_bit_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes that `mm_16bit_` takes here: none where torch has no MKL or the kernels are not compiled; never compiles."""
     module = extension(build=False)
     return frozenset((torch.bfloat16, torch.float16) if module is not None and module.has_mm_16bit() else ())
 
@@ -134,21 +139,22 @@ def _compile() -> bytes:
         raise RuntimeError(f"The C++ kernels could not be compiled: {error} Use backend='torch', or install a compiler.") from error
 
 
-def _sources(pattern: str = "*.cpp") -> list[Path]:
+def _sources(pattern: str = "cpu/*.cpp") -> list[Path]:
     from .. import csrc
 
-    return sorted((Path(csrc.__path__[0]) / "cpu").glob(pattern))
+    return sorted(Path(csrc.__path__[0]).glob(pattern))
 
 
 @functools.cache
 def _stem() -> str:
     """The module's name, which changes with the sources, the compiler's flags, the processor, Python and torch."""
     stamp = f"{torch.__version__} {sys.implementation.cache_tag} {platform.machine()} {_COMPILE_FLAGS} {_LINK_FLAGS}"
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _sources("*.*")) + stamp.encode())
+    files = [*_sources("cpu/*.*"), *_sources("*.h")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files) + stamp.encode())
     return f"fastkd_cpu_{digest.hexdigest()[:16]}"
 
 
-_library = CompiledLibrary("C++ kernels", "fastkd.ops.cpp", stem=_stem, compile_=_compile, load=_load)
+_library = CompiledLibrary("C++ kernels", "fastkd.ops.backend_cpp", stem=_stem, compile_=_compile, load=_load)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,17 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fastkd
 from fastkd import RelationTarget
-from fastkd.ops.arguments import LARGEST_TEMPERATURE, SMALLEST_TEMPERATURE
+from fastkd.ops.checks import LARGEST_TEMPERATURE, SMALLEST_TEMPERATURE
 
 TOKENS, VOCABULARY, WIDTH, TEACHER_WIDTH, ENTRIES = 5, 8, 4, 3, 2
 
@@ -118,7 +120,7 @@ KINDS = (
     ),
     Kind("topk_ids topk_logprobs student_q student_k teacher_q teacher_k tail_logprob"),
     Kind("teacher_weight student_bias teacher_bias bias mask vocab_index key_mask query_mask group", "None"),
-    Kind("divergence reduction backend tail teacher_precision form"),
+    Kind("divergence reduction backend tail form"),
     Kind("temperature", "1, 1.5"),
     Kind("label_weight", "0, 1, 1.5"),
     Kind("student_logit_scale teacher_logit_scale logit_scale", "-1, 1, 1.5"),
@@ -323,3 +325,44 @@ def test_temperature_has_limits(op):
     for temperature in (math.nextafter(LARGEST_TEMPERATURE, math.inf), 1e3, 1e6, 1e-7, 1e-38):
         with pytest.raises(ValueError, match=r"temperature=.* must be from 1e-06 to 32"):
             op(**inputs, temperature=temperature)
+
+
+@pytest.mark.parametrize("transform", [TRANSFORMS["grad"], TRANSFORMS["vmap"]], ids=["grad", "vmap"])
+def test_compiled_transforms_are_refused_in_our_words(transform):
+    name, *_ = inputs = logits_inputs()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=rf"{name} is inside a transform"):
+        torch.compile(lambda: transform(lambda x: fastkd.kl_div(**{**inputs, name: x}), inputs[name]), backend="eager")()
+
+
+@pytest.mark.parametrize("number", [np.float32(1.5), np.float64(1.5), np.float16(1.5), Fraction(3, 2)], ids=repr)
+@pytest.mark.parametrize("name", ["temperature", "student_softcap", "student_logit_scale", "denominator"])
+def test_a_number_of_any_library_is_one(name, number):
+    inputs = logits_inputs()
+    assert torch.equal(fastkd.kl_div(**inputs, **{name: number}), fastkd.kl_div(**inputs, **{name: 1.5}))
+
+
+@pytest.mark.parametrize("number", [np.int64(2), np.int32(2), np.uint8(2)], ids=repr)
+def test_a_whole_number_of_any_library_is_one(number):
+    inputs = logits_inputs()
+    labels = torch.arange(TOKENS) % 3
+    options = {"labels": labels, "label_weight": 1.0}
+    expected = fastkd.kl_div(**inputs, **options, ignore_index=2, chunk_size=2, temperature=2)
+    assert torch.equal(fastkd.kl_div(**inputs, **options, ignore_index=number, chunk_size=number, temperature=number), expected)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5)], ids=repr)
+def test_a_mixing_weight_of_any_library_is_one(number):
+    inputs = logits_inputs()
+    values = [fastkd.kl_div(**inputs, divergence=fastkd.Divergence.jsd(mixing)) for mixing in (number, 0.5)]
+    assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_backward_pass_over_many_upstream_gradients_at_once_is_refused(op):
+    inputs = OPS[op]()
+    name = next(iter(inputs))
+    leaf = inputs[name].clone().requires_grad_()
+    loss = op(**{**inputs, name: leaf})
+    with pytest.raises(NotImplementedError, match=r"is_grads_batched=True.* fastkd\.reference"):
+        torch.autograd.grad(loss, leaf, torch.ones(3), is_grads_batched=True)

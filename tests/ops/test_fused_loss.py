@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkd.ops.arguments import LossOptions
-from fastkd.ops.chunked import chunked_pass, row_weights
+import fastkd
+from fastkd.ops.options import LossOptions
+from fastkd.ops.token_weights import token_weights
 from tests.ops.test_linear_kl import MASK, NAMES, make_inputs
 
 
@@ -32,12 +33,12 @@ def test_the_loop_allocates_nothing(dtype, needs, mask, backend):
     if backend == "torch":
         pytest.skip("The torch row kernel is the reference: it takes temporaries of a block.")
     inputs = make_inputs(dtype=dtype)
-    student = [inputs[n].detach() for n in NAMES]
-    teacher = [inputs[n].detach() for n in ("teacher_hidden", "teacher_weight", "teacher_bias")]
+    for name, needed in zip(NAMES, needs, strict=True):
+        inputs[name] = inputs[name].detach().requires_grad_(needed)
     counts = []
     for chunk_size in (12, 2):
         with Allocations() as allocations:
-            chunked_pass(student, teacher, None, mask, None, None, None, needs, LossOptions(chunk_size=chunk_size))
+            fastkd.linear_kl_div(**inputs, mask=mask, chunk_size=chunk_size)
         counts.append(allocations.count)
     assert counts[0] == counts[1]
 
@@ -46,5 +47,5 @@ def test_a_denominator_that_could_not_be_read_shows_in_the_loss():
     """On a GPU, where its value is not looked at."""
     for value, scale in ((float("nan"), float("nan")), (4.0, 0.25), (0.0, 0.0)):
         denominator = torch.tensor(value, dtype=torch.float64)
-        weights = row_weights(LossOptions(), 3, torch.float32, torch.device("cpu"), None, None, denominator)
+        weights = token_weights(LossOptions(), 3, torch.float32, torch.device("cpu"), None, None, denominator)
         torch.testing.assert_close(weights.scale, torch.tensor(scale), equal_nan=True)

@@ -1,26 +1,36 @@
-"""What only the C++ backend has: products of 16-bit matrices into float32, variants for processors, and refusals.
+"""What only the C++ backend has: products of 16-bit matrices into float32, variants for processors, logits that it keeps, refusals.
 
-Values of its row kernel in the variant that this machine takes: test_rows.py.
+Values of its row kernel in the variant that this machine takes: test_row_call.py.
 """
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastkd.ops import cpp
+from fastkd.ops import backend_cpp as cpp
 from fastkd.ops.divergence import Divergence
-from fastkd.ops.rows import LogitTransform, RowOptions, softmax_divergence_
+from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, TopK
+from tests.near_certainty import GAPS, check_near_certainty
 from tests.oracle import assert_close
-from tests.row_kernels import DIVERGENCES, DTYPES, assert_losses, check, make_logits, make_losses
+from tests.row_kernels import DIVERGENCES, DTYPES, TOLERANCE, assert_outputs, check, make_logits, make_outputs, oracle
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
 NARROW = [torch.bfloat16, torch.float16]
-TOLERANCE = 1e-6  # float32 sums of exact products
+LONG = 2500  # more than two of the blocks that forward KL goes by
+
+
+def make_call(student: Tensor, teacher: Tensor, **settings) -> RowCall:
+    """Forward KL of these very logits, in float32, with weights of one."""
+    outputs = make_outputs(len(student), torch.float32, has_teacher=True, has_labels=False, statistics=False)
+    defaults = {"options": RowOptions(), "outputs": outputs, "row_weight": torch.ones(len(student))}
+    return RowCall(student=student, teacher=teacher, **(defaults | settings))
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +48,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False
 
 
 def test_mkl_serves_both_dtypes():
-    assert cpp.unraised_dtypes() == (frozenset(NARROW) if torch.backends.mkl.is_available() else frozenset())
+    assert cpp.sixteen_bit_dtypes() == (frozenset(NARROW) if torch.backends.mkl.is_available() else frozenset())
 
 
 @needs_mkl
@@ -56,7 +66,7 @@ def test_products_are_exact(dtype, transposed, shape, accumulate):
         out[:] = matrix(m, n, torch.float32) if accumulate else torch.nan
         truth = a.double() @ b.double() + (out.double() if accumulate else 0.0)
         cpp.mm_16bit_(out, a, b, accumulate)
-        assert_close(out, truth, TOLERANCE)
+        assert_close(out, truth, 1e-6)  # float32 sums of exact products
         assert bool((wide[:, :padding] == 9.0).all() and (wide[:, padding + n :] == 9.0).all())
 
 
@@ -147,10 +157,16 @@ def test_every_variant_is_exact(variant, divergence, dtype, place):
     for vocabulary in (1, 2, 16, 33, 1023, 2049):
         student, teacher = (x.to(DTYPES[dtype]) for x in make_logits(3, vocabulary))
         plain = RowOptions(Divergence.parse(divergence), 2.0)
-        check(cpp.softmax_divergence_, student, teacher, plain, place)
+        check(cpp.run, student, teacher, plain, place)
         labels, weight = torch.tensor([vocabulary - 1, -1, 0]), torch.tensor([1.0, 1.0, 0.5])
-        capped = RowOptions(plain.divergence, 2.0, LogitTransform(1.5, 6.0), LogitTransform(-0.7, 30.0), stats=True)
-        check(cpp.softmax_divergence_, student, teacher, capped, place, labels=labels, label_weight=weight)
+        capped = RowOptions(plain.divergence, 2.0, LogitTransform(1.5, 6.0), LogitTransform(-0.7, 30.0))
+        check(cpp.run, student, teacher, capped, place, statistics=True, labels=labels, label_weight=weight)
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, None])
+def test_gradients_of_a_student_that_is_nearly_certain(variant, divergence, gap):
+    check_near_certainty(cpp.run, divergence, gap)
 
 
 def test_variants_differ_by_rounding_alone(backend):
@@ -162,9 +178,9 @@ def test_variants_differ_by_rounding_alone(backend):
     try:
         for name in backend.variants():
             backend.choose_variant(name)
-            losses = make_losses(64, torch.float32, True, False, False)
-            cpp.softmax_divergence_(student.clone(), teacher.clone(), RowOptions(), losses, row_weight=torch.ones(64))
-            found.append(losses.divergence)
+            call = make_call(student.clone(), teacher.clone())
+            cpp.run(call)
+            found.append(call.outputs.divergence)
     finally:
         backend.choose_variant(backend.variants()[0])
     assert not any(torch.equal(found[0], other) for other in found[1:])
@@ -174,50 +190,65 @@ def test_a_tie_is_rounded_to_even():
     """Student (1/2, 1/2), teacher (1, 0): the gradient is half the row's weight, here midway between two bfloat16 numbers."""
     half = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])
     expected = torch.tensor([[-1.0, 1.0], [-1 - 2**-6, 1 + 2**-6]])
-    gradient, losses = torch.empty(2, 2, dtype=torch.bfloat16), make_losses(2, torch.float32, True, False, False)
-    teacher = torch.tensor([[0.0, -torch.inf]]).repeat(2, 1)
-    cpp.softmax_divergence_(torch.zeros(2, 2), teacher, RowOptions(), losses, row_weight=2 * half, gradient=gradient)
+    gradient, teacher = torch.empty(2, 2, dtype=torch.bfloat16), torch.tensor([[0.0, -torch.inf]]).repeat(2, 1)
+    cpp.run(make_call(torch.zeros(2, 2), teacher, row_weight=2 * half, gradient=gradient))
     assert torch.equal(gradient.float(), expected)
 
 
-def test_logits_that_do_not_fit_are_refused():
-    student, teacher = (x.float() for x in make_logits(3, 8))
-    losses, weight = make_losses(3, torch.float32, True, False, False), torch.ones(3)
+def test_tensors_that_do_not_fit_are_refused():
+    call = make_call(*(x.float() for x in make_logits(3, 8)))
     with pytest.raises(RuntimeError, match="stride 1 along the vocabulary"):
-        cpp.softmax_divergence_(student.T.contiguous().T, teacher, RowOptions(), losses, row_weight=weight)
+        cpp.run(replace(call, student=call.student.T.contiguous().T))
     with pytest.raises(RuntimeError, match="one shape"):
-        cpp.softmax_divergence_(student, teacher[:, :7], RowOptions(), losses, row_weight=weight)
+        cpp.run(replace(call, teacher=call.teacher[:, :7]))
     with pytest.raises(RuntimeError, match="got Int"):
-        cpp.softmax_divergence_(
-            student, teacher, RowOptions(), losses, row_weight=weight, gradient=torch.zeros(3, 8, dtype=torch.int32)
-        )
+        cpp.run(replace(call, gradient=torch.zeros(3, 8, dtype=torch.int32)))
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        cpp.run(replace(call, row_weight=torch.ones(6)[::2]))
 
 
-LONG = 2500  # more than two of the blocks that forward KL goes by
-LABELS = torch.tensor([-1, 7, -1, 2400])
+def test_what_it_does_not_take_is_said(backend, monkeypatch):
+    call = make_call(*(x.float() for x in make_logits(3, 8)))
+    assert cpp.why_not(call) is None
+    assert cpp.why_not(replace(call, student=call.student.to("meta"))) == "it runs on the CPU, and the logits are on meta."
+    listed = TopK(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1))
+    assert cpp.why_not(replace(call, teacher=listed)) == "it has no kernel for a top-k teacher."
+    monkeypatch.setattr(cpp, "_library", SimpleNamespace(get=lambda *, build: None))
+    assert cpp.why_not(call) == "it is not compiled: run `python -m fastkd.ops.backend_cpp`, which needs a C++20 compiler."
+    assert cpp.why_not(call, build=True) is None
 
 
-def compare(student: Tensor, teacher: Tensor, options: RowOptions, biases: dict[str, Tensor], **settings) -> Tensor:
-    """The kernel's gradient with these biases. It and the losses are those of torch in float64 on logits that have them."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+@pytest.mark.parametrize("labels", [None, torch.tensor([2, -1, 0, 1999])], ids=["", "labels"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd(0.3)", None])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_logits_that_are_kept_stay_and_give_the_same(dtype, divergence, bias, labels):
+    """Bit for bit what is made of logits that may be written to; the caller's stay, and nothing is copied before the kernel."""
+    if divergence is None and labels is None:
+        pytest.skip("a call without teacher and labels")
+    student, teacher = (x.to(DTYPES[dtype]) for x in make_logits(4, LONG))
+    kind = torch.float64 if dtype == "float64" else torch.float32
+    biases = dict.fromkeys(("student_bias", "teacher_bias"), torch.linspace(-1, 1, LONG, dtype=kind)) if bias else {}
     results = []
-    for kernel, kind in ((cpp.softmax_divergence_, dtype), (softmax_divergence_, torch.float64)):
-        inside = kernel is cpp.softmax_divergence_
-        rows = [
-            x.clone() if inside else x.double() + biases[f"{side}_bias"].double()
-            for side, x in (("student", student), ("teacher", teacher))
-        ]
-        own = {name: x if x.dtype == torch.int64 else x.to(kind) for name, x in settings.items()}
-        late = {name: bias.to(kind) for name, bias in biases.items()} if inside else {}
-        losses = make_losses(len(student), kind, True, "labels" in settings, False)
-        gradient = torch.empty(student.shape, dtype=kind)
-        kernel(*rows, options, losses, row_weight=torch.linspace(0.5, 2, len(student), dtype=kind), gradient=gradient, **own, **late)
-        results.append((losses, gradient))
-    (losses, gradient), (expected, truth) = results
-    biased = student.double() + biases["student_bias"].double(), teacher.double() + biases["teacher_bias"].double()
-    assert_losses(losses, expected, *biased, options, dtype)
-    assert_close(gradient, truth, 1e-12 if dtype == torch.float64 else 2e-5)
-    return gradient
+    for keeps in (False, True):
+        ours, theirs = (x.clone() for x in (student, teacher))
+        outputs = make_outputs(4, kind, divergence is not None, labels is not None, statistics=False)
+        call = make_call(
+            ours,
+            theirs if divergence else None,
+            options=RowOptions(Divergence.parse(divergence) if divergence else None, 2.0),
+            outputs=outputs,
+            row_weight=torch.linspace(0.5, 2, 4, dtype=kind),
+            labels=labels,
+            label_weight=None if labels is None else torch.ones(4, dtype=kind),
+            gradient=torch.empty(4, LONG, dtype=kind),
+            keeps_logits=keeps,
+            **biases,
+        )
+        cpp.run(call)
+        results.append([x for x in (*vars(outputs).values(), call.gradient) if x is not None])
+    assert torch.equal(ours, student) and torch.equal(theirs, teacher)
+    assert all(torch.equal(free, kept) for free, kept in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -229,18 +260,24 @@ def test_biases_are_added_first(dtype, divergence, scale, labels):
     generator = torch.Generator().manual_seed(5)
     biases = {f"{side}_bias": torch.randn(LONG, generator=generator) for side in ("student", "teacher")}
     options = RowOptions(Divergence.parse(divergence), 2.0, LogitTransform(scale), LogitTransform(1.5))
-    settings = {"labels": LABELS, "label_weight": torch.full((4,), 0.3)} if labels else {}
-    compare(student, teacher, options, biases, **settings)
+    settings = {"labels": torch.tensor([-1, 7, -1, 2400]), "label_weight": torch.full((4,), 0.3)} if labels else {}
+    check(cpp.run, student, teacher, options, "float64" if dtype == torch.float64 else "float32", **biases, **settings)
 
 
 @pytest.mark.parametrize("where", ["beginning", "middle", "end"])
 def test_blocks_that_no_probability_is_in(where):
     """A masked stretch of the vocabulary, longer than a block, and large logits before or behind it."""
-    student, teacher = make_logits(4, LONG)
+    student, teacher = (x.float() for x in make_logits(4, LONG))
     hidden = {"beginning": slice(0, 1100), "middle": slice(700, 2100), "end": slice(1300, LONG)}[where]
     for logits, sign in ((student, 1), (teacher, -1)):
         logits += sign * torch.linspace(-60, 60, LONG)
         logits[:, hidden] = -torch.inf
-    none = {f"{side}_bias": torch.zeros(LONG) for side in ("student", "teacher")}
-    gradient = compare(student.float(), teacher.float(), RowOptions(), none)
-    assert not gradient[:, hidden].any()
+    seen = torch.ones(LONG, dtype=torch.bool)
+    seen[hidden] = False
+    exact = make_call(student[:, seen], teacher[:, seen])
+    expected, truth = oracle(exact.student, exact.teacher, exact.options, exact.row_weight)
+    call = make_call(student.clone(), teacher.clone(), gradient=torch.empty_like(student))
+    cpp.run(call)
+    assert not call.gradient[:, hidden].any()
+    assert_outputs(call.outputs, expected, exact.student, exact.teacher, exact.options, torch.float32)
+    assert_close(call.gradient[:, seen], truth, TOLERANCE[torch.float32])

@@ -1,4 +1,4 @@
-"""The chunked pass as one operator: compiled whole for any batch size, and what backward may and may not do."""
+"""The operators: compiled whole for any batch size, and what backward may and may not do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
-from fastkd.ops import operator
+from fastkd.ops.options import LossOptions
 from tests.ops.test_linear_kl import LABELS, MASK, NAMES, make_inputs, value_and_gradients
 from tests.oracle import assert_close
 
@@ -47,19 +47,16 @@ def test_compiles_whole_and_only_once_for_every_number_of_tokens(name, reduction
 
 def test_the_shapes_and_dtypes_that_are_promised_to_the_compiler_are_kept():
     """torch's own check of an operator: schema, no aliasing, fake outputs, autograd registration."""
-    from fastkd.ops.arguments import LossOptions
-
     inputs = {k: x.float().detach().requires_grad_(x.requires_grad) for k, x in make_inputs().items()}
     student = [inputs[n] for n in NAMES]
     teacher = [inputs["teacher_hidden"], inputs["teacher_weight"][:37].detach(), inputs["teacher_bias"][:37].detach()]
-    scalars = {name: getattr(LossOptions(chunk_size=5), name) for name in LossOptions.__dataclass_fields__}
+    names = ("hidden", "weight", "bias"), ("teacher_hidden", "teacher_weight", "teacher_bias", "mask", "labels")
+    call = repr((*names, False, LossOptions(divergence="forward_kl", chunk_size=5, label_weight=0.5).to_text()))
     torch.library.opcheck(
-        torch.ops.fastkd.chunked_loss.default,
-        (student, teacher, None, MASK, LABELS, None, None, [True, True, True]),
-        scalars,
+        torch.ops.fastkd.fused_loss.default,
+        (student, [*teacher, MASK, LABELS], None, [True, True, True], call),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
-    assert operator.STATISTICS[0] == "divergence"
 
 
 @pytest.mark.parametrize("function", ["linear_kl_div", "kl_div"])

@@ -1,4 +1,4 @@
-"""What every logit loss takes: checked before any work. Errors say what was given and what would do.
+"""Checks of the losses' arguments, before any work. Errors say what was given and what would do.
 
 Shapes, dtypes and devices are checked where the public function runs, which `torch.compile` traces; values (`check_..._values`) inside
 the operator.
@@ -8,92 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import BACKENDS
-from .divergence import Divergence
-from .rows import LogitTransform, RowOptions
+if TYPE_CHECKING:
+    from .options import LossOptions
 
-REDUCTIONS = ("mean", "sum", "none")
-TEACHER_PRECISIONS = ("full", "fp8")
 # What a stored distribution's mass may be above one: 16-bit logarithms that were cast to float32 are off by so much.
 _MASS_ROUNDING = 0.01
+TAILS = ("bucket", "renormalize", "zero")
+"""What stands for the tokens that a top-k teacher does not list; `topk_kl_div` has the formulas."""
 SMALLEST_TEMPERATURE = 1e-6
 LARGEST_TEMPERATURE = 32.0
 """Up to here every backend's float32 holds the KL divergence of models whose logits are some nats apart to 1e-4 of its value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """The numbers and names among a logit loss's arguments; the public functions document them. Its fields are the operator's schema.
-
-    `tail` is None but for a sparse teacher, which has no `divergence`.
-    """
-
-    divergence: str = "forward_kl"
-    mixing: float | None = None
-    tail: str | None = None
-    temperature: float = 1.0
-    label_weight: float = 0.0
-    ignore_index: int = -100
-    student_logit_scale: float = 1.0
-    student_softcap: float | None = None
-    teacher_logit_scale: float = 1.0
-    teacher_softcap: float | None = None
-    reduction: str = "mean"
-    chunk_size: int | None = None
-    memory_budget: int | None = None
-    backend: str = "auto"
-    return_stats: bool = False
-    return_losses: bool = False
-    grad_filter: float | None = None
-    teacher_precision: str = "full"
-    operand_dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        check_number("label_weight", self.label_weight, may_be_zero=True)
-        check_whole("ignore_index", self.ignore_index)
-        for side in ("student", "teacher"):
-            check_transform(f"{side}_", getattr(self, f"{side}_logit_scale"), getattr(self, f"{side}_softcap"))
-        if self.grad_filter is not None:
-            check_number("grad_filter", self.grad_filter)
-        for name, known in (("reduction", REDUCTIONS), ("backend", BACKENDS), ("teacher_precision", TEACHER_PRECISIONS)):
-            check_choice(name, getattr(self, name), known)
-        for name, unit in (("chunk_size", "rows"), ("memory_budget", "bytes")):
-            count = getattr(self, name)
-            if count is not None:
-                check_whole(name, count, least=1, unit=unit)
-
-    def row_options(self, has_teacher: bool) -> RowOptions:
-        """What the row kernels are told. has_teacher: whether there is one, dense or (with `tail`) sparse."""
-        return RowOptions(
-            divergence=Divergence(self.divergence, self.mixing) if has_teacher and self.tail is None else None,
-            tail=self.tail or "bucket",
-            temperature=self.temperature,
-            student=LogitTransform(self.student_logit_scale, self.student_softcap),
-            teacher=LogitTransform(self.teacher_logit_scale, self.teacher_softcap),
-            stats=self.return_stats,
-        )
-
-
-def stats_options(return_stats: bool | Literal["losses"]) -> dict[str, Any]:
-    """A public `return_stats` argument as `LossOptions` holds it: the losses alone are there in any case, the rest costs time."""
-    if not isinstance(return_stats, bool) and (not isinstance(return_stats, str) or return_stats != "losses"):
-        raise ValueError(f"return_stats={return_stats!r} is not known; use True, False or 'losses'.")
-    return {"return_stats": return_stats is True, "return_losses": return_stats == "losses"}
-
-
-def divergence_options(divergence: str | Divergence) -> dict[str, Any]:
-    """A public `divergence` argument as `LossOptions` holds it."""
-    parsed = Divergence.parse(divergence)
-    return {"divergence": parsed.kind, "mixing": parsed.mixing}
 
 
 def leading_shape(name: str, tensor: Tensor, *, may_be_empty: bool = False) -> torch.Size:
@@ -125,10 +56,12 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"{name} is a DTensor. Call the loss inside the head module's own forward, where FSDP has gathered the weight into a "
             "plain tensor, or pass tensor.full_tensor() with grad_placements=[Partial()]."
         )
-    # A compiler traces the first question, and refuses the other transforms itself.
-    if forward_ad.unpack_dual(tensor).tangent is not None or (  # type: ignore[no-untyped-call]
-        not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    ):
+    # Of torch.func's transforms a compiler can trace but whether there is one.
+    if torch.compiler.is_compiling():
+        is_transformed = torch._C._functorch.maybe_current_level() is not None
+    else:
+        is_transformed = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if is_transformed or forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(
             f"{name} is inside a transform that fastkd's losses do not support: forward-mode AD (torch.func.jvp, "
             "torch.autograd.forward_ad), torch.func.grad or torch.vmap. Take reverse mode (loss.backward(), torch.autograd.grad), or "
@@ -145,7 +78,7 @@ def check_teacher(name: str, tensor: Tensor | None) -> None:
         )
 
 
-def check_row_tensors(
+def check_token_tensors(
     leading: torch.Size, device: torch.device, options: LossOptions, mask: Tensor | None, labels: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check mask and labels against the leading dims; return them flat."""
@@ -159,6 +92,8 @@ def check_row_tensors(
             raise ValueError(f"{name} is on {tensor.device} and the student is on {device}; move it there.")
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"mask has dtype {mask.dtype}; give torch.bool (of an attention mask: mask.bool()), or float weights >= 0.")
+    if options.grad_filter is not None and device.type != "cpu":
+        raise ValueError(f"grad_filter={options.grad_filter} works on the CPU alone, and the tensors are on {device}; leave it out.")
     if labels is None:
         if options.label_weight > 0:
             raise ValueError(f"label_weight={options.label_weight} needs labels=; pass them or leave label_weight at 0.")
@@ -166,7 +101,7 @@ def check_row_tensors(
         raise TypeError(
             f"labels has dtype {labels.dtype}; give torch.int64 ids, by labels.long() (ignore_index={options.ignore_index} for none)."
         )
-    elif options.label_weight == 0 and not (options.return_stats or options.return_losses):
+    elif options.label_weight == 0 and not options.statistics:
         raise ValueError("labels is given with label_weight=0, so that it would not be read; pass label_weight=1.0, or leave it out.")
     return None if mask is None else mask.detach().reshape(-1), None if labels is None else labels.reshape(-1)
 
@@ -186,7 +121,7 @@ def check_denominator(denominator: float | Tensor | None, reduction: str, device
             _check_denominator_value(denominator)
         return denominator.detach().to(device, torch.float64)
     check_number("denominator", denominator)
-    return torch.full((), denominator, dtype=torch.float64, device=device)
+    return torch.full((), float(denominator), dtype=torch.float64, device=device)
 
 
 def _check_denominator_value(denominator: Tensor) -> None:
@@ -213,7 +148,7 @@ def check_vocab_index(vocab_index: Tensor | None, student_vocabulary: int, teach
         raise ValueError(f"vocab_index is on {vocab_index.device} and the student is on {device}; move it there.")
 
 
-def check_row_values(
+def check_token_values(
     options: LossOptions, vocabulary: int, mask: Tensor | None, labels: Tensor | None, denominator: Tensor | None = None
 ) -> None:
     """What only the numbers tell. On the CPU alone, here and below: a GPU's would make the host wait for them."""
@@ -324,7 +259,7 @@ def check_number(name: str, value: Any, *, may_be_zero: bool = False, may_be_neg
 
 def check_whole(name: str, value: Any, *, least: int | None = None, unit: str = "") -> None:
     """Refuse (ValueError) what is no int, or one below `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+    if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
         raise ValueError(f"{name}={value!r} must be a whole number" + ("." if least is None else f" >= {least} ({unit})."))
 
 
@@ -337,3 +272,12 @@ def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32: logits are never rounded to 16 bits."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_tail(tail: str, has_log_tail: bool) -> None:
+    """Refuse (ValueError) an unknown `tail`, and "bucket" without the log of the tail's mass."""
+    check_choice("tail", tail, TAILS)
+    if tail == "bucket" and not has_log_tail:
+        raise ValueError(
+            "tail='bucket' needs tail_logprob, the log of the mass that the teacher does not list; or use tail='renormalize'."
+        )

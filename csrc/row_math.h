@@ -1,0 +1,77 @@
+// What a vocabulary entry adds to a divergence: one formula for each, which the C++ and the CUDA row kernel share.
+//
+// D(p, q) sums `value` over the row, and c = dD / d log q, with log q treated as free, is `coefficient`: then dD / dz = c - q sum(c) for
+// q = softmax(z). fastkd/ops/divergence.py says the same in torch.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define SHARED_CODE __host__ __device__ __forceinline__
+#else
+#define SHARED_CODE inline __attribute__((always_inline))
+#endif
+
+namespace fastkd {
+
+enum Kind : int { none, forward_kl, reverse_kl, tvd, jsd, skew_kl, skew_rkl };
+
+// beta or alpha, 1 less it, and their logarithms.
+template <typename T>
+struct Mixing {
+  T own, other, log_own, log_other;
+};
+
+template <typename T>
+inline Mixing<T> make_mixing(T own) {
+  return {own, 1 - own, std::log(own), std::log1p(-own)};
+}
+
+template <typename T>
+struct Entry {
+  T value, coefficient;
+};
+
+// probability * factor, with 0 * (anything, infinite or undefined) = 0; NaN shows.
+template <typename T>
+SHARED_CODE T weighted(T probability, T factor) {
+  return probability == 0 ? T(0) : probability * factor;
+}
+
+// difference = q - p. NaN stays NaN.
+template <typename T>
+SHARED_CODE Entry<T> tvd_entry(T q, T difference) {
+  return {T(0.5) * std::abs(difference), difference > 0 ? T(0.5) * q : (difference < 0 ? T(-0.5) * q : difference * q)};
+}
+
+// Only the difference of the logarithms counts: they may be off by the same amount. `Math` has exp(x) for x of at most zero, or above it
+// by rounding, and log(x) for x from 1 to 2.
+template <Kind kind, typename Math, typename T>
+SHARED_CODE Entry<T> make_entry(T p, T q, T log_p, T log_q, const Mixing<T>& mixing) {
+  if constexpr (kind == none) {
+    return {};
+  } else if constexpr (kind == forward_kl) {
+    return {weighted(p, log_p - log_q), -p};
+  } else if constexpr (kind == reverse_kl) {
+    const T value = weighted(q, log_q - log_p);
+    return {value, value + q};
+  } else if constexpr (kind == tvd) {
+    return tvd_entry(q, q - p);
+  } else {
+    // log m in log space: both probabilities may underflow.
+    const T a = (kind == skew_rkl ? log_q : log_p) + mixing.log_own, b = (kind == skew_rkl ? log_p : log_q) + mixing.log_other;
+    const T high = a > b ? a : b, low = a > b ? b : a;
+    const T log_m = high + Math::log(1 + Math::exp(low - high));
+    if constexpr (kind == jsd) {
+      const T student = mixing.other * weighted(q, log_q - log_m);
+      return {weighted(mixing.own * p, log_p - log_m) + student, student};
+    } else if constexpr (kind == skew_kl) {
+      return {weighted(p, log_p - log_m), -weighted(p, Math::exp(log_q - log_m + mixing.log_other))};
+    } else {
+      const T value = weighted(q, log_q - log_m);
+      return {value, q == 0 ? T(0) : value + q * (1 - Math::exp(log_q - log_m + mixing.log_own))};
+    }
+  }
+}
+
+}  // namespace fastkd

@@ -1,0 +1,166 @@
+"""The row kernel in plain torch: exact on every device and dtype, and what the compiled backends are compared with.
+
+It works on a few rows at a time, so that its temporaries stay in a CPU's cache and small beside a chunk on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .divergence import balance_, value_and_coefficient, weighted
+from .row_call import LogitTransform, RowCall, TopK
+
+_CPU_BLOCK_ELEMENTS = 1 << 18
+_GPU_BLOCK_ELEMENTS = 1 << 23
+_LOG_HALF = -math.log(2.0)
+
+
+def why_not(call: RowCall) -> str | None:
+    """None: torch serves every call."""
+    return None
+
+
+def run(call: RowCall) -> None:
+    """Do what `RowCall` says; the logits stay what they are, but where the gradient lies over them."""
+    dtype, options, out = call.row_weight.dtype, call.options, call.outputs
+    for block in blocks(call.student):
+        student = transformed(call.student[block], call.student_bias, options.student, dtype)
+        terms = []
+        if isinstance(call.teacher, TopK):
+            terms.append(_topk_block(call, block, student))
+        elif call.teacher is not None:
+            teacher = transformed(call.teacher[block], call.teacher_bias, options.teacher, dtype)
+            terms.append(_divergence_block(call, block, student, teacher))
+        if call.labels is not None:
+            assert out.cross_entropy is not None
+            weight = None if call.label_weight is None else call.label_weight[block]
+            terms.append(_cross_entropy_block(student, call.labels[block], out.cross_entropy[block], weight, call.gradient is not None))
+        if call.gradient is not None:
+            total, *others = [term for term in terms if term is not None]
+            for other in others:
+                total.add_(other)
+            # `total` has memory of its own and a row of the gradient lies over none but its own row of logits: all of those were read.
+            call.gradient[block] = chain_(total, student, options.student)
+
+
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Slices of the rows of `logits` (C, V)."""
+    rows, vocabulary = logits.shape
+    step = max(1, (_GPU_BLOCK_ELEMENTS if logits.is_cuda else _CPU_BLOCK_ELEMENTS) // max(1, vocabulary))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def transformed(raw: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype) -> Tensor:
+    """The model's logits in `dtype` from what its head's GEMM wrote (C, V); perhaps the same memory."""
+    logits = raw.to(dtype)
+    return transform.apply(logits if bias is None else logits + bias)
+
+
+def chain_(gradient: Tensor, logits: Tensor, transform: LogitTransform) -> Tensor:
+    """Turn `gradient` (C, V) with respect to the model's `logits`, in place, into one with respect to the head's output."""
+    if transform.softcap is not None:
+        gradient.mul_(1.0 - (logits / transform.softcap) ** 2)
+    return gradient if transform.scale == 1.0 else gradient.mul_(transform.scale)
+
+
+def _divergence_block(call: RowCall, block: slice, student: Tensor, teacher: Tensor) -> Tensor | None:
+    """Write the block's T^2 D and statistics; return its part of the gradient (C, V), None if that is not wanted."""
+    out, divergence, temperature = call.outputs, call.options.divergence, call.options.temperature
+    assert divergence is not None and out.divergence is not None
+    log_q = torch.log_softmax(student if temperature == 1.0 else student / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher if temperature == 1.0 else teacher / temperature, dim=-1)
+    q, p = log_q.exp(), log_p.exp()
+    value, coefficient = value_and_coefficient(divergence, p, q, log_p, log_q)
+    out.divergence[block] = value * temperature**2
+    if call.wants_statistics:
+        assert out.student_entropy is not None and out.teacher_entropy is not None and out.top1_agreement is not None
+        out.student_entropy[block] = -weighted(q, log_q).sum(-1)
+        out.teacher_entropy[block] = -weighted(p, log_p).sum(-1)
+        out.top1_agreement[block] = (log_q.argmax(-1) == log_p.argmax(-1)).to(student.dtype)
+    if call.gradient is None:
+        return None
+    is_certain = log_q.amax(-1) > _LOG_HALF
+    # T^2 from the loss, 1/T from z/T: the gradient of T^2 D carries T once.
+    coefficient.sub_(q.mul_(coefficient.sum(-1, keepdim=True))).mul_(temperature)
+    return balance_(coefficient.mul_(call.row_weight[block, None]), student, is_certain)
+
+
+def _cross_entropy_block(student: Tensor, labels: Tensor, out: Tensor, weight: Tensor | None, wants_gradient: bool) -> Tensor | None:
+    """Write CE at T = 1 into `out`, zero where the label is negative; return its part of the gradient as `_divergence_block` does."""
+    log_q = torch.log_softmax(student, dim=-1)
+    labelled = labels >= 0
+    # On a GPU nobody has checked the labels; one outside of the vocabulary gives NaN.
+    unknown = labels >= student.shape[-1]
+    index = labels.clamp(0, max(student.shape[-1] - 1, 0))[:, None]
+    out.copy_(torch.where(labelled, -log_q.gather(1, index)[:, 0], 0.0).masked_fill_(unknown, torch.nan))
+    if not wants_gradient or weight is None:
+        return None
+    is_certain = log_q.amax(-1) > _LOG_HALF
+    result = log_q.exp_()
+    result.scatter_add_(1, index, result.new_full((1, 1), -1.0).expand(index.shape))
+    return balance_(result.mul_(labelled[:, None]).mul_(weight[:, None]), student, is_certain)
+
+
+def _topk_block(call: RowCall, block: slice, student: Tensor) -> Tensor | None:
+    """Write the block's T^2 D from a top-k teacher; return its part of the gradient as `_divergence_block` does.
+
+    With q = softmax(student / T), S the listed tokens, q_tail the sum of q outside of S and p_tail = exp(log_tail), D is
+
+        bucket       sum_S p (log p - log q) + p_tail (log p_tail - log q_tail)
+        renormalize  sum_S p' (log p' - log q), p' = p / sum_S p
+        zero         sum_S p (log p - log q)
+
+    "bucket" is the KL of what is known: never above the KL of the full distributions. With M the sum of all p in D (one, but for the
+    rounding of a cache, and less for "zero") dD / d(student / T) is M q - p on S and q (M - p_tail / q_tail) elsewhere, p_tail left out
+    but for "bucket". A row that lists nothing has no renormalised distribution: NaN.
+    """
+    assert isinstance(call.teacher, TopK) and call.outputs.divergence is not None
+    teacher, tail, temperature = call.teacher[block], call.options.tail, call.options.temperature
+    is_listed = teacher.ids >= 0
+    # On a GPU nobody has checked the ids; one outside of the vocabulary gives NaN.
+    unknown = (teacher.ids >= student.shape[-1]).any(-1)
+    index = teacher.ids.clamp(0, max(student.shape[-1] - 1, 0))
+    logits = student if temperature == 1.0 else student / temperature
+    logits = logits - logits.amax(-1, keepdim=True)
+    listed = logits.gather(1, index).masked_fill_(~is_listed, -torch.inf)
+    # The unlisted logits, -inf at the listed ones: their mass is a sum of their own, where 1 - sum_S q would cancel to nothing.
+    # As a minimum, so that a missing entry, which stands at column 0, leaves what is there.
+    limit = listed.new_full((), torch.inf).masked_fill(is_listed, -torch.inf)
+    rest = logits.scatter_reduce(1, index, limit, "amin")
+    log_rest = rest.logsumexp(-1)
+    log_normaliser = torch.logaddexp(log_rest, listed.logsumexp(-1))
+    log_q = listed - log_normaliser[:, None]
+    log_p = teacher.log_probabilities.to(logits.dtype).masked_fill(~is_listed, -torch.inf)
+    if tail == "renormalize":
+        log_p = log_p.log_softmax(-1)
+    p = log_p.exp()
+    value, mass = weighted(p, log_p - log_q).sum(-1), p.sum(-1)
+    log_q_tail = log_rest - log_normaliser
+    p_tail: Tensor | None = None
+    if tail == "bucket":
+        assert teacher.log_tail is not None
+        log_p_tail = teacher.log_tail.to(logits.dtype)
+        p_tail = log_p_tail.exp()
+        value += weighted(p_tail, log_p_tail - log_q_tail)
+        mass += p_tail
+    value.masked_fill_(unknown, torch.nan)
+    torch.mul(value, temperature**2, out=call.outputs.divergence[block])
+    if call.gradient is None:
+        return None
+    # q (M - p_tail / q_tail) = (q / q_tail) (M q_tail - p_tail), and q / q_tail is a softmax of its own, however small q_tail is.
+    rest_gradient = mass * log_q_tail.exp()
+    if p_tail is not None:
+        rest_gradient -= p_tail
+    # Where nothing is left beside the list, exp(-inf) is the zero that is wanted.
+    shares = rest.sub_(log_rest.clamp_min(torch.finfo(rest.dtype).min)[:, None]).exp_()
+    result = shares.mul_(rest_gradient[:, None])
+    # A missing entry has p = q = 0 and adds nothing at column 0.
+    result.scatter_add_(1, index, mass[:, None] * log_q.exp() - p)
+    # T^2 from the loss, 1/T from z/T.
+    # A row whose student has nothing beside the list cannot give the tail's mass away, and does not sum to zero: its loss is infinite.
+    is_certain = (-log_normaliser > _LOG_HALF) & (log_rest > -torch.inf)
+    return balance_(result.mul_(temperature).mul_(call.row_weight[block, None]), student, is_certain)

@@ -1,0 +1,252 @@
+"""The pass that every logit loss makes: chunk by chunk, logits in, losses and gradients out, one chunk of logits alive.
+
+Nothing is allocated inside its loop and the host waits for nothing in it. Masked tokens are packed out before it, which reads their
+number from the device once; while a CUDA graph is captured, where nothing can be read, they stay in with weight zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .backends import choose, replace_failed
+from .checks import check_index_values, check_token_values, check_topk_ids, check_topk_masses, compute_dtype
+from .given_logits import GivenLogits
+from .grad_filter import GradFilter
+from .gradient_in_forward import Inputs, Results, pack, register, unpack
+from .linear_logits import LinearGradients, LinearLogits, gradient_dtype
+from .options import LossOptions
+from .plan import Plan, plan_chunks
+from .row_call import RowCall, RowOutputs, TopK
+from .token_weights import TokenWeights, token_weights
+
+
+@dataclass(frozen=True)
+class LossStats:
+    """Per-token values in the shape of the leading dims, zero where masked; no gradient flows. Nats; `divergence` carries T^2.
+
+    Entropies are those of the tempered distributions; `top1_agreement` is 1 where both models rank the same token first. With
+    `grad_filter`, `columns_kept` is the share of the vocabulary that the token's chunk kept, and `dropped_mass` the share of the L1
+    norm of the token's logit gradient in the columns that were replaced by their mean; both are zero where no gradient was made.
+    """
+
+    divergence: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    top1_agreement: Tensor | None = None
+    columns_kept: Tensor | None = None
+    dropped_mass: Tensor | None = None
+
+
+_STATISTICS = tuple(field.name for field in fields(LossStats))
+
+
+def fused_loss(
+    student: Mapping[str, Tensor | None],
+    teacher: Mapping[str, Tensor | None],
+    options: LossOptions,
+    leading: torch.Size,
+    *,
+    vocab_index: Tensor | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    denominator: Tensor | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """What the public losses return, from arguments that they have checked and flattened.
+
+    Args:
+        student: "logits" (N, V), or "hidden" (N, H), "weight" (V, H) and "bias" (V,) or None.
+        teacher: the same under names that begin with "teacher_"; or "topk_ids", "topk_logprobs" and "tail_logprob"; or nothing.
+        options: the numbers and names.
+        leading: shape of per-token results.
+        vocab_index: (V,) int64 or None.
+        mask: (N,) bool or float weights, or None.
+        labels: (N,) int64 or None.
+        denominator: () float64 or None.
+    """
+    constants = {**teacher, "vocab_index": vocab_index, "mask": mask, "labels": labels, "denominator": denominator}
+    deferred = "logits" in student or options.reduction == "none"
+    loss: Tensor
+    loss, _, statistics, _ = _operator(*pack(student, constants, options.to_text(), deferred=deferred))
+    if options.reduction == "none":
+        loss = loss.view(leading)
+    if not options.statistics:
+        return loss
+    known = {"divergence": bool(teacher), "cross_entropy": labels is not None}
+    if options.statistics == "all":
+        known |= dict.fromkeys(("student_entropy", "teacher_entropy", "top1_agreement"), options.divergence is not None)
+        known |= dict.fromkeys(("columns_kept", "dropped_mass"), options.grad_filter is not None)
+    rows = dict(zip(_STATISTICS, statistics.detach().view(len(_STATISTICS), *leading), strict=True))
+    return loss, LossStats(**{name: rows[name] for name, is_known in known.items() if is_known})
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass works on: sources of logits, where results go, and how much at a time."""
+
+    options: LossOptions
+    tokens: int
+    weights: TokenWeights
+    plan: Plan
+    student: LinearLogits | GivenLogits
+    teacher: LinearLogits | GivenLogits | TopK | None
+    gradients: LinearGradients | GivenLogits
+    """Takes the gradient of the student's logits, where one is made."""
+    statistics: dict[str, Tensor]
+    """By the names of `LossStats`, (n,) each."""
+
+    def call(self, part: slice, logits: Tensor, gradient: Tensor | None) -> RowCall:
+        """The row kernel's call for `part`, of which the student's `logits` are given and the teacher's are made here."""
+        weights, teacher, statistics = self.weights, self.teacher, self.statistics
+        dense = teacher if isinstance(teacher, (LinearLogits, GivenLogits)) else None
+        wanted = {"divergence": teacher is not None, "cross_entropy": weights.labels is not None}
+        wanted |= dict.fromkeys(_ENTROPIES, dense is not None and self.options.statistics == "all")
+        return RowCall(
+            student=logits,
+            teacher=teacher[part] if isinstance(teacher, TopK) else None if dense is None else dense.logits(part),
+            options=self.options.rows,
+            outputs=RowOutputs(**{name: statistics[name][part] for name, is_wanted in wanted.items() if is_wanted}),
+            row_weight=weights.token[part],
+            labels=None if weights.labels is None else weights.labels[part],
+            label_weight=None if weights.label is None else weights.label[part],
+            student_bias=self.student.bias,
+            teacher_bias=None if dense is None else dense.bias,
+            gradient=gradient,
+            keeps_logits=any(isinstance(x, GivenLogits) and x.is_read_in_place for x in (self.student, teacher)),
+        )
+
+
+_ENTROPIES = ("student_entropy", "teacher_entropy", "top1_agreement")
+
+
+def _make(student: list[Tensor], constants: list[Tensor], upstream: Tensor | None, needs_grad: list[bool], call: str) -> Results:
+    """Make the pass; statistics are (7, N) in the order of `LossStats`."""
+    inputs = unpack(student, constants, upstream, needs_grad, call)
+    work = _prepare(inputs)
+    plan, run = work.plan, None
+    for chunk in plan.backward_chunks():
+        for part in plan.forward_parts(chunk):
+            logits = work.student.logits(part)
+            for rows in plan.teacher_parts(part):
+                inside = slice(rows.start - part.start, rows.stop - part.start)
+                row_call = work.call(rows, logits[inside], work.gradients.target(chunk, rows) if inputs.makes_gradients else None)
+                # The backend is chosen by the first call, and all others are like it.
+                run = run or choose(work.options.backend, row_call)
+                try:
+                    run(row_call)
+                except RuntimeError as error:
+                    run = replace_failed(run, work.options.backend, row_call, error)
+                    run(row_call)
+        if inputs.makes_gradients:
+            work.gradients.collect(chunk)
+    return _finish(inputs, work)
+
+
+def _prepare(inputs: Inputs) -> _Pass:
+    options, constants, student = LossOptions.from_text(inputs.options), inputs.constants, inputs.student
+    mask, labels, denominator = (constants.get(name) for name in ("mask", "labels", "denominator"))
+    own = next(iter(student.values()))
+    tokens, vocabulary = own.shape[0], own.shape[1] if "logits" in student else student["weight"].shape[0]
+    check_token_values(options, vocabulary, mask, labels, denominator)
+    dtype = _compute_dtype(inputs)
+    weights = token_weights(options, tokens, dtype, own.device, mask, labels, denominator)
+    if own.is_cuda:
+        weights = weights.with_exact_scale()
+    if inputs.upstream is not None:
+        weights = weights.times(inputs.upstream.to(dtype), linear="logits" not in student)
+    plan = _plan(inputs, options, weights.token.numel(), vocabulary, dtype)
+    statistics = dict(zip(_STATISTICS, own.new_zeros(len(_STATISTICS), plan.tokens, dtype=dtype), strict=True))
+    source: LinearLogits | GivenLogits
+    gradients: LinearGradients | GivenLogits
+    if "logits" in student:
+        source = gradients = GivenLogits(own, weights.valid, plan.forward_tokens, needs_grad=inputs.makes_gradients)
+    else:
+        bias = student.get("bias")
+        source = LinearLogits(own, student["weight"], bias, weights.valid, plan.forward_tokens, dtype, options.operand)
+        grad_filter = None
+        if options.grad_filter is not None:
+            told = (statistics["columns_kept"], statistics["dropped_mass"]) if options.statistics == "all" else None
+            grad_filter = GradFilter(options.grad_filter, told)
+        gradients = LinearGradients(source, plan, inputs.needs_grad, grad_filter)
+    teacher = _teacher(constants, weights.valid, plan, dtype, options)
+    return _Pass(options, tokens, weights, plan, source, teacher, gradients, statistics)
+
+
+def _finish(inputs: Inputs, work: _Pass) -> Results:
+    weights, tokens, statistics = work.weights, work.tokens, work.statistics
+    if isinstance(work.gradients, GivenLogits):
+        gradients, scale = {"logits": work.gradients.gradient}, weights.scale.new_empty(0)
+    else:
+        gradients, scale = work.gradients.gradients(weights.valid, tokens), weights.scale
+    losses = statistics["divergence"], statistics["cross_entropy"]
+    total = weights.total(None if work.teacher is None else losses[0], None if weights.labels is None else losses[1])
+    loss = weights.spread(total, tokens) if work.options.reduction == "none" else total.sum() * weights.scale
+    spread = weights.spread(torch.stack(list(statistics.values())), tokens)
+    return loss, scale, spread, [gradients[name] for name in inputs.student]
+
+
+def _compute_dtype(inputs: Inputs) -> torch.dtype:
+    names = ("teacher_logits", "teacher_hidden", "topk_ids")
+    return compute_dtype(next(iter(inputs.student.values())), *(inputs.constants[name] for name in names if name in inputs.constants))
+
+
+def _plan(inputs: Inputs, options: LossOptions, tokens: int, vocabulary: int, dtype: torch.dtype) -> Plan:
+    weight = inputs.student.get("weight")
+    own = next(iter(inputs.student.values()))
+    operand = options.operand or own.dtype
+    return plan_chunks(
+        tokens,
+        vocabulary,
+        device=own.device,
+        element_size=dtype.itemsize,
+        gradient_size=min(operand.itemsize, dtype.itemsize),
+        hidden_size=0 if weight is None or not inputs.needs_grad["weight"] else weight.shape[1],
+        has_teacher=options.divergence is not None,
+        chunk_size=options.chunk_size,
+        memory_budget=options.memory_budget,
+    )
+
+
+def _teacher(
+    constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions
+) -> LinearLogits | GivenLogits | TopK | None:
+    """The teacher over the student's vocabulary: what it lists, the rows that `vocab_index` names, or the first V."""
+    if "topk_ids" in constants:
+        check_topk_ids(constants["topk_ids"], plan.vocabulary)
+        known = [constants[name] for name in ("topk_ids", "topk_logprobs", "tail_logprob") if name in constants]
+        known = [x if valid is None else x.index_select(0, valid) for x in known]
+        check_topk_masses(*known)
+        return TopK(*known)
+    index = constants.get("vocab_index")
+    if "teacher_logits" in constants:
+        logits = constants["teacher_logits"]
+        check_index_values(index, logits.shape[1])
+        return GivenLogits(logits if index is not None else logits[:, : plan.vocabulary], valid, plan.teacher_tokens, columns=index)
+    if "teacher_hidden" not in constants:
+        return None
+    weight, bias = constants["teacher_weight"], constants.get("teacher_bias")
+    check_index_values(index, weight.shape[0])
+
+    def over_student_vocabulary(x: Tensor) -> Tensor:
+        return x[: plan.vocabulary] if index is None else x.index_select(0, index)
+
+    weight, bias = over_student_vocabulary(weight), None if bias is None else over_student_vocabulary(bias)
+    return LinearLogits(constants["teacher_hidden"], weight, bias, valid, plan.teacher_tokens, dtype, options.operand)
+
+
+def _fake(student: list[Tensor], constants: list[Tensor], upstream: Tensor | None, needs_grad: list[bool], call: str) -> Results:
+    inputs = unpack(student, constants, upstream, needs_grad, call)
+    options, own = LossOptions.from_text(inputs.options), student[0]
+    dtype, tokens = _compute_dtype(inputs), own.shape[0]
+    kept = own.dtype if "logits" in inputs.student else gradient_dtype(own, options.operand or own.dtype, dtype)
+    gradients = [x.new_empty(x.shape if inputs.needs_grad[name] else 0, dtype=kept) for name, x in inputs.student.items()]
+    loss = own.new_empty(tokens if options.reduction == "none" else (), dtype=dtype)
+    scale = own.new_empty(0 if "logits" in inputs.student else (), dtype=dtype)
+    return loss, scale, own.new_empty(len(_STATISTICS), tokens, dtype=dtype), gradients
+
+
+_operator = register("fused_loss", _make, _fake)

@@ -79,7 +79,7 @@ def llama(vocabulary: int = 700, seed: int = 0, **settings: Any) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 64,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 256,
         "bos_token_id": None,
         "eos_token_id": 0,
         "pad_token_id": 0,

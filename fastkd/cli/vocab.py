@@ -29,7 +29,15 @@ def main(argv: Sequence[str]) -> int:
     prune = commands.add_parser("prune", help="keep the frequent rows of a model; the result opens with plain transformers")
     prune.add_argument("--model", required=True, type=source, help="folder or hub name of the model")
     prune.add_argument("--counts", required=True, type=source, help="folder written by fastkd vocab count")
-    prune.add_argument("--keep", required=True, type=float, help="share of the ids (below 1), or their number")
+    prune.add_argument(
+        "--keep", required=True, type=float, help="share of the ids (below 1), or their number; rounded up to --multiple_of"
+    )
+    prune.add_argument(
+        "--multiple_of",
+        type=positive,
+        default=128,
+        help="rows are rounded up to a multiple of it (default: 128); 1 keeps what is asked",
+    )
     prune.add_argument("--protected", nargs="*", default=[], help="words that are always kept")
     prune.add_argument("--output_dir", required=True, type=path, help="folder of the pruned model; it must not exist")
     known = parser.parse_args(argv)
@@ -69,7 +77,8 @@ def _prune(known: argparse.Namespace) -> int:
     from .export import exporting
 
     keep = int(known.keep) if known.keep >= 1 and known.keep.is_integer() else known.keep
-    vocabulary = Vocabulary(keep=keep, counts=known.counts, protected=tuple(known.protected))
+    protected = tuple(known.protected)
+    vocabulary = Vocabulary(keep=keep, counts=known.counts, protected=protected, multiple_of=known.multiple_of)
     config: Any = load_config(known.model)
     saved_in = config.dtype or config.get_text_config().dtype or torch.float32
     model, tokenizer = load_language_model(known.model, saved_in), load_tokenizer(known.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -19,25 +20,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 M = TypeVar("M", bound="PreTrainedModel")
+_LOSS_KEYWORDS = inspect.signature(functional.cross_entropy).parameters.keys() - {"ignore_index"}
+"""They change a cross-entropy, and transformers' own losses leave them out without a word."""
 
 
 def patch_head(model: M) -> M:
     """Let `model` compute its loss without its logits when it is called with labels in training mode; `unpatch_head` undoes it.
 
     loss = sum over labelled positions of -log softmax(z)[label] / num_items_in_batch, by default over the number of such positions. A
-    causal model's labels are shifted as transformers does, unless they come as `shift_labels`. `output.logits` is None then; in
-    evaluation mode, and without labels, the logits are there. num_items_in_batch counts also where the model itself leaves it out, as
-    BERT and others do, whose means are then added up by Trainer's gradient accumulation.
+    causal model's labels are shifted as transformers does, unless they come as `shift_labels`; labels equal to `ignore_index` (-100)
+    do not count. `output.logits` is None then; in evaluation mode, and without labels, the logits are there. num_items_in_batch and
+    ignore_index count also where the model itself leaves them out, as BERT and others do, whose means are then added up by Trainer's
+    gradient accumulation. Called with another keyword of a cross-entropy, such as label_smoothing, a patched model raises ValueError.
 
     The model is changed in place and returned. It keeps the name of its class, its parameters, its hooks and all else that it does.
     Copies of it, also pickled ones, are patched too; what `save_pretrained` writes is the plain model.
 
     Raises:
-        TypeError: No masked or causal language model, one inside of a compiled or PEFT model, or a head that is no plain nn.Linear.
+        TypeError: No masked or causal language model of transformers, one inside of a compiled or PEFT model, or a head that is no
+            plain nn.Linear.
         ValueError: The model changes its logits after the head in an unknown way, or its own loss is another one.
     """
     if _unpatched(model) is not None:
         return model
+    if not hasattr(uncompiled(model), "config"):
+        raise TypeError(f"patch_head was given a {type(model).__name__}; give a masked or causal language model of transformers.")
     if uncompiled(model) is not model or base_model(model) is not model:
         raise TypeError(f"The model is wrapped in a {type(model).__name__}; patch the model inside, and wrap it then.")
     language_model = LanguageModel(model)
@@ -74,8 +81,10 @@ def _with_fused_loss(own: type, causal: bool, transform: LogitTransform) -> type
         )
         if labels is None and targets is None:
             return forward(self, *positional, **named)
+        ignore_index = inputs.pop("ignore_index", IGNORE_INDEX)
+        _refuse_loss_keywords(self, inputs.keys() - set(names))
         if targets is None:
-            targets = shifted(labels) if causal else labels
+            targets = shifted(labels, ignore_index) if causal else labels
         if count is not None:  # a step may be without labels; its sums are zero, whatever they are divided by
             count = count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
         head = loss_head(self)  # another one after resize_token_embeddings
@@ -86,6 +95,7 @@ def _with_fused_loss(own: type, causal: bool, transform: LogitTransform) -> type
                 weight,
                 targets.to(hidden.device),
                 bias=bias,
+                ignore_index=ignore_index,
                 softcap=transform.softcap,
                 logit_scale=transform.scale,
                 denominator=count,
@@ -99,7 +109,7 @@ def _with_fused_loss(own: type, causal: bool, transform: LogitTransform) -> type
         if self.training:
             loss, head.result, logits = head.result, None, None
         else:
-            loss, logits = _loss_of_logits(output.logits, targets, count), output.logits
+            loss, logits = _loss_of_logits(output.logits, targets, ignore_index, count), output.logits
         output = type(output)(**{**output, "loss": loss, "logits": logits})
         return output.to_tuple() if as_dict is False or (as_dict is None and not self.config.return_dict) else output
 
@@ -122,8 +132,18 @@ def _new_patched(own: type, causal: bool, transform: LogitTransform) -> Any:
     return patched.__new__(patched)
 
 
-def _loss_of_logits(logits: Tensor, targets: Tensor, count: float | Tensor | None) -> Tensor:
+def _refuse_loss_keywords(model: Any, others: Set[str]) -> None:
+    """Refuse what the loss alone could mean of the keywords that the model's forward does not name."""
+    if others and (found := sorted(others & (_LOSS_KEYWORDS | inspect.signature(model.loss_function).parameters.keys()))):
+        raise ValueError(
+            f"{type(model).__name__} was called with {', '.join(found)}, and its patched loss is the mean cross-entropy of its labels, "
+            "which takes num_items_in_batch and ignore_index; leave the others out, or `unpatch_head` the model and compute that loss "
+            "of its logits."
+        )
+
+
+def _loss_of_logits(logits: Tensor, targets: Tensor, ignore_index: int, count: float | Tensor | None) -> Tensor:
     """The same value where the logits are wanted anyway."""
     targets = targets.to(logits.device)
-    total = functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / ((targets != IGNORE_INDEX).sum().clamp_min(1) if count is None else count)
+    total = functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="sum")
+    return total / ((targets != ignore_index).sum().clamp_min(1) if count is None else count)

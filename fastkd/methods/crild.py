@@ -423,7 +423,7 @@ def _check_heads(letter: str, student: PreTrainedModel, teacher: PreTrainedModel
 
 def _heads(letter: str, model: PreTrainedModel) -> tuple[int, int]:
     """Number of heads of a relation, and the width of all of them."""
-    config, heads = model.config, attention_heads(model)
+    config, heads = model.config.get_text_config(), attention_heads(model)
     count = heads.query if letter in "AQ" else heads.key_value
     return count, count * (getattr(config, "head_dim", None) or config.hidden_size // heads.query)
 
@@ -435,7 +435,8 @@ def _unit(x: Tensor) -> Tensor:
 
 def _fit_dense(student: Model, teacher: Model, seed: int) -> nn.Linear:
     """From the student's width to the teacher's, drawn from N(0, 0.02^2) by `seed`, with a bias of zeros."""
-    dense = empty_linear(student.model.config.hidden_size, teacher.model.config.hidden_size)
+    widths = (side.model.config.get_text_config().hidden_size for side in (student, teacher))
+    dense = empty_linear(*widths)
     nn.init.normal_(dense.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(dense.bias)
     return dense.to(next(student.parameters()))

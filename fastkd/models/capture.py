@@ -99,8 +99,9 @@ def num_layers(model: "PreTrainedModel") -> int:
 def attention_heads(model: "PreTrainedModel") -> Heads:
     """Heads of Q, and of K and V, in every layer; TypeError for a model whose layers are not known here."""
     _architecture(model)
-    query = model.config.num_attention_heads
-    return Heads(query, getattr(model.config, "num_key_value_heads", query))
+    config = model.config.get_text_config()
+    query = config.num_attention_heads
+    return Heads(query, getattr(config, "num_key_value_heads", query))
 
 
 def check_capture(model: "PreTrainedModel", *, hidden: Iterable[int] = (), attention: Iterable[int] = ()) -> None:

@@ -14,11 +14,19 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import doing
-from ..sealed import read_json
-from ..store import write_bytes_atomic, write_json_atomic
+from ..store import write_bytes_atomic
 from ..tasks.token_rows import num_ids
 from ..vocab.map import VocabMap
-from .folder import SLOT_BIAS_FILE, VOCAB_MAP_FOLDER, model_folder
+from .folder import (
+    MAPPED_MODEL_TYPE,
+    RELU_HEAD_MODEL_TYPE,
+    SLOT_BIAS_FILE,
+    VOCAB_MAP_FOLDER,
+    close_folder,
+    closed_by,
+    model_folder,
+    own_settings,
+)
 from .language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -27,9 +35,6 @@ if TYPE_CHECKING:
     from .task_model import TaskModel
 
 log = logging.getLogger("fastkd")
-MAPPED_MODEL_TYPE = "fastkd_mapped_student_open_it_by_fastkd_export"
-"""In the config.json of a model on a kept vocabulary, so that plain transformers, which would feed it the teacher's ids, refuses it."""
-_OWN_MODEL_TYPE = "mapped_model_type"
 _WORDS = "words"
 _GIVE_WORDS_HEAD = "Give a masked or causal language model."
 _FINE_TUNE = "Fine-tune it first: by a stage that trains the teacher, or by method finetune."
@@ -57,7 +62,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
     with loading("tokenizer", name_or_path):
         folder = model_folder(name_or_path, "tokenizer_config.json", "a tokenizer")
-        config = _read_config(folder) if _is_mapped(folder) else None  # its class may depend on the model's type
+        config = _read_config(folder) if closed_by(folder) else None  # its class may depend on the model's type
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"The tokenizer at {name_or_path} is a slow one; fastkd needs a fast tokenizer (tokenizer.json).")
@@ -178,16 +183,21 @@ def save_model(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerB
 
 def save_vocabulary(model: LanguageModel | TaskModel, folder: Path) -> None:
     """Make the mapped form of the transformers model saved in `folder`: the map, the slots' bias if it has one, and a configuration
-    that plain transformers refuses. Without a map nothing is added."""
-    if model.vocab_map is not None:
-        model.vocab_map.save(folder / VOCAB_MAP_FOLDER)
-        settings = read_json(folder / "config.json")
-        own_type = settings.get(_OWN_MODEL_TYPE, settings["model_type"])
-        write_json_atomic(folder / "config.json", {**settings, "model_type": MAPPED_MODEL_TYPE, _OWN_MODEL_TYPE: own_type})
+    that plain transformers refuses, as it does that of a head which is fastkd's own. To another model nothing is added."""
     if isinstance(model, LanguageModel) and model.slot_bias is not None:
         write_bytes_atomic(folder / SLOT_BIAS_FILE, safetensors.torch.save({"slot_bias": model.slot_bias}))
     else:
         (folder / SLOT_BIAS_FILE).unlink(missing_ok=True)
+    if model.vocab_map is not None:
+        model.vocab_map.save(folder / VOCAB_MAP_FOLDER)
+        close_folder(folder, MAPPED_MODEL_TYPE)
+    elif has_relu_head(model.model.config):
+        close_folder(folder, RELU_HEAD_MODEL_TYPE)
+
+
+def has_relu_head(config: Any) -> bool:
+    """Whether a model was saved as `BertWithReLUHead`, which no class of transformers is."""
+    return "BertWithReLUHead" in (config.architectures or ())
 
 
 def load_frozen(name_or_path: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -286,10 +296,22 @@ def longest_row(model: torch.nn.Module) -> int | None:
 def check_row_length(
     model: LanguageModel | TaskModel, longest: int, role: str, key: str = "the max_length of text or task.cloze"
 ) -> None:
-    """Rows longer than the model's learned positions are refused; key: what makes them shorter."""
-    limit = longest_row(model)
+    """Rows longer than the model's positions, learned ones or those that it was made to rotate, are refused; key: what makes them
+    shorter."""
+    limit = longest_row(model) or _most_rotated(model)
     if limit is not None and longest > limit:
         raise ValueError(f"The longest row takes {longest} positions and the {role} has {limit}; lower {key}.")
+
+
+def _most_rotated(model: torch.nn.Module) -> int | None:
+    """The most tokens that the configuration of a model with rotary positions allows, with its scaling; None without rotary ones."""
+    config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
+    config = config.get_text_config()
+    rope, most = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
+    if not rope or most is None:
+        return None
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some have one for each type of layer
+    return int(most * max(1.0, *(float(part.get("factor") or 1.0) for part in kinds)))
 
 
 @contextmanager
@@ -308,7 +330,7 @@ def load_map(name_or_path: str) -> VocabMap | None:
     folder = model_folder(name_or_path)
     if (folder / VOCAB_MAP_FOLDER).is_dir():
         return VocabMap.load(folder / VOCAB_MAP_FOLDER)
-    if _is_mapped(folder):
+    if closed_by(folder) == MAPPED_MODEL_TYPE:
         raise ValueError(
             f"The model {name_or_path} was saved with a vocabulary map and holds no {VOCAB_MAP_FOLDER}/ now: copy that folder too, or "
             "`fastkd export` the student where it is whole, and copy that."
@@ -316,19 +338,14 @@ def load_map(name_or_path: str) -> VocabMap | None:
     return None
 
 
-def _is_mapped(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and read_json(file).get("model_type") == MAPPED_MODEL_TYPE
-
-
 def _read_config(folder: Path) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    if not _is_mapped(folder):
+    if closed_by(folder) is None:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config
-    settings = read_json(folder / "config.json", _OWN_MODEL_TYPE)
-    kind = settings["model_type"] = settings.pop(_OWN_MODEL_TYPE)
+    settings = own_settings(folder)
+    kind = settings["model_type"]
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"{folder / 'config.json'} has the {_OWN_MODEL_TYPE} {kind!r}, which transformers does not know; put it back.")
+        raise ValueError(f"{folder / 'config.json'} is of a {kind!r} model, which transformers does not know; put it back.")
     return CONFIG_MAPPING[kind].from_dict(settings)

@@ -111,10 +111,11 @@ def _batch(
     lengths = 1 + draw(length)[:, :1]
     lengths[0] = length
     held = torch.arange(length) < lengths
-    ids = draw(model.config.vocab_size)
+    config = model.config.get_text_config()
+    ids = draw(config.vocab_size)
     batch = {"input_ids": torch.where(held, ids, pad_id(tokenizer)), "attention_mask": held.long()}
     if "token_type_ids" in tokenizer.model_input_names and "token_type_ids" in signature(model.forward).parameters:
-        batch["token_type_ids"] = draw(max(1, getattr(model.config, "type_vocab_size", 1)))
+        batch["token_type_ids"] = draw(max(1, getattr(config, "type_vocab_size", 1)))
     return batch
 
 

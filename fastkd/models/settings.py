@@ -23,6 +23,7 @@ _WITHOUT_EFFECT = {"use_cache", "torch_dtype", "name_or_path", "num_labels", "us
 """Beside what the configurations of all architectures hold."""
 _SIZES = re.compile(r"num_\w*(layers|heads)|(hidden|intermediate|embedding)_size|head_dim|max_position_embeddings")
 _MOST = {"num_hidden_layers": 1000}
+_PROBABILITIES = re.compile(r"drop|_prob$")
 _WRITTEN = {"transformers_version", "dtype", "architectures"}
 _FULL_ATTENTION = "full_attention"
 _SHORTEST_ROW = 8
@@ -61,6 +62,7 @@ def changed_config(base: PretrainedConfig, overrides: Mapping[str, Any]) -> Pret
                 f"student.{name}={value!r} has no effect: {type(config).__name__} makes {getattr(config, name)!r} of it, by its other "
                 "settings. Leave it out, or set those too."
             )
+    _check_heads(config, overrides)
     before, after = (getattr(each, "layer_types", None) or [] for each in (base, config))
     if _FULL_ATTENTION in before and _FULL_ATTENTION not in after and "layer_types" not in given:
         spread = [before[math.ceil((i + 1) * len(before) / len(after)) - 1] for i in range(len(after))]
@@ -106,6 +108,8 @@ def _check_each(base: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
     for name, value in overrides.items():
         if name == "vocab_size":
             raise ValueError("student.vocab_size has no effect: the vocabulary is the tokenizer's, or what `vocabulary` keeps of it.")
+        if name.endswith("_token_id"):
+            raise ValueError(f"student.{name} has no effect: the ids of special tokens are the tokenizer's; leave it out.")
         if name in of_all:
             raise ValueError(f"student.{name} has no effect: it is no part of the architecture; leave it out.")
         if name not in known:
@@ -113,6 +117,7 @@ def _check_each(base: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
             near = nearest(name, settings)
             hint = f"; did you mean student.{near}? Its settings" if near else "; its settings"
             raise ValueError(f"student.{name} is not a setting of {type(config).__name__}{hint}: {', '.join(settings)}.")
+        _check_value(name, value, getattr(config, name, None))
         try:
             setattr(config, name, copy.deepcopy(value))
         except Exception as error:  # a library's, of any kind: it says what it has against the value
@@ -120,6 +125,28 @@ def _check_each(base: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
         is_size, most = _SIZES.fullmatch(common.get(name, name)), _MOST.get(common.get(name, name), math.inf)
         if is_size and isinstance(value, int | float) and not 1 <= value <= most:
             raise ValueError(f"student.{name} is {value}; it must be at least 1{f' and at most {most}' if most < math.inf else ''}.")
+
+
+def _check_value(name: str, value: Any, before: Any) -> None:
+    """Refuse what a library would meet in the first step alone, or tell in its own words: no probability, an unknown activation."""
+    from transformers.activations import ACT2FN
+
+    if _PROBABILITIES.search(name) and isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < 1:
+        raise ValueError(f"student.{name} is {value}; it is a probability, from 0 to below 1.")
+    if "act" in name and isinstance(before, str) and before in ACT2FN and isinstance(value, str) and value not in ACT2FN:
+        near = nearest(value, ACT2FN)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(ACT2FN))}."
+        raise ValueError(f"student.{name} is {value!r}, which is no activation that transformers knows; {hint}")
+
+
+def _check_heads(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
+    """Refuse heads of keys and values that those of queries cannot share."""
+    queries, keys = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(queries, int) and isinstance(keys, int) and queries % keys:
+        raise ValueError(
+            f"{_named(overrides)} makes no {config.model_type} model: its {queries} attention heads cannot share its {keys} heads of "
+            "keys and values evenly. Set num_attention_heads to a multiple of num_key_value_heads."
+        )
 
 
 def _canonical(config: PretrainedConfig, name: str) -> str:
@@ -162,7 +189,8 @@ def _failure(
             shortage = _shortage(make(opened).parameters())
         if shortage is None:
             with torch.no_grad(), no_init_weights():  # what the memory holds: without any, models that look at values do not run
-                make(opened).eval()(input_ids=torch.ones(1, _SHORTEST_ROW, dtype=torch.int64))
+                # In training mode: what dropout does not take shows there alone.
+                make(opened).train()(input_ids=torch.ones(1, _SHORTEST_ROW, dtype=torch.int64))
     except Exception as error:  # a library's, of any kind: it says what it has against the settings
         return _told(error)
     return shortage

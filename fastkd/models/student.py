@@ -13,7 +13,7 @@ from ..vocab.map import VocabMap
 from ..vocab.tokenizer import prune_tokenizer
 from .folder import VOCAB_MAP_FOLDER
 from .language_model import LanguageModel
-from .load import auto_class, class_names, load_config, load_frozen, longest_row, vocabulary_rows
+from .load import auto_class, class_names, has_relu_head, load_config, load_frozen, longest_row, vocabulary_rows
 from .prune import set_slots, set_vocabulary
 from .settings import building, changed_config, check_builds, new_config
 from .task_model import TaskHead, TaskModel, build_task_model, load_task_model
@@ -85,6 +85,11 @@ def load_student(name_or_path: str) -> LanguageModel | TaskModel:
     filters, are left there."""
     config: Any = load_config(name_or_path)
     saved = next(iter(config.architectures or ()), None)
+    if has_relu_head(config):
+        raise ValueError(
+            f"The model {name_or_path} has the head of relu_head, which no class of transformers has, so it cannot be exported: fastkd "
+            "alone loads it. Train with relu_head: false for a model that plain transformers opens."
+        )
     if saved in class_names("MASKED_LM", "CAUSAL_LM", "PRETRAINING"):
         return load_frozen(name_or_path)
     kinds: tuple[tuple[str, Kind, int], ...] = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..tasks.labelled import Kind
 from ..vocab.map import VocabMap
-from .load import load_config, load_map, load_weights
+from .load import has_relu_head, load_config, load_map, load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -127,7 +127,7 @@ def _model_class(head: TaskHead, config: Any) -> Any:
         )
     if head.kind == "question_answering":
         return AutoModelForQuestionAnswering
-    if head.relu or "BertWithReLUHead" in (config.architectures or ()):
+    if head.relu or has_relu_head(config):
         from .relu_head import BertWithReLUHead
 
         return BertWithReLUHead

@@ -57,7 +57,7 @@ def keep_layers(model: Model, layers: str | Sequence[int]) -> Model:
             f"student_layers={list(kept)}: the first layer of a ModernBERT has no norm before its attention, and only layer 1 is "
             "without one. Keep layer 1."
         )
-    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False) and kept != tuple(range(1, len(kept) + 1)):
+    if getattr(model.config.get_text_config(), "scale_attn_by_inverse_layer_idx", False) and kept != tuple(range(1, len(kept) + 1)):
         raise ValueError(
             f"student_layers={list(kept)}: this GPT-2 divides attention scores by the layer's number "
             f'(scale_attn_by_inverse_layer_idx), which moving a layer would change. Use "first:{len(kept)}".'
@@ -72,7 +72,8 @@ def keep_layers(model: Model, layers: str | Sequence[int]) -> Model:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index  # its place in a cache of keys and values
-    student.config.num_hidden_layers = len(kept)
-    if getattr(student.config, "layer_types", None) is not None:
-        student.config.layer_types = [model.config.layer_types[number - 1] for number in kept]
+    config = student.config.get_text_config()
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[number - 1] for number in kept]
     return student

@@ -104,7 +104,7 @@ class OwnRows:
             )
         column = self.label_column
         labels = [_label(row[column], f"{_row(number, description)}: column {column!r}") for number, row in enumerate(rows)]
-        if any(isinstance(label, str) for label in labels):  # a number among names is the -1 of a row without a label
+        if any(isinstance(label, str) for label in labels):  # the number among names is a ClassLabel's -1, of a row without a label
             labels = [label if isinstance(label, str) else None for label in labels]
         return _Rows(description, [[row[column] for column in self.text_columns] for row in rows], labels)
 

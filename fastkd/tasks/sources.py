@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,12 @@ def require_one_of(argument: str, value: str, present: Collection[str], where: s
         raise ValueError(f"{argument}={value!r} is not in {where}: use one of {', '.join(map(repr, present))}.")
 
 
+def require_one_of_each_name(columns: Iterable[str], where: str) -> None:
+    """Raise ``ValueError`` if two columns of a table have one name; several may have none."""
+    if several := [name for name, count in Counter(columns).items() if name and count > 1]:
+        raise ValueError(f"{where} has several columns called {', '.join(map(repr, several))}; give each a name of its own.")
+
+
 def loader_of(path: str, files: list[Path]) -> str:
     """The loader for ``files``, which ``path`` matches: one of ``json``, ``parquet``, ``text`` and ``csv``.
 
@@ -182,7 +189,7 @@ def _open_files(path: str, files: list[Path], split: str | None, streaming: bool
     if not filled:
         return Source(datasets.Dataset.from_dict({}), description, content_of(loader, hashed), partial(_file_errors, description))
     if loader == "csv":
-        _require_narrow_first_rows(filled, ",")
+        _check_first_rows(filled, ",")
     load = partial(datasets.load_dataset_builder, loader, data_files={"train": [glob.escape(str(file.path)) for file in filled]})
     dataset, errors = _build_from(filled, load, loader == "csv", description, "train", streaming)
     return Source(dataset, description, content_of(loader, hashed), errors)
@@ -221,18 +228,22 @@ def _arrow_cache(files: Iterable[HashedFile]) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "fastkd" / key[:32])
 
 
-def _require_narrow_first_rows(files: Iterable[HashedFile], separator: str) -> None:
-    """Raise ``ValueError`` if a first row has more cells than its header. Pandas refuses any other such row, and cuts this one."""
+def _check_first_rows(files: Iterable[HashedFile], separator: str) -> None:
+    """Raise ``ValueError`` if a first row has more cells than its header, or a header one name twice.
+
+    Pandas refuses any other such row, and cuts this one; of columns of one name it renames the later ones.
+    """
     import pandas
 
     for file in files:
         try:  # as if the header were a row too
-            pandas.read_csv(file.path, sep=separator, header=None, nrows=2, dtype=str, encoding_errors="replace")
+            top = pandas.read_csv(file.path, sep=separator, header=None, nrows=2, dtype=str, encoding_errors="replace")
         except pandas.errors.ParserError as error:
             raise ValueError(
                 f"Cannot read {str(file.path)!r}: {str(error).strip()}. A row has no more cells than the header; put one that holds "
                 f"{separator!r} in quotes."
             ) from error
+        require_one_of_each_name([name for name in top.iloc[0] if isinstance(name, str)], repr(str(file.path)))
 
 
 def _open_folder(path: str, folder: Path, name: str | None, split: str, streaming: bool) -> Source:
@@ -249,7 +260,7 @@ def _open_folder(path: str, folder: Path, name: str | None, split: str, streamin
     everything = list(chain.from_iterable(files.values()))  # all splits are converted at once
     is_csv = isinstance(found.config, CsvConfig)
     if is_csv:
-        _require_narrow_first_rows(everything, found.config.sep)
+        _check_first_rows(everything, found.config.sep)
     dataset, errors = _build_from(everything, load, is_csv, description, split, streaming)
     read = [file for part in split.split("+") for file in files.get(part.partition("[")[0].strip(), [])]
     content = content_of(type(found.config).__name__, read, *([] if split in files else [split]))  # a part of it, or several

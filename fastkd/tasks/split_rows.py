@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.tasks.sources import Source, is_saved_dataset, matching_files, open_source
+from fastkd.tasks.sources import Source, is_saved_dataset, matching_files, open_source, require_one_of_each_name
 
 _SEPARATED = (".csv", ".tsv")
 _SUFFIXES = (".parquet", ".jsonl", ".json", *_SEPARATED)
@@ -72,6 +73,12 @@ def _dataset_rows(source: Source, columns: Sequence[str], whose: str) -> tuple[l
         rows = dataset.with_format(None).select_columns(list(columns)).to_list()
     for column in columns:
         feature = dataset.features[column]
+        if isinstance(feature, getattr(datasets, "Json", ())) and not any(isinstance(row[column], dict | list) for row in rows):
+            # `datasets` keeps such cells as JSON, and gives back a number, None or True for the strings "2", "null" and "true".
+            raise ValueError(
+                f"The column {column!r} of {source.description} mixes kinds of values, such as the number 1 and the string "
+                '"negative"; write all of them as strings, or all as numbers.'
+            )
         if isinstance(feature, datasets.ClassLabel):
             names = dict(enumerate(feature.names))
             for row in rows:
@@ -103,16 +110,26 @@ def _separated_rows(file: Path, columns: Sequence[str], whose: str) -> list[dict
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, **options)
         try:
-            _require_columns(columns, reader.fieldnames or [], str(file), whose)
+            names = reader.fieldnames or []
+            _require_columns(columns, names, str(file), whose)
+            require_one_of_each_name(names, str(file))
             for row in reader:
                 if None in row or None in row.values():
-                    raise csv.Error(f"the row has not the {len(reader.fieldnames or [])} cells that the first line names")
+                    raise csv.Error(f"the row has not the {len(names)} cells that the first line names")
                 rows.append({column: row[column] for column in columns})
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:  # met while the lines of a whole block are decoded
+            raise ValueError(f"Cannot read {file}, line {_line_beyond_utf8(file)}: {error}. Save the file as UTF-8.") from error
+        except csv.Error as error:
             raise ValueError(
                 f"Cannot read {file}, line {reader.reader.line_num}: {error}. Check that it is a whole {file.suffix} file."
             ) from error
     return rows
+
+
+def _line_beyond_utf8(file: Path) -> int:
+    """The number, from 1, of the first line of a file that is not UTF-8."""
+    with file.open(encoding="utf-8", errors="surrogateescape") as lines:
+        return next(number for number, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
 
 
 def _require_columns(columns: Sequence[str], present: Sequence[str], description: str, whose: str) -> None:

@@ -43,20 +43,24 @@ class Masking:
     special_ids: tuple[int, ...]
     vocabulary: int
     probability: float = 0.15
+    gaps: tuple[int, ...] = ()
+    """Ids below `vocabulary` that no token has: none of them is drawn."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, probability: float) -> Masking:
         if tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, so an encoder cannot be trained with it on plain text; add one.")
-        return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), num_ids(tokenizer), probability)
+        rows = num_ids(tokenizer)
+        gaps = tuple(sorted({*range(rows)}.difference(tokenizer.get_vocab().values())))
+        return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), rows, probability, gaps)
 
 
-def shifted(labels: Tensor) -> Tensor:
+def shifted(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Turn labels of the positions themselves, as transformers has them, into labels of what each position of a decoder predicts.
 
-    labels: (..., S). Returns (..., S), with -100 at the end.
+    labels: (..., S). Returns (..., S), with `ignore_index` at the end.
     """
-    return pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+    return pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
 def collate_text(
@@ -80,6 +84,10 @@ def collate_text(
     chosen = ordinary & (torch.rand(input_ids.shape, generator=generator) < masking.probability)
     labels = torch.where(chosen, input_ids, IGNORE_INDEX)
     fate = torch.rand(input_ids.shape, generator=generator)
-    random_ids = torch.randint(masking.vocabulary, input_ids.shape, generator=generator)
+    random_ids = torch.randint(masking.vocabulary - len(masking.gaps), input_ids.shape, generator=generator)
+    if masking.gaps:
+        tokens = torch.ones(masking.vocabulary, dtype=torch.bool)
+        tokens[list(masking.gaps)] = False
+        random_ids = tokens.nonzero()[random_ids, 0]
     replaced = torch.where(fate < 0.8, masking.mask_id, torch.where(fate < 0.9, random_ids, input_ids))
     return TextBatch(torch.where(chosen, replaced, input_ids), attention_mask, labels)

@@ -146,6 +146,12 @@ class DatasetArguments:
     max_bad_rows: int = 1000
     """With on_bad_row: skip, more bad rows than these in one split are refused after all."""
 
+    @staticmethod
+    def faults_of(data: Mapping[str, Any]) -> list[str]:
+        """What several label columns ask for."""
+        several = isinstance(data.get("label_column"), list | tuple)
+        return ["label_column names several columns, and multi-label classification is not supported: a row has one label"] * several
+
     def __post_init__(self) -> None:
         _check_paths(self)
         _at_least(1, self, "max_bad_rows")

@@ -197,7 +197,7 @@ def _tags(provenance: Mapping[str, Any] | None) -> list[str]:
 
 
 def _summary(student: LanguageModel | TaskModel, provenance: Mapping[str, Any] | None) -> str:
-    config = student.model.config
+    config = student.model.config.get_text_config()
     shape = ", ".join(
         f"{label} {value}"
         for label, key in (("layers", "num_hidden_layers"), ("width", "hidden_size"), ("vocabulary", "vocab_size"))

@@ -151,7 +151,7 @@ class RunModels:
     def _student_config(self, arguments: StageArguments, head: TaskHead | None) -> Any:
         """The configuration of a new student with all of its teacher's ids."""
         config, teacher = self.config, arguments.teacher_model_name_or_path
-        base = load_config(teacher) if teacher is not None else base_config(config.student)
+        base = load_config(teacher) if teacher is not None else base_config(config.student, self.tokenizer)
         rows = num_ids(self.tokenizer) if teacher is None else min(num_ids(self.tokenizer), base.get_text_config().vocab_size)
         return student_config(base, {**config.student, **arguments.dropout}, None, rows, head)
 
@@ -224,7 +224,7 @@ class RunModels:
         vocab_map = self._vocab_map(teacher or named, self.output_dir / VOCAB_MAP_FOLDER)
         rows = num_ids(self.tokenizer) if teacher is None else known_ids(teacher.model, self.tokenizer)
         if named is None:
-            base = teacher.model.config if teacher is not None else base_config(config.student)
+            base = teacher.model.config if teacher is not None else base_config(config.student, self.tokenizer)
             return build_student(base, {**config.student, **arguments.dropout}, vocab_map, seed=config.seed, vocabulary=rows)
         if vocab_map is not None:
             return prune_model(named.model, vocab_map)
@@ -279,11 +279,15 @@ def _check_vocab_map(folder: Path, inputs: Mapping[str, Any] | None) -> None:
         raise ValueError(f"{folder} was made of something else: {'; '.join(changed)}. Put that back, or move the folder away.")
 
 
-def base_config(overrides: Mapping[str, Any]) -> Any:
-    """The configuration of a student's own architecture, where no teacher gives one."""
+def base_config(overrides: Mapping[str, Any], tokenizer: Any) -> Any:
+    """The configuration of a student's own architecture, where no teacher gives one, with the tokenizer's special ids."""
     from transformers import CONFIG_MAPPING
 
     kind = str(overrides.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ConfigError(f"student.model_type is {kind!r}; without a teacher it must name an architecture that transformers knows.")
-    return CONFIG_MAPPING[kind]()
+    config = CONFIG_MAPPING[kind]()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id"):
+        if hasattr(config, name):
+            setattr(config, name, getattr(tokenizer, name))
+    return config

@@ -4,7 +4,8 @@ A config is a dataclass whose fields each carry a docstring, a string literal ri
 annotation and the default are the only source of everything a person reads or types. Annotations may be built from `bool`,
 `int`, `float`, `str`, `None`, `Any`, `Literal`, unions, `list[X]`, `tuple[X, ...]`, `dict[str, X]` and other configs; lists
 of configs are not among them (name the entries in a `dict[str, Config]`). `__post_init__` validates and derives nothing, so
-that reading back what was written gives an equal config.
+that reading back what was written gives an equal config. `faults_of(data)`, where a config has it, names faults of plain data
+whose types alone would not tell what is wrong.
 """
 
 import ast
@@ -166,6 +167,7 @@ def _read_config(data: Mapping[str, Any], cls: Any, where: str, base: Any, probl
     found = len(problems)
     keys = _keys(cls, base)
     problems += [_unknown("key", where, str(name), cls, keys) for name in data if name not in keys]
+    problems += [_dotted(where, fault) for fault in getattr(cls, "faults_of", lambda data: ())(data)]
     values = {}
     for name, (kind, default) in keys.items():
         values[name] = _read(data[name], kind, _dotted(where, name), default, problems) if name in data else default

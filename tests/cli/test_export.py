@@ -111,7 +111,8 @@ def without_its_map(folder: Path) -> str:
     student = Path(pruned(folder, runs.bert_teacher(folder), 0.5))
     shutil.rmtree(student / "vocab_map")
     settings = json.loads((student / "config.json").read_text())
-    (student / "config.json").write_text(json.dumps({**settings, "model_type": "bert"}))
+    own = {"model_type": "bert", "vocab_size": settings["mapped_vocab_size"]}
+    (student / "config.json").write_text(json.dumps({**settings, **own}))
     return str(student)
 
 

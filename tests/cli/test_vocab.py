@@ -55,6 +55,15 @@ def counted(model: str, folder: Path) -> list[str]:
     return ["vocab", "prune", "--model", model, "--counts", counts, "--output_dir", str(folder / "pruned")]
 
 
+@pytest.mark.parametrize(("flags", "kept"), [([], 384), (["--multiple_of", "1"], 300), (["--multiple_of", "64"], 320)])
+def test_the_number_of_rows_is_rounded_up_as_is_asked(tmp_path, capsys, flags, kept):
+    model = tiny.save(tmp_path / "whole", tiny.bert(), tiny.wordpiece())
+    assert main([*counted(model, tmp_path), "--keep", "300", *flags]) == 0
+    assert f"600 -> {kept} vocabulary rows" in capsys.readouterr().out
+    assert main(["vocab", "prune", "--help"]) == 0
+    assert "rounded up to --multiple_of" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_model_that_counts_positions_from_its_padding_id(tmp_path):
     """Its likeliest tokens are those of the whole model, in padded batches up to its last position."""
     tokenizer, whole = byte_level(), roberta()

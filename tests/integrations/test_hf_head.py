@@ -199,9 +199,41 @@ def test_a_count_replaces_the_number_of_labels(name: str, head: str, training: b
         torch.testing.assert_close(model(**inputs, num_items_in_batch=count).loss, total / 77)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ignored", [0, 5])
+def test_ignored_labels_are_those_that_the_caller_says(training: bool, ignored: int):
+    plain = model_of("gpt2", "CausalLM").train(training)
+    model = patch_head(copy.deepcopy(plain))
+    inputs = batch()
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] != -100, ignored)
+    for count in (None, 7):
+        named = {**inputs, "ignore_index": ignored, "num_items_in_batch": count}
+        torch.testing.assert_close(model(**named).loss, plain(**named).loss, rtol=1e-5, atol=0)
+    encoder = patch_head(model_of("bert", "MaskedLM")).train(training)  # which plainly has no such keyword
+    torch.testing.assert_close(encoder(**inputs, ignore_index=ignored).loss, encoder(**batch()).loss)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "head"), [("bert", "MaskedLM"), ("gpt2", "CausalLM")])
+@pytest.mark.parametrize("keyword", ["label_smoothing", "weight", "reduction", "own"])
+def test_other_keywords_of_a_loss_are_refused_by_name(name: str, head: str, keyword: str, training: bool):
+    plain = model_of(name, head)
+    theirs = plain.loss_function
+
+    def own_loss(logits: Any, labels: Any, vocab_size: int, own: float = 0.0, **kwargs: Any) -> Any:
+        return theirs(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+
+    plain.loss_function = own_loss
+    model = patch_head(plain).train(training)
+    with pytest.raises(ValueError, match=f"{type(plain).__name__} was called with {keyword}, and its patched loss is the mean"):
+        model(**batch(), **{keyword: 0.5})
+
+
 def test_other_models_are_refused_and_left_as_they_are():
     from transformers import BartConfig, BartForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
+    with pytest.raises(TypeError, match="patch_head was given a Linear; give a masked or causal language model of transformers"):
+        patch_head(torch.nn.Linear(3, 3))  # type: ignore[type-var]
     with pytest.raises(TypeError, match="BertForSequenceClassification has a NoneType as its output embedding"):
         patch_head(tiny.transformer("bert"))
     with pytest.raises(TypeError, match="T5ForConditionalGeneration is an encoder-decoder"):

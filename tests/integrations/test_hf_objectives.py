@@ -107,6 +107,8 @@ def test_a_teacher_may_be_a_folder(method: str, tmp_path: Path):
         assert torch.equal(one, other) and not other.requires_grad
     with pytest.raises((ValueError, OSError), match=r"none/at/all does not exist; give a folder"):
         KDTrainer(student, arguments(tmp_path), teacher="none/at/all", method=method)
+    with pytest.raises(ValueError, match="nope/x is no folder, and no model of that name is on this machine or can be fetched"):
+        KDTrainer(student, arguments(tmp_path), teacher="nope/x", method=method)
 
 
 def test_a_teacher_with_fewer_ids_is_refused_with_what_would_do(tmp_path: Path):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.methods.crild import CRILDOptions, IntermediateLayerDistillation, LogitDistillation
+from fastkd.methods.crild import CRILDOptions, IntermediateLayerDistillation, LogitDistillation, _fit_dense
 from fastkd.methods.mixup import MixedBatch
 from fastkd.methods.objective import Position
 from fastkd.models.language_model import LanguageModel
 from fastkd.models.task_model import TaskModel
 from fastkd.tasks.encoded import TaskBatch
 from fastkd.train.batches import counter_torch_generator
-from tests import tiny
+from tests import multimodal, tiny
 from tests.oracle import assert_close, wrong_gradients
 
 VOCABULARY, MIX = 90, 0.7
@@ -319,6 +319,12 @@ def test_micro_batches_add_up_to_the_whole_batch():
         return sum(objective(batch, denominator) for batch in batches)
 
     assert_same(loss_in([[0, 3], [1, 2]]), loss_in([[0, 1, 2, 3]]), objective)
+
+
+@pytest.mark.parametrize("name", multimodal.MODELS)
+def test_widths_are_those_of_the_part_that_reads_text(name):
+    teacher, student = LanguageModel(multimodal.multimodal(name)), LanguageModel(tiny.llama(100, hidden_size=16, head_dim=4))
+    assert _fit_dense(student, teacher, 0).weight.shape == (32, 16)
 
 
 def test_fit_dense_is_drawn_from_its_seed_alone():

@@ -11,16 +11,29 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from fastkd.cli.main import main
 from fastkd.errors import what_was_done
+from fastkd.models.folder import MAPPED_MODEL_TYPE, close_folder, own_settings
 from fastkd.models.language_model import LanguageModel
-from fastkd.models.load import check_padded_vocabulary, known_ids, load_config, load_frozen, load_tokenizer, save_model
+from fastkd.models.load import (
+    check_padded_vocabulary,
+    check_row_length,
+    known_ids,
+    load_config,
+    load_frozen,
+    load_language_model,
+    load_tokenizer,
+    save_model,
+)
 from fastkd.models.task_model import TaskHead, load_task_model
+from fastkd.sealed import seal
 from tests import runs, tiny
 from tests.train.test_evaluate import pruned
 
 Tensors = dict[str, torch.Tensor]
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n"
 
 
@@ -188,21 +201,112 @@ def test_a_tied_head_is_in_its_backbone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [runs.bert_teacher, runs.llama_teacher])
 def test_plain_transformers_refuses_a_mapped_student(tmp_path: Path, make: Callable[[Path], str]) -> None:
     """It would feed the model the ids of its teacher's tokenizer."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 
     folder = pruned(tmp_path, make(tmp_path), 0.5)
-    for kind in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
-        with pytest.raises(ValueError, match=r"fastkd_mapped_student_open_it_by_fastkd_export"):
-            kind.from_pretrained(folder)
     student = load_frozen(folder)
+    concrete = [kind for kind in type(student.model).__mro__ if kind.__module__ == type(student.model).__module__]
+    for kind in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, *concrete, type(student.model.config)):
+        with pytest.raises(Exception, match=r"fastkd_mapped_student_open_it_by_fastkd_export"):
+            kind.from_pretrained(folder)
+    with pytest.raises(Exception, match=r"fastkd_mapped_student_open_it_by_fastkd_export"):
+        pipeline("text-generation", folder)
     assert student.vocab_map is not None and student.model.config.model_type in ("bert", "llama")
     assert type(load_tokenizer(folder)) is type(load_tokenizer(make(tmp_path)))
     save_model(student, load_tokenizer(folder), tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_text() == (Path(folder) / "config.json").read_text()
     shutil.rmtree(Path(folder) / "vocab_map")
     for load in (load_frozen, lambda name: load_task_model(name, TaskHead("classification", 2), seed=0)):
-        with pytest.raises(ValueError, match="was saved with a vocabulary map and holds no vocab_map/ now: copy that folder too"):
+        with pytest.raises(ValueError, match=r"vocab_map.* is missing, and is one of those the student was saved with.*whole folder"):
             load(folder)
+    edit_config(folder, lambda settings: {key: value for key, value in settings.items() if key != "mapped_files"})  # of an older fastkd
+    with pytest.raises(ValueError, match="was saved with a vocabulary map and holds no vocab_map/ now: copy that folder too"):
+        load_frozen(folder)
+
+
+def edit_config(folder: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def test_all_parts_of_a_configuration_are_closed(tmp_path: Path) -> None:
+    """transformers takes a part that has the model's type; a label may have any name."""
+    part = {"model_type": "gemma3_text", "vocab_size": 100}
+    own = {"model_type": "gemma3", "text_config": part, "label2id": {"mapped_road": 0, "vocab_size": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    close_folder(tmp_path, MAPPED_MODEL_TYPE)
+    for kind in (transformers.AutoConfig, transformers.Gemma3TextConfig, transformers.Gemma3Config):
+        with pytest.raises(Exception, match=MAPPED_MODEL_TYPE):
+            kind.from_pretrained(tmp_path)
+    assert own_settings(tmp_path) == own
+
+
+def sealed_student(folder: Path) -> Path:
+    """As a stage of glmd leaves it."""
+    source = pruned(folder, runs.llama_teacher(folder), 0.5)
+    model = load_language_model(source)
+    model.slot_bias = torch.arange(float(model.vocabulary))
+    save_model(model, load_tokenizer(source), folder / "student")
+    (folder / "student" / "README.md").write_text("# Mine\n")
+    seal(folder / "student", {"identity": "0"})
+    return folder / "student"
+
+
+def exchanged(file: Path) -> None:
+    """A whole file of its kind with other content."""
+    if file.suffix == ".json":
+        file.write_text(file.read_text().replace("<eos>", "<end>").replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    else:
+        tensors = safetensors.torch.load_file(file)
+        safetensors.torch.save_file({name: tensor.flip(0) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+# What KDTrainer saves has no manifest: its config.json names the files that are fastkd's own.
+@pytest.mark.parametrize("damage", [Path.unlink, exchanged])
+@pytest.mark.parametrize(
+    ("name", "manifest"),
+    [
+        *((name, True) for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json")),
+        *(("slot_bias.safetensors", manifest) for manifest in (True, False)),
+    ],
+)
+def test_a_mapped_student_is_all_of_its_files_as_they_were_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], None], manifest: bool
+) -> None:
+    folder, text = sealed_student(tmp_path), runs.write_text(tmp_path)["path"]
+    if not manifest:
+        (folder / "MANIFEST.json").unlink()
+    load_frozen(str(folder))
+    (folder / "README.md").unlink()  # for people
+    (folder / "generation_config.json").unlink()
+    load_frozen(str(folder))
+    damage(folder / name)
+    judge, export = ["eval", str(folder), "--text", text, "--use_cpu"], ["export", str(folder), "--output_dir", str(tmp_path / "out")]
+    for command in (judge, export):
+        capsys.readouterr()
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert (f"{folder / name} is" in told or f"{folder} holds no {name}" in told) and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "longest"),
+    [
+        (lambda: tiny.llama(90, max_position_embeddings=64), 64),
+        (lambda: tiny.llama(90, max_position_embeddings=64, rope_parameters=LINEAR), 128),
+        (lambda: tiny.transformer("modernbert", "MaskedLM"), 64),  # with rotary positions for each type of layer
+        (lambda: tiny.transformer("gpt2", "CausalLM"), 64),
+        (lambda: tiny.transformer("deberta-v3", "MaskedLM"), 10**6),  # relative positions have no end
+    ],
+    ids=["llama", "scaled", "modernbert", "gpt2", "deberta"],
+)
+def test_rows_beyond_what_a_model_was_made_for_are_refused(model: Callable[[], Any], longest: int) -> None:
+    student = LanguageModel(model())
+    check_row_length(student, longest, "student")
+    if longest < 10**6:
+        with pytest.raises(ValueError, match=f"takes {longest + 1} positions and the student has {longest}; lower the max_length"):
+            check_row_length(student, longest + 1, "student")
 
 
 def test_an_id_without_a_row_is_refused_where_it_occurs(caplog: pytest.LogCaptureFixture) -> None:

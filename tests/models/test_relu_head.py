@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import fastkd
 from fastkd.methods.registry import METHODS
+from fastkd.models.load import load_config, save_model
 from fastkd.models.relu_head import BertWithReLUHead
 from fastkd.models.student import load_student
 from fastkd.models.task_model import TaskHead, TaskModel, build_task_model, load_task_model
 from fastkd.tasks.encoded import TaskBatch
 from fastkd.train.config import DatasetArguments
 from fastkd.train.evaluate import evaluate_on_task
+from fastkd.train.readme import for_whom
 from tests import runs, tiny
 from tests.oracle import assert_close, relative_error
 
@@ -69,16 +72,19 @@ def test_all_stages_of_a_run_have_it_and_fastkd_alone_reads_what_they_leave(tmp_
         assert_close(model(batch()), pooled(model).relu() @ linear.weight.T + linear.bias, 1e-6)
     scores = evaluate_on_task({"student": folders[-1]}, DatasetArguments(**runs.write_dataset(tmp_path)), use_cpu=True)
     assert scores["models"]["student"]["scores"]["accuracy"] == results["kd"]["scores"]["accuracy"]
-    with pytest.raises(ValueError, match="BertWithReLUHead, which has no head for"):
+    assert "is for fastkd alone; no class of transformers has the head that relu_head gives it" in for_whom(Path(folders[-1]))
+    assert "no class of transformers has the head" in (Path(folders[-1]) / "README.md").read_text()
+    with pytest.raises(ValueError, match="has the head of relu_head, which no class of transformers has, so it cannot be exported"):
         load_student(folders[-1])
 
 
-def test_plain_transformers_does_not_take_its_weights_for_berts_own_head(tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    build_task_model(tiny.bert().config, HEAD, seed=1).model.save_pretrained(tmp_path)
-    _, found = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert {"classifier.weight", "classifier.bias"} == set(found["missing_keys"])
+@pytest.mark.parametrize("kind", ["AutoModelForSequenceClassification", "BertForSequenceClassification", "AutoModel", "BertModel"])
+def test_plain_transformers_refuses_it(tmp_path: Path, kind: str) -> None:
+    """It would draw a classifier of its own."""
+    save_model(build_task_model(tiny.bert().config, HEAD, seed=1), tiny.wordpiece(), tmp_path)
+    with pytest.raises(Exception, match="fastkd_relu_head_open_it_by_fastkd"):
+        getattr(transformers, kind).from_pretrained(tmp_path)
+    assert load_config(str(tmp_path)).vocab_size == 600
 
 
 def test_the_head_of_a_plain_bert_is_not_taken_for_it(tmp_path: Path) -> None:

@@ -185,6 +185,20 @@ def test_named_classes_of_a_saved_data_set_and_its_rows_without_label(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "labels", [[1, "negative"], ["negative", 1], [1, "negative", "neutral"], [1, "2", "10"], [1, "null"], [True, "a"]]
+)
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_column_of_numbers_and_strings_is_refused_and_no_class_vanishes(tmp_path, labels, policy):
+    rows = OwnRows(["text"], "label", BadRowPolicy(policy))
+    with pytest.raises(
+        ValueError, match=r"The column 'label' of .*train\.jsonl.* mixes kinds of values.*all of them as strings, or all"
+    ):
+        load(tmp_path, labelled(labels * 3), form=".jsonl", rows=rows)
+    names = load(tmp_path / "strings", labelled([str(label) for label in labels] * 3), form=".jsonl", rows=rows).label_names
+    assert set(names) == set(map(str, labels))
+
+
+@pytest.mark.parametrize(
     ("form", "train", "dev", "message"),
     [
         (

@@ -217,6 +217,14 @@ def test_a_row_of_more_cells_than_the_header_is_refused_with_its_line(tmp_path: 
             load_examples(path)
 
 
+@STREAMING
+def test_a_column_that_is_there_twice_is_refused_by_its_name(tmp_path: Path, streaming: bool) -> None:
+    """Else the first of them would be read, whichever is meant."""
+    (tmp_path / "train.csv").write_text("text,text,,\nfirst,second,,\n")
+    with pytest.raises(ValueError, match=r"train\.csv' has several columns called 'text'; give each a name of its own"):
+        list(open_corpus(tmp_path / "train.csv", streaming=streaming).rows())
+
+
 def test_a_comma_in_quotes_is_a_part_of_its_cell(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('id,text\n0,"well, well"\n1,"two\nlines, one cell"\n')
     assert list(open_corpus(tmp_path / "rows.csv").rows()) == ["well, well", "two\nlines, one cell"]

@@ -82,7 +82,11 @@ def test_cells_are_text_to_the_letter(tmp_path):
         ("train.tsv", "sentence\tlabel\na\t0\nb\n", r"train\.tsv, line 3: the row has not the 2 cells"),
         ("train.tsv", "sentence\tlabel\na\tb\t0\n", r"line 2: the row has not the 2 cells"),
         ("train.csv", 'sentence,label\n"a,0\n', r"Cannot read .*train\.csv, line 2: .*whole \.csv file"),
-        ("train.csv", b"sentence,label\n\xff\xfe,0\n", "Cannot read .*decode"),
+        ("train.csv", b"sentence,label\n\xff\xfe,0\n", r"Cannot read .*train\.csv, line 2: .*decode.*Save the file as UTF-8"),
+        ("train.csv", "sentence,label\né,0\n".encode("latin-1"), r"Cannot read .*train\.csv, line 2: .*decode.*Save the file as UTF-8"),
+        ("train.csv", b"sentence,label\n" + 9000 * b"a,0\n" + b"\xe9,0\n", r"train\.csv, line 9002: "),
+        ("train.csv", "sentence,sentence,label\na,b,0\n", r"train\.csv has several columns called 'sentence'; give each a name"),
+        ("train.tsv", "x\tx\tsentence\tlabel\na\tb\tc\t0\n", r"train\.tsv has several columns called 'x'"),
         ("train.csv", "", r"columns 'sentence', 'label' .* are missing in .*train\.csv, which has none"),
         (
             "train.csv",

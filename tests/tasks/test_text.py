@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from fastkd.tasks.text import Masking, collate_text
 from tests import tiny
@@ -35,6 +37,17 @@ def test_masking_has_berts_proportions_and_spares_special_tokens():
     inputs = batch.input_ids[chosen]
     assert abs((inputs == 4).float().mean() - 0.8) < 0.02
     assert abs((inputs == original[chosen]).float().mean() - 0.1) < 0.02
+
+
+def test_masking_draws_ids_that_a_token_has():
+    special = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), tiny.SPECIAL, strict=True))
+    ids = {**{token: id for id, token in enumerate(tiny.SPECIAL)}, "a": 6, "b": 508, "c": 511}
+    words = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    masking = Masking.of(PreTrainedTokenizerFast(tokenizer_object=words, **special), 0.5)
+    assert masking.vocabulary == 512 and masking.gaps == (5, *range(7, 508), 509, 510)
+    rows = [np.full(400, 6) for _ in range(20)]
+    drawn = collate_text(rows, pad_id=0, masking=masking, generator=torch.Generator().manual_seed(0)).input_ids.unique()
+    assert drawn.tolist() == sorted(ids.values())
 
 
 def test_masking_depends_on_its_generator_alone():

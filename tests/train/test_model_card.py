@@ -17,7 +17,7 @@ from fastkd.models.language_model import LanguageModel
 from fastkd.models.task_model import TaskModel
 from fastkd.train.model_card import model_card, read_evaluation
 from fastkd.vocab.map import VocabMap
-from tests import tiny
+from tests import multimodal, tiny
 
 VERSIONS = {"fastkd": "0.1.0", "python": "3.12.1", "torch": "2.11.0", "transformers": "5.17.0"}
 PROVENANCE = {
@@ -351,3 +351,8 @@ def test_results_that_no_card_can_show_are_refused_by_name(tmp_path, change):
     file.write_text(json.dumps({**EVALUATION, **change}))
     with pytest.raises(ValueError, match=r"results\.json' is no file that `fastkd eval --output_dir` writes"):
         read_evaluation(file, "runs/x/student")
+
+
+def test_a_model_of_text_and_images_is_told_by_the_part_that_reads_text():
+    text = model_card(LanguageModel(multimodal.multimodal("gemma3")), "small", provenance=None)
+    assert "(layers 2, width 32, vocabulary 100)" in text

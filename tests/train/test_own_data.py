@@ -187,6 +187,7 @@ def test_classes_are_those_of_the_model_in_its_order(tmp_path):
     [
         ({}, "task is not set, and neither is path; name a task, or by path the labelled rows of your own"),
         ({"path": "a.csv", "label_column": "text"}, "label_column is 'text', which is among text_columns too"),
+        ({"path": "a.csv", "label_column": ["a", "b"]}, "label_column names several columns, and multi-label .* is not supported"),
         ({"path": "a.csv", "kind": "multi_label"}, "kind is the text 'multi_label'; it must be classification | regression | null"),
         (
             {"task": "glue/rte", "label_column": "gold"},

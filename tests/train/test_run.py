@@ -156,6 +156,7 @@ def test_a_decoder_from_nothing_learns(tmp_path):
     assert len(curve) == 3 and curve[0] > curve[1] > curve[2] == result["scores"]["perplexity"] < 350  # 700 ids
     model = load_language_model(result["student_dir"]).model
     assert model.config.model_type == "llama" and model.config.vocab_size == 700
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (None, 0, 0)  # the tokenizer's
 
 
 @pytest.mark.parametrize("method", ["kd", "glmd"])

@@ -109,6 +109,22 @@ def test_bad_input_is_a_sentence_before_any_step(tmp_path, no_step, case):
 
 
 @pytest.mark.parametrize(
+    ("student", "sentence"),
+    [
+        ({"max_position_embeddings": 8}, "The longest row takes 32 positions and the student has 8; lower the max_length"),
+        ({"attention_dropout": 2.0}, "student.attention_dropout is 2.0; it is a probability"),
+        ({"pad_token_id": 9999}, "student.pad_token_id has no effect"),
+    ],
+)
+def test_settings_of_a_rotary_student_that_cannot_be_are_refused(tmp_path, no_step, student, sentence):
+    config = glmd(tmp_path, runs.llama_teacher(tmp_path), stages={"pretrain": {}}, student=student)
+    config["text"].update(layout="packed")
+    with pytest.raises(ValueError, match=sentence):
+        fastkd.distill(config)
+    assert not trained(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({}, "tokenizer_name_or_path is not set, and there is no teacher"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -65,19 +64,14 @@ class Variant:
 
 def variants() -> Iterator[tuple[Variant, int]]:
     """What dispatch launches, and for which architecture: the commonest for all, around it on one what else a call can change."""
-    for variant in itertools.chain(row_variants(), topk_variants()):
-        yield from ((variant, architecture) for architecture in ARCHITECTURES)
-    extras = itertools.chain(row_extras(), topk_extras(), relation_variants())
-    yield from ((variant, MAIN_ARCHITECTURE) for variant in extras)
+    commonest = [row_variant(kind, labels=kind == "none") for kind in rows.KINDS] + [topk_variant("bucket")]
+    yield from itertools.product(commonest, ARCHITECTURES)
+    rarer = itertools.chain(row_variants(), topk_variants(), relation_variants())
+    yield from ((variant, MAIN_ARCHITECTURE) for variant in rarer)
 
 
 def row_variants() -> Iterator[Variant]:
-    """Every kind, from float32 logits to a bfloat16 gradient."""
-    return (row_variant(kind, labels=kind == "none") for kind in rows.KINDS)
-
-
-def row_extras() -> Iterator[Variant]:
-    """Around the commonest kind, what else a call can change."""
+    """Around the commonest kind from float32 logits to a bfloat16 gradient, what else a call can change."""
     yield row_variant("forward_kl", labels=True)
     yield row_variant("forward_kl", labels=True, statistics=True, softcap=True, bias=True)
     yield row_variant("forward_kl", gradient=None)
@@ -134,12 +128,9 @@ def row_variant(
 
 
 def topk_variants() -> Iterator[Variant]:
-    """Every tail, from float32 logits to a bfloat16 gradient."""
-    return (topk_variant(tail) for tail in topk.TAILS)
-
-
-def topk_extras() -> Iterator[Variant]:
-    """Around the commonest tail, what else a call can change."""
+    """The other tails, and around the commonest what else a call can change."""
+    for tail in topk.TAILS[1:]:
+        yield topk_variant(tail)
     yield topk_variant("bucket", block_k=topk.LONGEST_LIST, labels=True, softcap=True, bias=True)
     yield topk_variant("bucket", gradient=None)
     yield topk_variant("bucket", aligned=False)
@@ -231,15 +222,10 @@ def relation_variant(
     )
 
 
-def cuda_resources(library: bytes) -> dict[str, Resources]:
-    """The CUDA row kernel's instantiations in what nvcc built. Shared memory for the slices of a row comes on top."""
-    took = {}
-    for function, of_function in sass.resources_by_function(library).items():
-        name = re.search(r"softmax_divergenceI(f|13__nv_bfloat16)LN\w+KindE(\d)ELb([01])E", function)
-        assert name is not None, function
-        logits = "fp32" if name[1] == "f" else "bf16"
-        took[f"cuda rows {rows.KINDS[int(name[2])]} {logits}{' extras' if name[3] == '1' else ''}"] = of_function
-    return took
+def cuda_kernels(cubin: bytes) -> dict[str, tuple[Resources, float]]:
+    """The CUDA row kernels of a cubin: what each takes beside the slices of a row, and its instructions an element."""
+    counted = sass.cuda_instructions(cubin)
+    return {f"cuda {name}": (took, counted[name]) for name, took in sass.resources_by_function(cubin).items()}
 
 
 def count(variant: Variant, cubin: bytes) -> tuple[float, list[str]]:
@@ -261,6 +247,15 @@ def main(arguments: list[str]) -> int:
     known = {} if "--write" in arguments else json.loads(TABLE.read_text())
     counts: dict[str, dict[str, float]] = {}
     faults = []
+
+    def note_count(name: str, arch: str, now: float) -> None:
+        counts.setdefault(name, {})[arch] = now
+        before = known.get(name, {}).get(arch)
+        if before is not None and now > before:
+            faults.append(f"{name} on {arch} takes {now} instructions an element, {before} before")
+        if before is None and "--write" not in arguments:
+            faults.append(f"{name} on {arch} is not in {TABLE.name}; add it with --write")
+
     print(f"{'kernel':<56} {'arch':>6} {'warps':>5} {'registers':>9} {'shared':>7} {'spills':>6} {'instructions':>12}")
     for variant, architecture in variants():
         compiled = variant.compile(architecture)
@@ -274,23 +269,21 @@ def main(arguments: list[str]) -> int:
         if variant.element_bytes:
             now, wrong = count(variant, compiled.asm["cubin"])
             faults += [f"{name} on {arch}: {words}" for words in wrong]
-            counts.setdefault(name, {})[arch] = now
-            before = known.get(name, {}).get(arch)
-            if before is not None and now > before:
-                faults.append(f"{name} on {arch} takes {now} instructions an element, {before} before")
-            if before is None and "--write" not in arguments:
-                faults.append(f"{name} on {arch} is not in {TABLE.name}; add it with --write")
+            note_count(name, arch, now)
             shown = f"{now:.1f}"
         shared = max(took.shared, compiled.metadata.shared)
         head = f"{name:<56} {arch:>6} {variant.options['num_warps']:>5}"
         print(f"{head} {took.registers:>9} {shared:>7} {took.spills:>6} {shown:>12}", flush=True)
-    if nvcc.find() is None:
+    code = nvcc.shipped() if nvcc.find() is None else nvcc.build()
+    if code is None:
         print("nvcc was not found: the CUDA row kernel is left out.")
     else:
-        for name, took in cuda_resources(nvcc.build()).items():
+        for name, (took, now) in cuda_kernels(code).items():
             if took.spills:
                 faults.append(f"{name} spills {took.spills} bytes")
-            print(f"{name:<56} {'sm_90a':>6} {CUDA_WARPS:>5} {took.registers:>9} {took.shared:>7} {took.spills:>6}", flush=True)
+            note_count(name, "sm_90a", now)
+            head = f"{name:<56} {'sm_90a':>6} {CUDA_WARPS:>5}"
+            print(f"{head} {took.registers:>9} {took.shared:>7} {took.spills:>6} {now:>12.1f}", flush=True)
     for words in faults:
         print(f"error: {words}.", file=sys.stderr)
     if "--write" in arguments and not faults:

@@ -1,253 +1,298 @@
 // The mathematics of one row, for the CUDA kernel (rows.cu) and for any C++ compiler, which is how it is tested without a GPU.
 //
-// fastkd/ops/rows.py states the formulas. A row is taken in two or three steps, whose partial results merge in any order:
-//   1. `accumulate` its logits into `Statistics`: both maxima and normalisers, online; forward and reverse KL are complete after it,
-//      since their sum over the row is a moment of the difference of the logits, which is rescaled as the maxima move;
-//   2. where that is not enough (the other divergences; entropies), `add_entry` every logit into `Sums`;
+// Logits are those of the models: after bias, scale and soft-cap. Exponents are of two. Parts of a row, each with the largest logits of its
+// own, are taken in three steps:
+//   1. `accumulate` its logits into `Statistics`: the normalisers, relative to a whole number of bits near the largest logit, so that
+//      parts are brought to a common one without rounding. Forward and reverse KL are complete after it: their sum is a moment of the
+//      difference of the logits. The column of the student's largest logit is held out: where the student is nearly certain, sums of the
+//      others would be lost beside it, and its gradient is minus the sum of theirs;
+//   2. where that is not enough (the other divergences; entropies), `add_entry` every logit but that into `Sums`;
 //   3. `gradient` of every logit.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
+#include <cstring>
 
-#ifdef __CUDACC__
-#define SHARED_CODE __host__ __device__ __forceinline__
-#else
-#define SHARED_CODE inline
-#endif
+#include "../row_math.h"
 
 namespace fastkd {
 
-enum Kind : int { forward_kl = 1, reverse_kl, tvd, jsd, skew_kl, skew_rkl };
+enum Type : int { float32, bfloat16, float16 };
+
+// What a model does to the head's output x: logit = softcap * tanh(scale * x / softcap); softcap 0: scale * x.
+struct Transform {
+  float scale, softcap;
+};
+
+// The kernel's parameter. fastkd/ops/backend_cuda.py fills it by these names.
+struct Call {
+  const void *student, *teacher;  // (rows, vocabulary), unit stride along the vocabulary
+  void* gradient;                 // null: not wanted
+  const float *student_bias, *teacher_bias;  // (vocabulary,), null: none
+  const float* row_weight;                   // (rows,), as all that follows
+  const int64_t* labels;                     // null: none
+  const float* label_weight;                 // null: the cross-entropy has no part in the gradient
+  float *divergence, *cross_entropy, *student_entropy, *teacher_entropy, *top1_agreement;  // null: not wanted; entropies together
+  int64_t student_stride, teacher_stride, gradient_stride;  // between rows, in elements
+  int student_type, teacher_type, gradient_type;
+  int vocabulary, slice;  // columns of the row, and of a block: a multiple of 8
+  float temperature, rate;  // rate = log2(e) / temperature
+  Transform student_transform, teacher_transform;
+  Mixing<float> mixing;
+};
+static_assert(sizeof(Call) == 192);
+
+// A number that is known when code is compiled, as a parameter.
+template <int n>
+struct Number {
+  SHARED_CODE constexpr operator int() const { return n; }
+};
 
 // Whether the divergence is known after the first step.
 template <Kind kind>
 constexpr bool has_moment = kind == forward_kl || kind == reverse_kl;
 
-// What a model does to the head's output: logit = softcap * tanh(scale * raw / softcap); softcap 0: scale * raw.
-struct Transform {
-  float scale, softcap;
-};
+constexpr int no_column = 0x7fffffff;
+constexpr float lowest = -1e30f, nothing = -INFINITY, ln_2 = 0.693147181f, log2_e = 1.44269504f;
 
-struct Options {
-  float temperature, inverse_temperature;
-  float mixing, log_own, log_other;  // log_own = log(mixing), log_other = log(1 - mixing)
-  Transform student, teacher;
-  bool labels, stats;
-};
-
-inline Options make_options(double mixing, double temperature, Transform student, Transform teacher, bool labels, bool stats) {
-  return {float(temperature), float(1 / temperature), float(mixing), float(std::log(mixing)), float(std::log1p(-mixing)),
-          student, teacher, labels, stats};
+SHARED_CODE float exp2_of(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
 }
 
-SHARED_CODE float logit(float raw, Transform transform) {
-  const float scaled = raw * transform.scale;
-  return transform.softcap == 0 ? scaled : transform.softcap * tanhf(scaled / transform.softcap);
+SHARED_CODE float log2_of(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::log2(x);
+#endif
 }
 
-// d logit / d raw. Without a soft-cap the logit may be infinite.
+// What csrc/row_math.h asks for.
+struct Math {
+  static SHARED_CODE float exp(float x) { return exp2_of(x * log2_e); }
+  static SHARED_CODE float log(float x) { return log2_of(x) * ln_2; }
+};
+
+// 2^n, exactly, for a whole n of at most zero; zero below the normal numbers.
+SHARED_CODE float power_of_two(float n) {
+  const int bits = n >= -126 ? (int(n) + 127) << 23 : 0;
+#ifdef __CUDA_ARCH__
+  return __int_as_float(bits);
+#else
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power;
+#endif
+}
+
+SHARED_CODE float logit(float x, Transform transform) {
+  return transform.softcap == 0 ? x * transform.scale : transform.softcap * tanhf(x * (transform.scale / transform.softcap));
+}
+
+// Of the transform at a logit, over its scale. Without a soft-cap the logit may be infinite.
 SHARED_CODE float slope(float logit, Transform transform) {
-  const float capped = transform.softcap == 0 ? 0.0f : logit / transform.softcap;
-  return transform.scale * (1 - capped * capped);
+  const float capped = transform.softcap == 0 ? 0.0f : logit * (1 / transform.softcap);
+  return 1 - capped * capped;
 }
-
-// A maximum that can be subtracted: what is -inf so far has none yet.
-SHARED_CODE float finite(float largest) { return largest == -INFINITY ? 0.0f : largest; }
-
-// probability * factor, with 0 * (anything, infinite or undefined) = 0; NaN shows.
-SHARED_CODE float weighted(float probability, float factor) { return probability == 0 ? 0.0f : probability * factor; }
 
 // ---- 1. Statistics of a part of a row
 
-constexpr int no_column = 0x7fffffff;
-
 struct Statistics {
-  float student_max, teacher_max;
-  float student_sum, teacher_sum;  // sum exp((logit - max) / T)
-  float label_sum;                 // sum exp(logit - max) of the student; only with labels
-  float moment;  // sum w ((t - teacher_max) - (s - student_max)), w the terms of teacher_sum (forward KL) or student_sum (reverse)
-  int student_best, teacher_best;  // first columns of the maxima; only with stats
+  float student_from, teacher_from, label_from;  // bits that are taken off exponents, whole; `lowest` where nothing was seen
+  float student_sum, teacher_sum;  // sum 2^(rate logit - from)
+  float label_sum;                 // the same at a temperature of 1; only with labels
+  float moment;                    // sum w (log2 of teacher's term - of student's), w the terms of teacher_sum (forward KL) or student_sum
+  float student_peak, teacher_at_peak;  // logits of the column held out, the first of the student's largest
+  float teacher_peak;
+  int peak, teacher_best;  // columns: that one, and with stats the first of the teacher's largest; no_column
+  float label_logit;
 };
 
-SHARED_CODE Statistics no_statistics() { return {-INFINITY, -INFINITY, 0, 0, 0, 0, no_column, no_column}; }
+// The bits to take off logits of which the largest is this.
+SHARED_CODE float bits_of(float largest, float rate) { return fmaxf(rintf(largest * rate), lowest); }
 
-// The same sums, from maxima that are no smaller.
-template <Kind kind>
-SHARED_CODE void raise(Statistics& part, float student_max, float teacher_max, const Options& options) {
-  const float student = finite(student_max), teacher = finite(teacher_max);
-  const float student_kept = expf((part.student_max - student) * options.inverse_temperature);
-  const float teacher_kept = expf((part.teacher_max - teacher) * options.inverse_temperature);
-  if constexpr (has_moment<kind>) {
-    const float shift = (teacher - student) - (finite(part.teacher_max) - finite(part.student_max));
-    const float weight_sum = kind == forward_kl ? part.teacher_sum : part.student_sum;
-    part.moment = weighted(kind == forward_kl ? teacher_kept : student_kept, part.moment - shift * weight_sum);
-  }
-  if (options.labels) part.label_sum *= expf(part.student_max - student);
-  part.student_sum *= student_kept;
-  part.teacher_sum *= teacher_kept;
-  part.student_max = student_max;
-  part.teacher_max = teacher_max;
+SHARED_CODE Statistics no_statistics() {
+  return {lowest, lowest, lowest, 0, 0, 0, 0, nothing, nothing, nothing, no_column, no_column, 0};
 }
 
-// Add n columns from `column` on. Of equal logits the first is the best: a part must be given its columns in ascending order.
-template <Kind kind, int n>
-SHARED_CODE void accumulate(Statistics& part, const float (&s)[n], const float (&t)[n], int column, const Options& options) {
-  float student_max = part.student_max, teacher_max = part.teacher_max;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    student_max = fmaxf(student_max, s[i]);
-    teacher_max = fmaxf(teacher_max, t[i]);
-  }
-  if (options.stats) {
-#pragma unroll
-    for (int i = n - 1; i >= 0; --i) {
-      if (student_max > part.student_max && s[i] == student_max) part.student_best = column + i;
-      if (teacher_max > part.teacher_max && t[i] == teacher_max) part.teacher_best = column + i;
+template <Kind kind>
+SHARED_CODE void accumulate(Statistics& part, float s, float t, float rate, bool labels) {
+  const float student = exp2_of(fmaf(s, rate, -part.student_from));
+  part.student_sum += student;
+  if (labels) part.label_sum += exp2_of(fmaf(s, log2_e, -part.label_from));
+  if constexpr (kind != none) {
+    const float teacher = exp2_of(fmaf(t, rate, -part.teacher_from));
+    part.teacher_sum += teacher;
+    if constexpr (has_moment<kind>) {
+      // The difference of the logits first: both may be large where it is small.
+      const float weight = kind == forward_kl ? teacher : student;
+      const float difference = fmaf(t - s, rate, part.student_from - part.teacher_from);
+      part.moment = fmaf(weight, weight == 0 ? 0.0f : difference, part.moment);
     }
   }
-  if (student_max > part.student_max || teacher_max > part.teacher_max) raise<kind>(part, student_max, teacher_max, options);
-  const float student_from = finite(student_max), teacher_from = finite(teacher_max);
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    const float a = s[i] - student_from, b = t[i] - teacher_from;
-    const float student_exp = expf(a * options.inverse_temperature), teacher_exp = expf(b * options.inverse_temperature);
-    part.student_sum += student_exp;
-    part.teacher_sum += teacher_exp;
-    if (options.labels) part.label_sum += expf(a);
-    // The difference of the logits first: both may be large where it is small.
-    if constexpr (has_moment<kind>)
-      part.moment += weighted(kind == forward_kl ? teacher_exp : student_exp, (t[i] - s[i]) - (teacher_from - student_from));
-  }
 }
 
-// Two parts as one. merge(a, b) is merge(b, a) to the last bit, so that all who merge agree.
+// The same sums with no fewer bits taken off.
 template <Kind kind>
-SHARED_CODE Statistics merge(Statistics a, Statistics b, const Options& options) {
-  Statistics both;
-  const auto best = [](float a_max, int a_best, float b_max, int b_best) {
-    return a_max > b_max ? a_best : (b_max > a_max ? b_best : (a_best < b_best ? a_best : b_best));
-  };
-  both.student_best = best(a.student_max, a.student_best, b.student_max, b.student_best);
-  both.teacher_best = best(a.teacher_max, a.teacher_best, b.teacher_max, b.teacher_best);
-  both.student_max = fmaxf(a.student_max, b.student_max);
-  both.teacher_max = fmaxf(a.teacher_max, b.teacher_max);
-  raise<kind>(a, both.student_max, both.teacher_max, options);
-  raise<kind>(b, both.student_max, both.teacher_max, options);
-  both.student_sum = a.student_sum + b.student_sum;
-  both.teacher_sum = a.teacher_sum + b.teacher_sum;
-  both.label_sum = a.label_sum + b.label_sum;
-  both.moment = a.moment + b.moment;
-  return both;
-}
-
-// ---- 2. The divergence
-
-// Sums over a row, or a part of it: D(p, q) and c = dD / d log q with log q treated as free; entropies only with stats.
-struct Sums {
-  float value, coefficient, student_entropy, teacher_entropy;
-};
-
-SHARED_CODE Sums merge(const Sums& a, const Sums& b) {
-  return {a.value + b.value, a.coefficient + b.coefficient,  //
-          a.student_entropy + b.student_entropy, a.teacher_entropy + b.teacher_entropy};
+SHARED_CODE void raise(Statistics& part, float student_from, float teacher_from, float label_from) {
+  const float student = power_of_two(part.student_from - student_from), teacher = power_of_two(part.teacher_from - teacher_from);
+  const float shift = (student_from - teacher_from) - (part.student_from - part.teacher_from);
+  const float weight_sum = kind == forward_kl ? part.teacher_sum : part.student_sum;
+  part.moment = weighted(kind == forward_kl ? teacher : student, part.moment + shift * weight_sum);
+  part.label_sum *= power_of_two(part.label_from - label_from);
+  part.student_sum *= student;
+  part.teacher_sum *= teacher;
+  part.student_from = student_from;
+  part.teacher_from = teacher_from;
+  part.label_from = label_from;
 }
 
 // What the whole row's statistics say of each of its logits.
 struct Row {
-  float student_max, teacher_max, center;          // center = teacher_max - student_max
-  float student_share, teacher_share, log_center;  // 1 / sums; the log of the sums' quotient
-  float student_log, teacher_log;                  // of the sums
+  Statistics whole;                   // but for the column that is held out
+  float moment;                       // with it
+  float offset, log_center;           // of bits: student_from - teacher_from; log2 of the normalisers' quotient
+  float student_share, teacher_share, label_share;  // 1 / normalisers
+  float student_log, teacher_log;     // log2 of the normalisers
+  float q, p, label_q;                // probabilities of the peak, the last at a temperature of 1
 };
 
-SHARED_CODE Row make_row(const Statistics& whole) {
-  // log_center is no difference of logs: both are large where it is small.
-  return {whole.student_max, whole.teacher_max, whole.teacher_max - whole.student_max, 1 / whole.student_sum, 1 / whole.teacher_sum,
-          logf(whole.teacher_sum / whole.student_sum), logf(whole.student_sum), logf(whole.teacher_sum)};
-}
-
-// For the divergences with a moment: what the second step would find.
 template <Kind kind>
-SHARED_CODE Sums sums_of_moment(const Statistics& whole, const Row& row, const Options& options) {
-  Sums sums{};
-  const float moment = whole.moment * options.inverse_temperature;
-  if constexpr (kind == forward_kl) {
-    sums.value = moment * row.teacher_share - row.log_center;
-    sums.coefficient = -1;
-  } else {
-    sums.value = row.log_center - moment * row.student_share;
-    sums.coefficient = sums.value + 1;
-  }
-  return sums;
+SHARED_CODE Row make_row(const Statistics& whole, float rate, bool labels) {
+  Statistics peak = whole;
+  peak.student_sum = peak.teacher_sum = peak.label_sum = peak.moment = 0;
+  accumulate<kind>(peak, whole.student_peak, whole.teacher_at_peak, rate, labels);
+  const float student = whole.student_sum + peak.student_sum, teacher = whole.teacher_sum + peak.teacher_sum;
+  Row row{whole, whole.moment + peak.moment, whole.student_from - whole.teacher_from};
+  // No difference of logs: both are large where it is small.
+  row.log_center = log2_of(teacher / student);
+  row.student_share = 1 / student, row.teacher_share = 1 / teacher, row.label_share = 1 / (whole.label_sum + peak.label_sum);
+  row.student_log = log2_of(student), row.teacher_log = log2_of(teacher);
+  row.q = peak.student_sum * row.student_share, row.p = peak.teacher_sum * row.teacher_share;
+  row.label_q = peak.label_sum * row.label_share;
+  return row;
 }
 
-struct Entry {
-  float p, q, value, coefficient;
+// ---- 2. The divergence
+
+// Over a row, or a part of it; entropies, in bits, only with stats.
+struct Sums {
+  float value, coefficient, student_entropy, teacher_entropy;
 };
 
-// A mixture enters by softplus(x) with x the log of its odds, so that neither probability can underflow and nothing of the size of
-// log p cancels: log(m / q) = log_other + softplus(x) for m = own p + other q, and log(m / p) = log_own + softplus(-x).
-template <Kind kind>
-SHARED_CODE Entry make_entry(float s, float t, const Row& row, const Options& options) {
-  const float q = expf((s - row.student_max) * options.inverse_temperature) * row.student_share;
-  const float p = expf((t - row.teacher_max) * options.inverse_temperature) * row.teacher_share;
-  const float log_ratio = ((t - s) - row.center) * options.inverse_temperature - row.log_center;  // log p - log q
-  if constexpr (kind == forward_kl) return {p, q, weighted(p, log_ratio), -p};
-  if constexpr (kind == reverse_kl) {
-    const float value = weighted(q, -log_ratio);
-    return {p, q, value, value + q};
-  }
-  if constexpr (kind == tvd) {
-    const float difference = q - p;
-    const float sign = difference > 0 ? 1.0f : (difference < 0 ? -1.0f : difference);  // NaN stays NaN
-    return {p, q, 0.5f * fabsf(difference), 0.5f * q * sign};
-  }
-  const float odds = options.log_own - options.log_other + (kind == skew_rkl ? -log_ratio : log_ratio);
-  const float e = expf(-fabsf(odds)), rest = log1pf(e);
-  const float to_other = options.log_other + (odds > 0 ? odds : 0.0f) + rest;
-  const float to_own = options.log_own + (odds < 0 ? -odds : 0.0f) + rest;
-  const float other_share = (odds > 0 ? e : 1.0f) / (1 + e);
-  if constexpr (kind == jsd) {
-    const float student = weighted(q, -to_other);
-    return {p, q, options.mixing * weighted(p, -to_own) + (1 - options.mixing) * student, (1 - options.mixing) * student};
-  }
-  if constexpr (kind == skew_kl) return {p, q, weighted(p, -to_own), -weighted(p, other_share)};
-  const float value = weighted(q, -to_own);
-  return {p, q, value, value + weighted(q, other_share)};
+struct Probabilities {
+  float p, q;
+};
+
+SHARED_CODE Probabilities probabilities(float s, float t, const Row& row, float rate) {
+  return {exp2_of(fmaf(t, rate, -row.whole.teacher_from)) * row.teacher_share,
+          exp2_of(fmaf(s, rate, -row.whole.student_from)) * row.student_share};
 }
 
 template <Kind kind>
-SHARED_CODE void add_entry(Sums& sums, float s, float t, const Row& row, const Options& options) {
-  const Entry entry = make_entry<kind>(s, t, row, options);
+SHARED_CODE Entry<float> entry_of(Probabilities at, float s, float t, const Row& row, const Call& call) {
+  const float log_ratio = (fmaf(t - s, call.rate, row.offset) - row.log_center) * ln_2;  // log p - log q
+  // The larger probability stands for 1, so that nothing of the size of log p cancels.
+  return make_entry<kind, Math>(at.p, at.q, fminf(log_ratio, 0.0f), -fmaxf(log_ratio, 0.0f), call.mixing);
+}
+
+template <Kind kind>
+SHARED_CODE void add_entry(Sums& sums, float s, float t, const Row& row, const Call& call, bool stats) {
+  const Probabilities at = probabilities(s, t, row, call.rate);
   if constexpr (!has_moment<kind>) {
+    const Entry<float> entry = entry_of<kind>(at, s, t, row, call);
     sums.value += entry.value;
     sums.coefficient += entry.coefficient;
   }
-  if (options.stats) {
-    sums.student_entropy -= weighted(entry.q, (s - row.student_max) * options.inverse_temperature - row.student_log);
-    sums.teacher_entropy -= weighted(entry.p, (t - row.teacher_max) * options.inverse_temperature - row.teacher_log);
+  if (stats) {
+    sums.student_entropy -= weighted(at.q, fmaf(s, call.rate, -row.whole.student_from) - row.student_log);
+    sums.teacher_entropy -= weighted(at.p, fmaf(t, call.rate, -row.whole.teacher_from) - row.teacher_log);
   }
 }
 
-SHARED_CODE float cross_entropy(float label_logit, const Statistics& whole) {
-  return logf(whole.label_sum) - (label_logit - whole.student_max);
+// What the gradient needs of the row.
+struct Factors {
+  float divergence, label;  // weights times the transform's scale; the divergence's carries T: T^2 from the loss, 1/T from z/T
+  float coefficient_sum;
+  float at_peak;  // the gradient of the column held out
+};
+
+// Completes `sums` of all columns but the peak; the row's factors, with `label_column` -1 for a row without a label.
+template <Kind kind>
+SHARED_CODE Factors finish(Sums& sums, const Row& row, const Call& call, float row_weight, float label_weight, int label_column) {
+  const Statistics& whole = row.whole;
+  const float q_others = whole.student_sum * row.student_share, p_others = whole.teacher_sum * row.teacher_share;
+  const float s = whole.student_peak, t = whole.teacher_at_peak;
+  const bool peaks = row.q > 0.5f;
+  Entry<float> peak{};
+  if constexpr (kind == tvd)
+    peak = tvd_entry(row.q, peaks ? p_others - q_others : row.q - row.p);  // both may be nearly 1
+  else
+    peak = entry_of<kind>({row.p, row.q}, s, t, row, call);
+  Factors factors{};
+  factors.divergence = call.temperature * row_weight * call.student_transform.scale;
+  factors.label = label_weight * call.student_transform.scale;
+  float others = 0;  // sum of c - q sum(c)
+  if constexpr (kind == forward_kl) {
+    sums.value = (row.moment * row.teacher_share - row.log_center) * ln_2;
+    factors.coefficient_sum = -1;
+    others = q_others - p_others;
+  } else if constexpr (kind == reverse_kl) {
+    const float of_others = (q_others * row.log_center - whole.moment * row.student_share) * ln_2;
+    sums.value = of_others + peak.value;
+    factors.coefficient_sum = sums.value + 1;
+    others = of_others - q_others * sums.value;
+  } else if constexpr (kind != none) {
+    factors.coefficient_sum = sums.coefficient + peak.coefficient;
+    others = sums.coefficient - q_others * factors.coefficient_sum;
+    sums.value += peak.value;
+  }
+  // Undefined logits show: what is made of a mixture alone might not tell.
+  const float undefined = 0 * row.student_share * row.teacher_share;
+  if (kind != none) sums.value += undefined, factors.coefficient_sum += undefined;
+  sums.student_entropy -= weighted(row.q, fmaf(s, call.rate, -whole.student_from) - row.student_log);
+  sums.teacher_entropy -= weighted(row.p, fmaf(t, call.rate, -whole.teacher_from) - row.teacher_log);
+  // Above a half, minus the sum of the others, unless the gradient is infinite; at most a half, its own terms are the more exact.
+  if constexpr (kind != none) {
+    const float own = peak.coefficient - row.q * factors.coefficient_sum;
+    factors.at_peak = factors.divergence * (peaks && fabsf(factors.coefficient_sum) < INFINITY ? -others : own);
+  }
+  if (factors.label != 0) {
+    const float is_label = whole.peak == label_column ? 1.0f : 0.0f, label_others = whole.label_sum * row.label_share;
+    factors.at_peak += factors.label * (row.label_q > 0.5f ? (1 - is_label) - label_others : row.label_q - is_label);
+  }
+  factors.at_peak *= slope(s, call.student_transform);
+  return factors;
+}
+
+SHARED_CODE float cross_entropy(const Row& row) {
+  return -(fmaf(row.whole.label_logit, log2_e, -row.whole.label_from) + log2_of(row.label_share)) * ln_2;
 }
 
 // ---- 3. The gradient
 
-struct Factors {
-  float divergence;          // row weight * T: T^2 from the loss, 1/T from z/T
-  float label, label_share;  // the label's weight, and the same over the normaliser at T = 1; zero for a row without label
-};
-
-// With respect to the head's output, of which the student's logit is s.
+// With respect to the head's output, without the -1 at the label, and not at the peak.
 template <Kind kind>
-SHARED_CODE float gradient(float s, float t, bool is_label, float coefficient_sum, const Factors& factors, const Row& row,
-                           const Options& options) {
-  const Entry entry = make_entry<kind>(s, t, row, options);
-  float result = factors.divergence * (entry.coefficient - entry.q * coefficient_sum);
-  if (options.labels) result += factors.label_share * expf(s - row.student_max) - (is_label ? factors.label : 0.0f);
-  return result * slope(s, options.student);
+SHARED_CODE float gradient(float s, float t, const Factors& factors, const Row& row, const Call& call, bool labels) {
+  float result = 0;
+  if constexpr (kind == forward_kl) {
+    const float student = exp2_of(fmaf(s, call.rate, -row.whole.student_from));
+    const float teacher = exp2_of(fmaf(t, call.rate, -row.whole.teacher_from));
+    result = factors.divergence * row.student_share * student - factors.divergence * row.teacher_share * teacher;
+  } else if constexpr (kind != none) {
+    const Probabilities at = probabilities(s, t, row, call.rate);
+    result = factors.divergence * (entry_of<kind>(at, s, t, row, call).coefficient - at.q * factors.coefficient_sum);
+  }
+  if (labels) result = fmaf(factors.label * row.label_share, exp2_of(fmaf(s, log2_e, -row.whole.label_from)), result);
+  return result;
 }
 
 }  // namespace fastkd

@@ -1,4 +1,7 @@
-"""The CUDA row kernel: on a Hopper GPU, and its mathematics on the host (cuda_host.cpp), against float64. Anywhere: what it refuses."""
+"""The CUDA row kernel, launched by the code that launches it: on a Hopper GPU, and on the host through a driver that is not one.
+
+That driver runs the kernel's own mathematics (cuda_host.cpp) on the very parameter of a launch. Anywhere: what is refused and shipped.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,24 +18,24 @@ from torch import Tensor
 
 from fastkd import csrc
 from fastkd.csrc import nvcc
-from fastkd.ops import backend_cuda, backend_torch, compiled
+from fastkd.ops import backend_cuda, backend_torch
 from fastkd.ops.backends import sample_call
-from fastkd.ops.compiled import kind_and_mixing, scale_and_softcap
 from fastkd.ops.divergence import Divergence
-from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, RowOutputs
+from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, RowOutputs, TopK
+from tests.near_certainty import GAPS, check_near_certainty
 from tests.oracle import assert_close
 from tests.row_kernels import CASES, DIVERGENCES, DTYPES, TOLERANCE, assert_outputs, check, make_logits, make_outputs, make_place
 
 INFINITY = float("inf")
 HERE = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 ON_GPU = HERE.type == "cuda" and backend_cuda.why_not(sample_call(HERE)) is None
-TAKEN = ("float32", "bfloat16")
-PLACED = [case for case in CASES if case[0] in TAKEN and "float16" not in case[1].split()]
-NARROW = [case for case in PLACED if case[1] != "none"]
+TAKEN = [name for name in DTYPES if name != "float64"]
+PLACED = [case for case in CASES if case[0] in TAKEN and not case[1].startswith("over it")]
 SOURCE = Path(__file__).with_name("cuda_host.cpp")
 VANISHING = 1.6e-6
 """L1 norm of what is left of a gradient that is zero: a student with one token left to it has none, whatever it is compared with."""
 LABELS = {"labels": torch.tensor([16, -1, 60, 0, 7]), "label_weight": torch.tensor([0.3, 5.0, 1.0, 0.0, 2.0])}
+KINDS = ["none", "forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,59 +43,101 @@ def backend():
     """These tests name their kernel: once is enough."""
 
 
+class Driver:
+    """As much of libcuda as the backend calls: launches run on the host, and `refused` names a function that fails."""
+
+    def __init__(self, host: ctypes.CDLL) -> None:
+        self.host, self.launches, self.attributes, self.names, self.pushed, self.loaded = host, [], {}, [], 0, 0
+        self.refused: str | None = None
+
+    def __getattribute__(self, name: str):
+        if name.startswith("cu") and name == self.refused:
+            return lambda *arguments: 209
+        return super().__getattribute__(name)
+
+    def cuDeviceGet(self, device, ordinal):
+        device._obj.value = ordinal.value
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, device):
+        context._obj.value = 1000 + device.value
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context):
+        self.pushed += context.value == 1000
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context):
+        self.pushed -= 1
+        return 0
+
+    def cuModuleLoadData(self, module, code):
+        assert self.pushed and code.value[:4] == b"\x7fELF"
+        module._obj.value, self.loaded = 7, self.loaded + 1
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        assert module.value == 7
+        self.names.append(name.decode())
+        function._obj.value = len(self.names)
+        return 0
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.attributes[self.names[function.value - 1], attribute.value] = value.value
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        launch, name = config._obj, self.names[function.value - 1]
+        dimension = launch.attributes[0]
+        blocks = dimension.value[0]
+        assert self.pushed == 1 and extra is None and launch.attribute_count == 1 and dimension.id == 4 and launch.stream == 77
+        assert list(dimension.value[1:3]) == [launch.grid_y, launch.grid_z] == [launch.block_y, launch.block_z] == [1, 1]
+        self.launches.append((name, launch.grid_x, blocks, launch.block_x, launch.shared_bytes))
+        kind = KINDS.index(name.removeprefix("rows_").removesuffix("_extras"))
+        self.host.host_rows(kind, ctypes.c_void_p(parameters[0]), ctypes.c_int64(launch.grid_x // blocks), blocks)
+        return 0
+
+    def cuGetErrorString(self, error, words):
+        words._obj.value = b"no kernel image is available"
+        return 0
+
+
 @pytest.fixture(scope="session")
-def host_row(tmp_path_factory):
+def host(tmp_path_factory):
     if shutil.which("c++") is None:
         pytest.skip("no compiler")
     library = tmp_path_factory.mktemp("cuda_host") / "host.so"
     include = Path(csrc.__path__[0]) / "cuda"
     subprocess.run(["c++", "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{include}", str(SOURCE), "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).host_row
-    function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_int] * 2, *[ctypes.c_double] * 8, ctypes.c_int64]
-    function.argtypes += [ctypes.c_int] * 2
-    return function
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def driver(host, monkeypatch):
+    """In the place of libcuda, for tensors on the CPU."""
+    caches = [backend_cuda._driver, backend_cuda._primary_context, backend_cuda._module, backend_cuda._function]
+    for cache in caches:
+        cache.cache_clear()
+    fake = Driver(host)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(nvcc, "shipped", lambda: b"\x7fELF")
+    yield fake
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture(params=["host, 1 block", "host, 4 blocks", "gpu"])
-def kernel(request):
+def kernel(request, monkeypatch):
     """What is tested, for calls whose tensors are on the CPU."""
     if request.param != "gpu":
-        return on_host(request.getfixturevalue("host_row"), cluster_size=int(request.param.split()[1]))
+        request.getfixturevalue("driver")
+        monkeypatch.setattr(backend_cuda, "cluster_size", lambda *_, **__: int(request.param.split()[1]))
+        return backend_cuda.run
     if not ON_GPU:
         pytest.skip("no Hopper GPU")
     return on_gpu
-
-
-def on_host(function, cluster_size: int):
-    def kernel(call: RowCall) -> None:
-        options, gradient = call.options, call.gradient
-        for row in range(len(call.student)):
-            s, t = call.student[row].float().contiguous(), call.teacher[row].float().contiguous()
-            losses, result = torch.empty(5), torch.empty_like(s)
-            function(
-                s.data_ptr(),
-                t.data_ptr(),
-                None if gradient is None else result.data_ptr(),
-                losses.data_ptr(),
-                len(s),
-                cluster_size,
-                *kind_and_mixing(options.divergence),
-                options.temperature,
-                *scale_and_softcap(options.student),
-                *scale_and_softcap(options.teacher),
-                call.row_weight[row],
-                0.0 if call.label_weight is None else call.label_weight[row],
-                -1 if call.labels is None else call.labels[row],
-                call.labels is not None,
-                call.wants_statistics,
-            )
-            for column, value in zip(vars(call.outputs).values(), losses, strict=True):
-                if column is not None:
-                    column[row] = value
-            if gradient is not None:
-                gradient[row] = result
-
-    return kernel
 
 
 def on_gpu(call: RowCall) -> None:
@@ -123,7 +169,7 @@ def test_every_dtype_and_place_of_the_gradient(kernel, divergence, dtype, place)
     check(kernel, student, teacher, RowOptions(Divergence.parse(divergence)), place)
 
 
-@pytest.mark.parametrize(("dtype", "place"), [("float32", "over it in bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(("dtype", "place"), [("float32", "bfloat16"), ("float16", "float32")])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_option(kernel, divergence, temperature, dtype, place):
@@ -135,19 +181,52 @@ def test_every_option(kernel, divergence, temperature, dtype, place):
     plain = RowOptions(Divergence.parse(divergence), temperature, LogitTransform(-0.4), LogitTransform(0.7))
     check(kernel, student, teacher, plain, place)
     check(kernel, student, teacher, plain, place, labels=LABELS["labels"])
+    biases = {"student_bias": torch.linspace(-1, 2, 61), "teacher_bias": torch.linspace(1, -1, 61) ** 2}
+    capped = LogitTransform(1.0, 30.0), LogitTransform(0.7)
+    check(kernel, student, teacher, RowOptions(Divergence.parse(divergence), temperature, *capped), place, **biases)
+
+
+@pytest.mark.parametrize("student_dtype", TAKEN)
+@pytest.mark.parametrize("teacher_dtype", TAKEN)
+def test_the_models_may_differ_in_dtype(kernel, student_dtype, teacher_dtype):
+    student, teacher = make_logits(3, 47)
+    check(kernel, student.to(DTYPES[student_dtype]), teacher.to(DTYPES[teacher_dtype]), RowOptions())
+
+
+@pytest.mark.parametrize(("dtype", "place"), PLACED)
+def test_labels_alone(kernel, dtype, place):
+    student = make_logits(5, 61)[0].to(DTYPES[dtype])
+    for transform in (LogitTransform(), LogitTransform(2.0, 5.0)):
+        check(kernel, student, None, RowOptions(None, student=transform), place, **LABELS)
+
+
+@pytest.mark.parametrize("gap", GAPS)
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, None])
+def test_gradients_of_a_student_that_is_nearly_certain(kernel, divergence, gap):
+    check_near_certainty(kernel, divergence, gap)
+
+
+def test_an_unknown_label_gives_nan(kernel):
+    student, teacher = (x.float() for x in make_logits(3, 40))
+    out = make_outputs(3, torch.float32, True, True, False)
+    labels = torch.tensor([3, 40, 2**40])
+    kernel(RowCall(student=student, teacher=teacher, options=RowOptions(), outputs=out, row_weight=torch.ones(3), labels=labels))
+    assert out.cross_entropy.isnan().tolist() == [False, True, True] and out.divergence.isfinite().all()
 
 
 @pytest.mark.parametrize("vocabulary", [7, 37, 1001, 30522, 128256])
-@pytest.mark.parametrize(("dtype", "place"), [("float32", "in place"), ("float32", "over it in bfloat16"), ("bfloat16", "in place")])
+@pytest.mark.parametrize(("dtype", "place"), [("float32", "in place"), ("float32", "bfloat16"), ("bfloat16", "in place")])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_width(request, divergence, dtype, place, vocabulary):
-    """On the GPU with clusters of 1, 2, 4 and 8 blocks and rows whose beginnings are aligned, or not."""
-    kernel = on_gpu if ON_GPU else on_host(request.getfixturevalue("host_row"), cluster_size=2)
+    """With clusters of 1, 4 and 16 blocks and rows whose beginnings are aligned, or not."""
+    if not ON_GPU:
+        request.getfixturevalue("driver")
+    kernel = on_gpu if ON_GPU else backend_cuda.run
     student, teacher = (x.to(DTYPES[dtype]) for x in make_logits(3, vocabulary))
     check(kernel, student, teacher, RowOptions(Divergence.parse(divergence), 2.0), place, statistics=True)
 
 
-@pytest.mark.parametrize(("dtype", "place"), NARROW)
+@pytest.mark.parametrize(("dtype", "place"), [case for case in PLACED if case[1] != "none"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_vocabulary_of_one(kernel, divergence, dtype, place):
     """Nothing can differ: zero, up to the rounding of the logarithm of the mixing weight."""
@@ -239,28 +318,111 @@ def test_the_first_of_equal_logits_is_the_best(kernel):
     assert out.top1_agreement.tolist() == [1.0, 0.0]
 
 
-@pytest.mark.skipif(nvcc.find() is None, reason="no nvcc")
-def test_nothing_spills():
-    ahead = pytest.importorskip("fastkd.kernels.compile")
-    backend_cuda._library.get(build=True)
-    (kept, *_) = compiled.cache_folder().glob(f"{backend_cuda._stem()}-*.so")
-    table = ahead.cuda_resources(kept.read_bytes())
-    assert len(table) == len(DIVERGENCES) * len(TAKEN) * 2
-    for name, took in table.items():
-        assert took.spills == 0, name
-        assert took.registers * 32 * ahead.CUDA_WARPS * (1 if "extras" in name else 2) <= 65536, f"{name}: two blocks must fit"
-        assert took.shared + backend_cuda.SLICE_BYTES <= 227 * 1024, name
+# How it is launched.
 
 
-@pytest.mark.skipif(nvcc.find() is None, reason="no nvcc")
-def test_the_library_answers_without_a_gpu():
-    """An impossible cluster is refused, and so is a possible one where there is no device: by a number, not by a crash."""
-    library = backend_cuda._library.get(build=True)
-    arguments = [*[None] * 3, 1, 100, 100, 100, 0, 0, 0, 1, 0.5, 1.0, 1.0, 0.0, 1.0, 0.0, *[None] * 8]
-    invalid = library.fastkd_softmax_divergence(*arguments, 3, 0, None)
-    assert library.fastkd_cuda_error(invalid) == b"invalid argument"
-    if not torch.cuda.is_available():
-        assert library.fastkd_softmax_divergence(*arguments, 1, 0, None) != 0
+@pytest.mark.parametrize("field", [name for name, *_ in backend_cuda._Call._fields_])
+def test_every_field_of_the_parameter_lies_where_the_kernel_reads_it(host, field):
+    assert getattr(backend_cuda._Call, field).offset == host.offset_of(field.encode())
+    assert ctypes.sizeof(backend_cuda._Call) == host.size_of_call()
+
+
+def test_structures_of_the_driver_have_its_sizes():
+    """Of cuda.h on 64-bit machines."""
+    launch = backend_cuda._Launch
+    offsets = (launch.shared_bytes.offset, launch.stream.offset, launch.attributes.offset, launch.attribute_count.offset)
+    assert (ctypes.sizeof(launch), *offsets) == (56, 24, 32, 40, 48)
+    assert (ctypes.sizeof(backend_cuda._Attribute), backend_cuda._Attribute.value.offset) == (72, 8)
+
+
+def test_a_launch_has_a_cluster_a_row_and_memory_for_its_slices(driver):
+    student, teacher = (x.float() for x in make_logits(3, 30000))
+    for _ in range(2):
+        check(backend_cuda.run, student, teacher, RowOptions(), "bfloat16")
+    check(backend_cuda.run, student, None, RowOptions(None), "float32", labels=torch.tensor([1, 2, 3]), label_weight=torch.ones(3))
+    assert driver.launches == [("rows_forward_kl", 12, 4, 512, 7504 * 8)] * 2 + [("rows_none_extras", 6, 2, 512, 15000 * 4)]
+    assert driver.loaded == 1 and driver.names == ["rows_forward_kl", "rows_none_extras"] and driver.pushed == 0
+    assert driver.attributes == {(name, which): value for name in driver.names for which, value in ((8, 220 * 1024), (14, 1))}
+
+
+def test_the_leanest_kernel_serves(driver):
+    student, teacher = (x.float() for x in make_logits(5, 61))
+    capped = LogitTransform(1.0, 9.0)
+    for options, settings in [
+        (RowOptions(Divergence.jsd(0.3), 2.0, LogitTransform(0.5), capped), {"student_bias": torch.ones(61)}),
+        (RowOptions(student=capped), {}),
+        (RowOptions(), {"statistics": True}),
+        (RowOptions(), LABELS),
+    ]:
+        check(backend_cuda.run, student, teacher, options, **settings)
+    assert [name for name, *_ in driver.launches] == ["rows_jsd", *["rows_forward_kl_extras"] * 3]
+
+
+def test_no_rows_are_no_launch(driver):
+    student, teacher = torch.empty(0, 9), torch.empty(0, 9)
+    run(backend_cuda.run, student, teacher, RowOptions(), make_outputs(0, torch.float32, True, False, False), torch.ones(0))
+    assert not driver.launches
+
+
+@pytest.mark.parametrize("function", ["cuModuleLoadData", "cuLaunchKernelEx", "cuDevicePrimaryCtxRetain"])
+def test_what_the_driver_refuses_is_said(driver, function):
+    driver.refused = function
+    student, teacher = (x.float() for x in make_logits(3, 8))
+    words = rf"was not launched: {function} says no kernel image is available \(209\)\. Use backend='triton' or 'torch'"
+    with pytest.raises(RuntimeError, match=words):
+        run(backend_cuda.run, student, teacher, RowOptions(), make_outputs(3, torch.float32, True, False, False), torch.ones(3))
+    assert driver.pushed == 0
+
+
+# The machine code.
+
+
+def test_the_code_that_is_shipped_is_that_of_the_sources():
+    """After a change of csrc/row_math.h or csrc/cuda: `python -m fastkd.csrc.nvcc`."""
+    assert nvcc.shipped() is not None
+
+
+def test_code_of_other_sources_or_damaged_is_not_taken(monkeypatch, tmp_path):
+    def shipped():
+        nvcc.shipped.cache_clear()
+        return nvcc.shipped()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nvcc, "fingerprint", lambda: "other sources")
+        assert shipped() is None
+    for damage in (b"", nvcc.CODE.read_bytes()[:-9], nvcc.CODE.read_bytes()[::-1]):
+        with monkeypatch.context() as patch:
+            patch.setattr(nvcc, "CODE", tmp_path / "code")
+            nvcc.CODE.write_bytes(damage)
+            assert shipped() is None
+    assert shipped() is not None
+
+
+def test_code_comes_from_the_cache_where_the_sources_were_changed(driver, monkeypatch):
+    monkeypatch.setattr(nvcc, "shipped", lambda: None)
+    monkeypatch.setattr(backend_cuda, "_library", SimpleNamespace(get=lambda build: b"\x7fELF of the cache"))
+    student, teacher = (x.float() for x in make_logits(3, 8))
+    check(backend_cuda.run, student, teacher, RowOptions())
+    assert driver.loaded == 1
+    monkeypatch.setattr(nvcc, "find", lambda: None)
+    assert backend_cuda._why_no_code() is None
+    monkeypatch.setattr(backend_cuda, "_library", SimpleNamespace(get=lambda build: None))
+    assert "compile them by `python -m fastkd.ops.backend_cuda`" in backend_cuda._why_no_code()
+    monkeypatch.setattr(nvcc, "find", lambda: "nvcc")
+    assert backend_cuda._why_no_code() is None
+
+
+def test_nothing_spills_and_loops_are_short():
+    """Two blocks share a multiprocessor; instructions an element are counted in the main loops."""
+    sass = pytest.importorskip("fastkd.kernels.sass")
+    code = nvcc.shipped()
+    names = [f"rows_{kind}{variant}" for kind in KINDS[1:] for variant in ("", "_extras")] + ["rows_none_extras"]
+    took, counted = sass.resources_by_function(code), sass.cuda_instructions(code)
+    assert sorted(took) == sorted(counted) == sorted(names)
+    for name, resources in took.items():
+        assert resources.spills == 0 and resources.registers <= 64, name
+        assert 2 * (resources.shared + backend_cuda.SLICE_BYTES) <= 228 * 1024, name  # with what the driver takes
+    assert counted["rows_forward_kl"] <= 27 and counted["rows_jsd"] <= 80 and max(counted.values()) <= 106, counted
 
 
 def test_a_failed_compilation_says_why(monkeypatch, tmp_path):
@@ -276,55 +438,67 @@ def test_a_failed_compilation_says_why(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "dtype", "size"),
+    ("vocabulary", "has_teacher", "size"),
     [
-        (1, torch.float32, 1),
-        (14080, torch.float32, 1),
-        (14081, torch.float32, 2),
-        (128256, torch.float32, 16),
-        (225280, torch.float32, 16),
-        (225281, torch.float32, None),
-        (30522, torch.bfloat16, 2),
-        (128256, torch.bfloat16, 8),
-        (450560, torch.bfloat16, 16),
-        (450561, torch.bfloat16, None),
+        (1, True, 1),
+        (14080, True, 1),
+        (14081, True, 2),
+        (28160, False, 1),
+        (128256, True, 16),
+        (225280, True, 16),
+        (225281, True, 16),
+        (450560, True, 16),
+        (450561, True, None),
+        (901120, False, 16),
+        (901121, False, None),
     ],
 )
-def test_the_fewest_blocks_that_hold_a_row(vocabulary, dtype, size):
-    assert backend_cuda.cluster_size(vocabulary, dtype) == size
+def test_the_fewest_blocks_that_hold_a_row(vocabulary, has_teacher, size):
+    assert backend_cuda.cluster_size(vocabulary, has_teacher=has_teacher) == size
 
 
-def test_refusals():
-    logits = torch.zeros(2, 8)
+def test_refusals(monkeypatch):
     call = sample_call(torch.device("cpu"))
-    assert "the logits are on cpu" in backend_cuda.why_not(call)
+    assert backend_cuda.why_not(call) == "it runs on NVIDIA GPUs, and the logits are on cpu: move them."
+    given = replace(call, student=call.student.to("meta"))
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "compute capability 9.x (Hopper)" in backend_cuda.why_not(given)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backend_cuda.why_not(call) is None
+    assert "top-k teacher: triton has" in backend_cuda.why_not(replace(call, teacher=TopK(call.labels, call.student)))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert "it runs on NVIDIA GPUs" in backend_cuda.why_not(call)
 
-    def reason(student: Tensor, teacher: Tensor, gradient: Tensor | None = None, **changed) -> str:
+
+def test_blocks_that_it_does_not_take():
+    logits, call = torch.zeros(2, 8), sample_call(torch.device("cpu"))
+
+    def reason(student: Tensor, teacher: Tensor | None, gradient: Tensor | None = None, **changed) -> str | None:
         changed = {"row_weight": torch.ones(2)} | changed
-        given = replace(call, student=student, teacher=teacher, gradient=gradient, **changed)
-        return backend_cuda._why_not_blocks(given, student, teacher, gradient)
+        return backend_cuda._why_not_blocks(replace(call, student=student, teacher=teacher, gradient=gradient, **changed))
 
     assert reason(logits, logits) is None
-    assert "are torch.float64, torch.float64 and None" in reason(logits.double(), logits.double())
-    assert "are torch.float32, torch.bfloat16 and None" in reason(logits, logits.bfloat16())
-    assert "are torch.float32, torch.float32 and torch.float16" in reason(logits, logits, logits.half())
-    assert "adds no bias" in reason(logits, logits, student_bias=torch.zeros(8))
-    assert "row weights are torch.float64" in reason(logits, logits, row_weight=torch.ones(2).double())
-    assert "stride 1 along the vocabulary" in reason(logits.T, logits.T)
-    wide = torch.zeros(1, 1).expand(1, 409601)
-    assert "does not fit into the shared memory" in reason(wide, wide)
+    assert reason(logits, logits.half(), logits.bfloat16(), student_bias=torch.zeros(8)) is None
+    assert reason(logits, None, logits) is None
+    assert "and teacher is torch.float64: triton takes that" in reason(logits, logits.double())
+    assert "and gradient is torch.float64" in reason(logits, logits, logits.double())
+    assert "row weights are torch.float64: triton" in reason(logits, logits, row_weight=torch.ones(2).double())
+    assert "student has strides (1, 2)" in reason(torch.zeros(8, 2).T, logits)
+    wide = torch.zeros(1, 450561)
+    assert "a vocabulary of 450561 does not fit into the shared memory" in reason(wide, wide)
+    tall = torch.zeros(1, 8).expand(2**27, 8)
+    assert "more than one launch has room for" in reason(tall, tall)
     memory = torch.zeros(3, 8)
-    assert "overlaps teacher" in reason(logits, memory[:2], memory[1:])
+    assert "the gradient overlaps teacher and is not the same memory" in reason(logits, memory[:2], memory[1:])
 
 
 def test_where_a_gradient_may_lie():
-    """Over its own row alone: another row may not have been read when it is written."""
+    """Over the very row that it is of: another may not have been read when it is written."""
     memory = torch.zeros(6, 16)
     logits = memory[:4]
     assert backend_cuda._lies_safely(logits, logits)
-    assert backend_cuda._lies_safely(logits.view(torch.bfloat16)[:, :16], logits)
     assert backend_cuda._lies_safely(memory[4:], memory[:2])
     assert backend_cuda._lies_safely(torch.zeros(4, 16), logits)
-    assert not backend_cuda._lies_safely(logits.view(torch.bfloat16).reshape(-1)[:64].view(4, 16), logits), "packed rows"
+    assert not backend_cuda._lies_safely(logits.view(torch.bfloat16)[:, :16], logits), "narrower"
     assert not backend_cuda._lies_safely(memory[1:5], logits), "one row later"
-    assert not backend_cuda._lies_safely(memory[:2], memory.view(torch.bfloat16)[:2, :16]), "wider than the logits"

@@ -74,7 +74,7 @@ def test_the_wheel_has_every_file_that_is_installed_and_no_other(wheel: Path):
         f"{installed}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, installed in INSTALLED.items()
         for file in (ROOT / folder).rglob("*")
-        if file.suffix in DATA | {".py"} or (file.name == "README.md" and folder != "benchmarks")
+        if file.suffix in DATA | {".py"} or (folder != "benchmarks" and (file.name == "README.md" or file.suffix in {".gz", ".json"}))
     }
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}

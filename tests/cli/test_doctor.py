@@ -13,8 +13,9 @@ import torch
 from fastkd.cli.main import main
 from fastkd.models.language_model import LanguageModel
 from fastkd.models.truncate import keep_layers
-from fastkd.ops import rows
+from fastkd.ops import backend_torch
 from fastkd.ops.plan import plan_chunks
+from fastkd.ops.row_call import RowCall
 from fastkd.train import doctor
 from tests import tiny
 
@@ -57,14 +58,14 @@ def test_a_healthy_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_gradient_that_is_off_is_marked_and_exit_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    right = rows.softmax_divergence_
+    right = backend_torch.run
 
-    def wrong(*arguments: Any, gradient: torch.Tensor | None = None, **options: Any) -> None:
-        right(*arguments, gradient=gradient, **options)
-        if gradient is not None:
-            gradient.mul_(factor)
+    def wrong(call: RowCall) -> None:
+        right(call)
+        if call.gradient is not None:
+            call.gradient.mul_(factor)
 
-    monkeypatch.setattr(rows, "softmax_divergence_", wrong)
+    monkeypatch.setattr(backend_torch, "run", wrong)
     assert main(["doctor", *SMALL, "--json", str(tmp_path / "seen.json")]) == 1
     shown = capsys.readouterr().out
     (line,) = [line for line in shown.splitlines() if line.split()[:2] == ["kl_div", "torch"]]

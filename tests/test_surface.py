@@ -87,7 +87,7 @@ FLAGS = {
     "train": "config --stage --print_config --all",
     "vocab count": "--model --data --name --split --text_column --documents --streaming "
     "--max_rows --on_bad_row --num_proc --output_dir",
-    "vocab prune": "--model --counts --keep --protected --output_dir",
+    "vocab prune": "--model --counts --keep --multiple_of --protected --output_dir",
     "export": "student --output_dir --results --onnx",
     "cache": "config --stage --output --kind --k --dtype --shard_rows --yes",
     "eval": "model --teacher --baseline --task --text --path --text_columns --label_column --name --text_column --documents --split "

@@ -419,7 +419,7 @@ BAD = {
     "chunk": ({"chunk_size": 0}, ValueError, "chunk_size=0"),
     "budget": ({"memory_budget": -5}, ValueError, "memory_budget=-5"),
     "backend": ({"backend": "metal"}, ValueError, "backend='metal'"),
-    "backend not here": ({"backend": "cuda"}, ValueError, "compute capability"),
+    "backend not here": ({"backend": "cuda"}, ValueError, "runs on NVIDIA GPUs"),
     "soft-cap": ({"student_softcap": -1.0}, ValueError, "student_softcap=-1.0"),
     "scale": ({"teacher_logit_scale": 0.0}, ValueError, "teacher_logit_scale=0.0"),
     "student weight": ({"student_weight": torch.zeros(STUDENT_VOCAB, 3, dtype=torch.float64)}, ValueError, "student_weight has shape"),

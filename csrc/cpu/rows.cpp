@@ -196,7 +196,6 @@ INLINED void forward_kl_row(const Call<T>& call, int64_t row, const T* student, 
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t size = std::min(kBlock, n - start);
     T *const s_block = s + start, *const t_block = t + start;
-    const T *const next_s = student + start + kBlock, *const next_t = teacher + start + kBlock;
     add_bias(student + start, call.student_bias ? call.student_bias + start : nullptr, size, s_block);
     add_bias(teacher + start, call.teacher_bias ? call.teacher_bias + start : nullptr, size, t_block);
     max_s = std::max(max_s, row_max(s_block, size));
@@ -205,8 +204,8 @@ INLINED void forward_kl_row(const Call<T>& call, int64_t row, const T* student, 
     for (int64_t part = 0; part < size; part += kPart) {
       // The next block is fetched while this one is computed.
       for (int64_t j = part; j < part + kPart; j += kLine / sizeof(T)) {
-        __builtin_prefetch(next_s + j);
-        __builtin_prefetch(next_t + j);
+        __builtin_prefetch(s_block + kBlock + j);
+        __builtin_prefetch(teacher + start + kBlock + j);
       }
       const int64_t end = std::min(part + kPart, size);
 #pragma omp simd reduction(+ : sum_s, sum_t, cross)

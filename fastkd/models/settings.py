@@ -108,8 +108,6 @@ def _check_each(base: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
     for name, value in overrides.items():
         if name == "vocab_size":
             raise ValueError("student.vocab_size has no effect: the vocabulary is the tokenizer's, or what `vocabulary` keeps of it.")
-        if name.endswith("_token_id"):
-            raise ValueError(f"student.{name} has no effect: the ids of special tokens are the tokenizer's; leave it out.")
         if name in of_all:
             raise ValueError(f"student.{name} has no effect: it is no part of the architecture; leave it out.")
         if name not in known:

@@ -109,7 +109,7 @@ def test_a_student_that_could_not_be_saved_is_refused_before_the_first_step(tmp_
 
 def test_a_task_student_is_looked_at_before_the_teacher_is_trained(tmp_path, no_step):
     config = caches.ted_task(tmp_path)
-    with pytest.raises(ValueError, match=r"student\.hidden_act='foo' makes no bert model"):
+    with pytest.raises(ValueError, match=r"student\.hidden_act is 'foo', which is no activation"):
         fastkd.distill({**config, "student": {"num_hidden_layers": 1, "hidden_act": "foo"}})
 
 

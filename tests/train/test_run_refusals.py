@@ -113,7 +113,6 @@ def test_bad_input_is_a_sentence_before_any_step(tmp_path, no_step, case):
     [
         ({"max_position_embeddings": 8}, "The longest row takes 32 positions and the student has 8; lower the max_length"),
         ({"attention_dropout": 2.0}, "student.attention_dropout is 2.0; it is a probability"),
-        ({"pad_token_id": 9999}, "student.pad_token_id has no effect"),
     ],
 )
 def test_settings_of_a_rotary_student_that_cannot_be_are_refused(tmp_path, no_step, student, sentence):

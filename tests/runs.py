@@ -22,6 +22,9 @@ LLAMA = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
 }
 """`student` of a configuration, in place of the teacher's architecture."""
 

@@ -35,13 +35,19 @@ GEMMA3 = transformers.Gemma3TextConfig(
         (BERT, {"hidden_size": True}, "student.hidden_size cannot be True: "),
         (BERT, {"classifier_dropout": "much"}, "student.classifier_dropout cannot be 'much': "),
         (BERT, {"hidden_size": 33, "intermediate_size": 8}, "student.hidden_size=33 makes no bert model: ValueError: The hidden size"),
-        (BERT, {"hidden_dropout_prob": 2.0}, "student.hidden_dropout_prob=2.0 makes no bert model: "),
+        *(
+            (base, {name: value}, f"student.{name} is {value}; it is a probability, from 0 to below 1.")
+            for base, name in ((BERT, "hidden_dropout_prob"), (LLAMA, "attention_dropout"), (GPT2, "resid_pdrop"))
+            for value in (2.0, -0.5, 1)
+        ),
         (BERT, {"hidden_size": 2**20}, "GiB in float32, and this machine has"),
         (BERT, {"max_position_embeddings": 0}, "student.max_position_embeddings is 0; it must be at least 1."),
         (BERT, {"num_hidden_layers": 10**9}, "student.num_hidden_layers is 1000000000; it must be at least 1 and at most 1000."),
         (GPT2, {"n_layer": 0}, "student.n_layer is 0; it must be at least 1"),
         (GPT2, {"num_hidden_layers": -1}, "student.num_hidden_layers is -1; it must be at least 1"),
-        (LLAMA, {"hidden_act": "foo"}, "student.hidden_act='foo' makes no llama model: "),
+        (LLAMA, {"hidden_act": "foo"}, "student.hidden_act is 'foo', which is no activation that transformers knows; there are gelu, "),
+        (LLAMA, {"hidden_act": "gelux"}, "'gelux', which is no activation that transformers knows; did you mean gelu?"),
+        (GPT2, {"activation_function": "gelux"}, "student.activation_function is 'gelux', which is no activation"),
         (LLAMA, {"rope_parameters": {"rope_type": "foo"}}, "student.rope_parameters={'rope_type': 'foo'} makes no llama model: "),
         (BERT, {"vocab_size": 100}, "student.vocab_size has no effect: the vocabulary is the tokenizer's"),
         *(
@@ -65,7 +71,12 @@ def test_what_is_refused(base: Any, overrides: dict[str, Any], said: str) -> Non
 @pytest.mark.parametrize(
     ("base", "overrides", "said"),
     [
-        (LLAMA, {"num_key_value_heads": 3}, "^student.num_key_value_heads=3 makes no llama model: RuntimeError: The size of tensor"),
+        (
+            LLAMA,
+            {"num_key_value_heads": 3},
+            "^student.num_key_value_heads=3 makes no llama model: its 4 attention heads cannot share its 3 heads of keys and values",
+        ),
+        (LLAMA, {"num_attention_heads": 8, "num_key_value_heads": 3}, "its 8 attention heads cannot share its 3 heads"),
         (LLAMA, {"hidden_size": 30}, "^student.hidden_size=30 makes no llama model: .*not a multiple of the number of attention heads"),
         (LLAMA, {"num_attention_heads": 3}, "^student.num_attention_heads=3 makes no llama model: "),
         (GPT_NEO, {"num_layers": 2}, "^student.num_layers=2 makes no gpt_neo model: .*attention_layers"),
@@ -131,7 +142,8 @@ def test_a_student_is_refused_in_a_sentence_or_opens_as_it_was_saved(tmp_path: P
     base = {"gemma3": GEMMA3, "gpt_neo": GPT_NEO}.get(name) or tiny.transformer(name, head).config
     shared, draw, opened = transformers.PretrainedConfig().to_dict(), random.Random(name), 0
     names = [key for key in base.to_dict() if key not in {*shared, "model_type", "vocab_size"} and not key.startswith("_")]
-    for number in range(8):
+    names = [key for key in names if not key.endswith("_token_id") and key != "use_cache"]
+    for number in range(12):
         settings = {key: getattr(base, key) for key in draw.sample(names, 1 + number % 2)}
         overrides = {key: draw.choice(VALUES[type(value)](value)) for key, value in settings.items()}
         task = TaskHead("classification", 3) if number % 4 == 3 else None
@@ -162,7 +174,7 @@ def test_a_student_is_refused_in_a_sentence_or_opens_as_it_was_saved(tmp_path: P
 @pytest.mark.parametrize(
     ("base", "overrides"),
     [
-        (BERT, {"hidden_size": 16, "num_attention_heads": 2, "hidden_act": "relu", "type_vocab_size": 1, "pad_token_id": None}),
+        (BERT, {"hidden_size": 16, "num_attention_heads": 2, "hidden_act": "relu", "type_vocab_size": 1}),
         (GPT2, {"n_embd": 16, "num_hidden_layers": 1}),
         (LLAMA, {"tie_word_embeddings": False, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
         (BERT, {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}),

@@ -147,7 +147,7 @@ def test_more_of_the_largest_than_there_are(tmp_path: Path, capsys: pytest.Captu
         ("hidden_size: big", "student.hidden_size cannot be 'big'"),
         ("hidden_size: -8", "student.hidden_size is -8; it must be at least 1"),
         ("hidden_size: 33", "student.hidden_size=33 makes no bert model"),
-        ("hidden_act: foo", "student.hidden_act='foo' makes no bert model"),
+        ("hidden_act: foo", "student.hidden_act is 'foo', which is no activation that transformers knows"),
         ("num_attention_heads: 0", "student.num_attention_heads is 0; it must be at least 1"),
         ("num_hidden_layers: 0", "student.num_hidden_layers is 0; it must be at least 1"),
         ("num_hidden_layers: -1", "student.num_hidden_layers is -1; it must be at least 1"),

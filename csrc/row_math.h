@@ -44,6 +44,15 @@ SHARED_CODE Entry<T> tvd_entry(T q, T difference) {
   return {T(0.5) * std::abs(difference), difference > 0 ? T(0.5) * q : (difference < 0 ? T(-0.5) * q : difference * q)};
 }
 
+// What an event of the teacher's adds to D where the student's probability is zero, over its own. Forward KL leaves it out.
+template <Kind kind, typename T>
+SHARED_CODE T rest_value(const Mixing<T>& mixing) {
+  if constexpr (kind == tvd) return T(0.5);
+  if constexpr (kind == jsd) return -mixing.own * mixing.log_own;
+  if constexpr (kind == skew_kl) return -mixing.log_own;
+  return 0;
+}
+
 // Only the difference of the logarithms counts: they may be off by the same amount. `Math` has exp(x) for x of at most zero, or above it
 // by rounding, and log(x) for x from 1 to 2.
 template <Kind kind, typename Math, typename T>

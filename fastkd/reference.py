@@ -31,6 +31,8 @@ def kl_div(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     vocab_index: Tensor | None = None,
+    teacher_mass: str = "renormalize",
+    vocab_slots: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: float = 0.0,
     ignore_index: int = -100,
@@ -47,12 +49,11 @@ def kl_div(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """What `fastkd.kl_div` computes, from logits (..., V_s) and (..., V_t)."""
     vocabulary = student_logits.shape[-1]
-    teacher_logits = teacher_logits.detach()
-    teacher_logits = teacher_logits[..., :vocabulary] if vocab_index is None else teacher_logits[..., vocab_index]
     student = _transformed(_kept(student_logits, mask), student_logit_scale, student_softcap)
-    teacher = _transformed(_kept(teacher_logits, mask), teacher_logit_scale, teacher_softcap)
-    log_q, log_p = torch.log_softmax(student / temperature, -1), torch.log_softmax(teacher / temperature, -1)
-    values = temperature**2 * _divergence(Divergence.parse(divergence), log_p, log_q)
+    teacher = _transformed(_kept(teacher_logits.detach(), mask), teacher_logit_scale, teacher_softcap)
+    log_q = torch.log_softmax(student / temperature, -1)
+    log_p, log_rest = _over_student_vocabulary(teacher / temperature, vocabulary, vocab_index, teacher_mass, vocab_slots)
+    values = temperature**2 * _divergence(Divergence.parse(divergence), log_p, log_q, log_rest)
     weight = _weight(values, mask)
     terms, cross_entropy = [(values, weight)], None
     if labels is not None:
@@ -64,7 +65,8 @@ def kl_div(
     statistics = {"divergence": values, "cross_entropy": cross_entropy}
     if return_stats is True:
         nothing = torch.zeros_like(log_q)  # the entropy is -KL(p || 1)
-        statistics |= {"student_entropy": -_kl(log_q, nothing), "teacher_entropy": -_kl(log_p, nothing)}
+        entropy = -_kl(log_p, nothing) - (0.0 if log_rest is None else _kl(log_rest, torch.zeros_like(log_rest)))
+        statistics |= {"student_entropy": -_kl(log_q, nothing), "teacher_entropy": entropy}
         statistics["top1_agreement"] = (log_q.argmax(-1) == log_p.argmax(-1)).to(values.dtype)
     return loss, _stats(weight, **statistics)
 
@@ -240,10 +242,31 @@ def _transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _divergence(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """D(p, q) (...) of log-probabilities (..., V)."""
+def _over_student_vocabulary(
+    teacher: Tensor, vocabulary: int, vocab_index: Tensor | None, teacher_mass: str, vocab_slots: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """log p of the student's tokens (..., V_s) from tempered logits (..., V_t), and of all others together (..., 1) if they count."""
+    kept = torch.arange(vocabulary, device=teacher.device) if vocab_index is None else vocab_index
+    if teacher_mass == "renormalize":
+        return torch.log_softmax(teacher[..., kept], -1), None
+    log_p = torch.log_softmax(teacher, -1)
+    if teacher_mass == "full":
+        slots = torch.full((teacher.shape[-1],), -1, device=teacher.device)
+        slots[kept] = torch.arange(vocabulary, device=teacher.device)
+    else:
+        assert vocab_slots is not None
+        slots = vocab_slots
+    places = [(slots == slot).nonzero()[:, 0] for slot in range(-1, vocabulary)]
+    rest, *own = [log_p[..., place].logsumexp(-1) for place in places]
+    return torch.stack(own, -1), rest[..., None]
+
+
+def _divergence(divergence: Divergence, log_p: Tensor, log_q: Tensor, log_rest: Tensor | None = None) -> Tensor:
+    """D(p, q) (...) of log-probabilities (..., V); `log_rest` (..., 1): an event of the teacher alone, no part of forward KL."""
     if divergence.kind == "forward_kl":
         return _kl(log_p, log_q)
+    if log_rest is not None:
+        log_p, log_q = torch.cat((log_p, log_rest), -1), torch.cat((log_q, torch.full_like(log_rest, -math.inf)), -1)
     if divergence.kind == "reverse_kl":
         return _kl(log_q, log_p)
     if divergence.kind == "tvd":

@@ -42,8 +42,9 @@ KINDS = ("none", "forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl"
 """What a row's loss is; "none" has no teacher, only labels."""
 
 _RUN_TIME = (
-    "row_weight", "labels", "label_weight", "divergence_out", "cross_entropy_out", "student_entropy_out", "teacher_entropy_out",
-    "agreement_out", "student", "teacher", "gradient", "student_stride", "teacher_stride", "gradient_stride", "vocabulary",
+    "teacher_rest", "row_weight", "labels", "label_weight", "divergence_out", "cross_entropy_out", "student_entropy_out",
+    "teacher_entropy_out", "agreement_out", "student", "teacher", "gradient", "student_stride", "teacher_stride", "gradient_stride",
+    "vocabulary",
 )  # fmt: skip
 
 
@@ -224,6 +225,7 @@ def softmax_divergence_kernel(
     gradient,
     student_bias,
     teacher_bias,
+    teacher_rest,
     row_weight,
     labels,
     label_weight,
@@ -331,15 +333,25 @@ def softmax_divergence_kernel(
     if KIND != "none":
         teacher_largest, teacher_sum, teacher_moment, teacher_kept = merge_lanes(teacher_state, exponent)
         log_center = tl.log(teacher_sum / student_sum)  # not a difference of logs: both are large where it is small
-        row_state = (student_largest, teacher_largest, 1.0 / student_sum, 1.0 / teacher_sum, log_center, inverse_temperature)  # type: ignore[assignment]
+        mass = tl.full((), 1.0, DTYPE)  # of the teacher on the columns; `rest` is that of its other tokens
+        rest = tl.full((), 0.0, DTYPE)
+        log_mass = tl.full((), 0.0, DTYPE)
+        if teacher_rest is not None:
+            odds = tl.load(teacher_rest + row) - (teacher_largest * inverse_temperature + tl.log(teacher_sum))
+            small = tl.exp(-tl.abs(odds))
+            log_mass = -(tl.maximum(odds, 0.0) + log1p(small))
+            mass = tl.exp(log_mass)
+            rest = tl.where(odds > 0, 1.0, small) / (1.0 + small)
+            log_center -= log_mass
+        row_state = (student_largest, teacher_largest, 1.0 / student_sum, mass / teacher_sum, log_center, inverse_temperature)  # type: ignore[assignment]
         if HAS_MOMENT:
             kept, weight_sum, row_sum = student_kept, student_state[2], student_sum
             if KIND == "forward_kl":
                 kept, weight_sum, row_sum = teacher_kept, teacher_state[2], teacher_sum
             shift = (teacher_largest - teacher_state[0]) - (student_largest - student_state[0])
             difference = tl.sum(weighted(kept, moment - shift * weight_sum), axis=0) * inverse_temperature / row_sum - log_center
-            value = difference if KIND == "forward_kl" else -difference
-            coefficient_sum = -1.0 if KIND == "forward_kl" else value + 1.0
+            value = mass * difference if KIND == "forward_kl" else -difference
+            coefficient_sum = -mass if KIND == "forward_kl" else value + 1.0
         else:
             # Pass 2, last block first.
             sums = (zeros, zeros, zeros)
@@ -354,19 +366,26 @@ def softmax_divergence_kernel(
                     KIND, STUDENT_SOFTCAP, TEACHER_SOFTCAP, False,
                 )  # fmt: skip
             value = tl.sum(sums[0], axis=0)
+            if KIND == "jsd":
+                value -= mixing[0] * mixing[1] * rest
+            if KIND == "skew_kl":
+                value -= mixing[1] * rest
             coefficient_sum = tl.sum(sums[1], axis=0)
             if KIND == "tvd":
                 # At the peak q - p is minus the sum of the others too: its sign is all that counts in a certain student's gradient.
-                at_peak = tl.where(peak < vocabulary, -tl.sum(sums[2], axis=0), 0.0)
+                at_peak = tl.where(peak < vocabulary, rest - tl.sum(sums[2], axis=0), 0.0)
                 sign = tl.where(at_peak > 0, 1.0, tl.where(at_peak < 0, -1.0, 0.0))
-                value += 0.5 * tl.abs(at_peak)
+                value += 0.5 * (tl.abs(at_peak) + rest)
                 coefficient_sum += 0.5 * sign / student_sum
         tl.store(divergence_out + row, temperature * temperature * value)
         # T^2 from the loss, 1/T from z/T.
         factor = temperature * tl.load(row_weight + row) * student_scale
     if HAS_STATISTICS:
         tl.store(student_entropy_out + row, tl.log(student_sum) - student_moment * inverse_temperature / student_sum)
-        tl.store(teacher_entropy_out + row, tl.log(teacher_sum) - teacher_moment * inverse_temperature / teacher_sum)
+        teacher_entropy = tl.log(teacher_sum) - teacher_moment * inverse_temperature / teacher_sum
+        if teacher_rest is not None:
+            teacher_entropy = mass * (teacher_entropy - log_mass) - weighted(rest, tl.log(rest))
+        tl.store(teacher_entropy_out + row, teacher_entropy)
         agrees = student_peak == first_peak(teacher, teacher_state, tile, vocabulary, TEACHER_SOFTCAP)
         tl.store(agreement_out + row, tl.where(agrees, 1.0, 0.0))
 
@@ -413,6 +432,7 @@ def softmax_divergence(
     label_weight: Tensor | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_rest: Tensor | None = None,
     mixing: float = 0.5,
     temperature: float = 1.0,
     student_scale: float = 1.0,
@@ -437,6 +457,7 @@ def softmax_divergence(
             gradient,
             student_bias,
             teacher_bias,
+            teacher_rest,
             row_weight,
             labels,
             label_weight,

@@ -66,6 +66,7 @@ def oracle(
     row_weight: Tensor,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
+    teacher_rest: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Losses and statistics by name, and the gradient, as `RowCall` defines them. All probabilities must be positive."""
     raw = student.double().requires_grad_()
@@ -76,10 +77,16 @@ def oracle(
         teacher_logits = _transform(teacher.double(), options.teacher)
         log_q = (student_logits / options.temperature).log_softmax(-1)
         log_p = (teacher_logits / options.temperature).log_softmax(-1)
-        losses["divergence"] = options.temperature**2 * _divergence(options.divergence, log_p.exp(), log_q.exp())
+        rest = None
+        if teacher_rest is not None:
+            whole = torch.cat((teacher_logits / options.temperature, teacher_rest.double()[:, None]), 1).log_softmax(-1)
+            log_p, rest = whole[:, :-1], whole[:, -1].exp()
+        losses["divergence"] = options.temperature**2 * _divergence(options.divergence, log_p.exp(), log_q.exp(), rest)
         total = total + row_weight.double() @ losses["divergence"]
         losses["student_entropy"] = -(log_q.exp() * log_q).sum(-1)
         losses["teacher_entropy"] = -(log_p.exp() * log_p).sum(-1)
+        if rest is not None:
+            losses["teacher_entropy"] -= rest.xlogy(rest)
         losses["top1_agreement"] = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).double()
     if labels is not None:
         picked = student_logits.log_softmax(-1).gather(1, labels.clamp_min(0)[:, None])[:, 0]
@@ -102,6 +109,7 @@ def check(
     teacher_bias: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
+    teacher_rest: Tensor | None = None,
     arithmetic: torch.dtype | None = None,
     tolerance: Mapping[torch.dtype, float] = TOLERANCE,
 ) -> None:
@@ -111,7 +119,8 @@ def check(
     label_weight = None if label_weight is None else label_weight.to(dtype)
     biases = [None if bias is None else bias.to(dtype) for bias in (student_bias, teacher_bias)]
     shown = [x if bias is None else x.double() + bias.double() for x, bias in zip((student, teacher), biases, strict=True)]
-    expected, truth = oracle(*shown, options, row_weight, labels, label_weight)
+    teacher_rest = None if teacher_rest is None else teacher_rest.to(dtype)
+    expected, truth = oracle(*shown, options, row_weight, labels, label_weight, teacher_rest)
     logits = student.clone()
     gradient = make_place(logits, place)
     outputs = make_outputs(len(student), dtype, teacher is not None, labels is not None, statistics)
@@ -126,6 +135,7 @@ def check(
             label_weight=label_weight,
             student_bias=biases[0],
             teacher_bias=biases[1],
+            teacher_rest=teacher_rest,
             gradient=gradient,
         )
     )
@@ -198,14 +208,40 @@ def check_far_rows(run: Callable[[RowCall], None], tolerance: Mapping[torch.dtyp
     assert_close(far_gradient, truth, tolerance[torch.bfloat16])
 
 
+def check_teacher_rest(
+    run: Callable[[RowCall], None],
+    divergence: str,
+    dtype: torch.dtype,
+    place: str,
+    tolerance: Mapping[torch.dtype, float] = TOLERANCE,
+) -> None:
+    """A teacher that has from none of its mass to all but 1e-9 of it on other tokens; with labels and statistics; a certain student."""
+    student, teacher = (x.to(dtype) for x in make_logits(6, 61))
+    rest = torch.tensor([-torch.inf, -20.0, 0.0, 3.0, 8.0, 25.0])
+    kind = Divergence.parse(divergence)
+    check(run, student, teacher, RowOptions(kind), place, teacher_rest=rest, tolerance=tolerance)
+    labels, weight = torch.tensor([16, -1, 60, 0, 7, 1]), torch.tensor([0.3, 5.0, 1.0, 0.0, 2.0, 1.0])
+    options = RowOptions(kind, 2.0, LogitTransform(0.4, 9.0), LogitTransform(0.7))
+    others = {"labels": labels, "label_weight": weight, "statistics": True}
+    check(run, student, teacher, options, place, teacher_rest=rest, **others, tolerance=tolerance)
+    if dtype == torch.float32:  # narrower gradients vanish
+        student[:, 5] += 25
+        teacher[:, 5] += 12
+        check(run, student, teacher, RowOptions(kind), "float32", teacher_rest=rest, tolerance=tolerance)
+
+
 def _transform(raw: Tensor, transform: LogitTransform) -> Tensor:
     scaled = raw * transform.scale
     return scaled if transform.softcap is None else transform.softcap * torch.tanh(scaled / transform.softcap)
 
 
-def _divergence(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
+def _divergence(divergence: Divergence, p: Tensor, q: Tensor, rest: Tensor | None = None) -> Tensor:
+    """D of p and q (n, V); with `rest` (n,) of an event more, of which the student has none and forward KL knows nothing."""
+    if rest is not None and divergence.kind != "forward_kl":
+        p, q = torch.cat((p, rest[:, None]), 1), torch.cat((q, torch.zeros_like(rest)[:, None]), 1)
+
     def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a * (a.log() - b.log())).sum(-1)
+        return torch.where(a > 0, a * (a / b.clamp_min(1e-300)).clamp_min(1e-300).log(), 0.0).sum(-1)
 
     mixing = divergence.mixing or 0.0
     mixture = mixing * p + (1 - mixing) * q

@@ -23,6 +23,7 @@ DENSE = CallKind(
     label_gradient=False,
     student_bias=False,
     teacher_bias=False,
+    teacher_rest=False,
     student_softcap=False,
     teacher_softcap=False,
     statistics=False,
@@ -34,6 +35,10 @@ FULL = replace(DENSE, gradient="float32", labels=True, label_gradient=True, stat
 SPARSE = replace(DENSE, divergence=None, tail="bucket", entries=8)
 KINDS = {
     **{name: replace(FULL, divergence=name) for name in ("forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl")},
+    **{
+        f"{name} with a rest": replace(FULL, divergence=name, teacher_rest=True)
+        for name in ("forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl")
+    },
     **{f"top-k, {tail}": replace(SPARSE, tail=tail, gradient="float32") for tail in ("bucket", "renormalize", "zero")},
     "labels": replace(DENSE, divergence=None, teacher=None, labels=True, label_gradient=True),
     "aligned": ALIGNED,

@@ -49,6 +49,7 @@ struct Call {
   double mixing, temperature;
   Transform student_transform, teacher_transform;
   const T *student_bias, *teacher_bias;  // null: none
+  const T* teacher_rest;                  // null: none
   const T* row_weight;
   const int64_t* labels;  // null: no labels
   const T* label_weight;  // null: cross-entropy without gradient
@@ -173,6 +174,19 @@ INLINED int64_t first_max(const T* row, int64_t n, T largest) {
   return 0;
 }
 
+// How the teacher's mass is split between a row's columns and the tokens that have none, from the log-sums of both.
+template <typename T>
+struct Rest {
+  T log_columns, probability;  // log of the columns' mass; the mass of the others
+};
+
+template <typename T>
+INLINED Rest<T> split(const T* log_rest, int64_t row, T log_columns) {
+  if (!log_rest) return {};
+  const T odds = log_rest[row] - log_columns, small = std::exp(-std::abs(odds));
+  return {-(std::max(odds, T(0)) + std::log1p(small)), (odds > 0 ? 1 : small) / (1 + small)};
+}
+
 // Whether a row's largest probability, 1 / sum, is above a half. Its entry of the gradient is then minus the sum of the others: the row
 // sums to zero, and c - q sum(c) would be left to rounding. At a smaller probability c - q sum(c) is the more exact of the two.
 template <typename T>
@@ -235,9 +249,12 @@ INLINED void forward_kl_row(const Call<T>& call, int64_t row, const T* student, 
   }
   const T temperature = call.temperature;
   // One logarithm: of two large sums, as a high temperature makes them, the difference would be left to rounding.
-  call.divergence[row] = temperature * temperature * (cross / sum_t * std::numbers::ln2_v<T> + std::log(sum_s / sum_t));
+  const T of_columns = cross / sum_t * std::numbers::ln2_v<T> + std::log(sum_s / sum_t);
+  const Rest<T> rest = split(call.teacher_rest, row, max_t * of_teacher + std::log(sum_t));
+  const T mass = std::exp(rest.log_columns);
+  call.divergence[row] = temperature * temperature * mass * (of_columns + rest.log_columns);
   if (!g) return;
-  const T factor = temperature * call.row_weight[row] * T(call.student_transform.scale);
+  const T factor = temperature * call.row_weight[row] * T(call.student_transform.scale) * mass;
   int64_t peak = -1;
   if (is_peaked(sum_s)) {
     // Its exponential is 1, and no other is: two of them make a sum of 2.
@@ -310,10 +327,13 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
   const T max_s = row_max(s, n);
   T log_z_t = 0, c_sum = 0;
   Terms<T> log_z{}, weight{};  // at the temperature, and at 1
+  Rest<T> rest{};
   if constexpr (kind != none) {
     const T max_t = row_max(t, n);
     log_z.divergence = log_sum_exp(s, n, max_s, T(1));
     log_z_t = log_sum_exp(t, n, max_t, T(1));
+    rest = split(call.teacher_rest, row, log_z_t);
+    log_z_t -= rest.log_columns;
     weight.divergence = temperature * call.row_weight[row];
     if (call.top1_agreement) call.top1_agreement[row] = first_max(s, n, max_s) == first_max(t, n, max_t);
     if (call.student_entropy) {
@@ -325,7 +345,7 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
         entropy_t -= p == 0 ? T(0) : p * log_p;
       }
       call.student_entropy[row] = entropy_s;
-      call.teacher_entropy[row] = entropy_t;
+      call.teacher_entropy[row] = entropy_t - weighted(rest.probability, std::log(rest.probability));
     }
   }
   const int64_t label = call.labels ? call.labels[row] : -1;
@@ -345,7 +365,7 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
     // Both probabilities of a peak may be nearly 1: their difference, too, is minus the sum of the others.
     const bool is_balanced = kind == tvd && divergence_peaks;
     if (is_balanced) s[peak] = t[peak] = nothing;
-    T total = 0, balance = 0;
+    T total = rest_value<kind>(mixing) * rest.probability, balance = -rest.probability;
 #pragma omp simd reduction(+ : total, c_sum, balance)
     for (int64_t j = 0; j < n; ++j) {
       const T log_p = t[j] - log_z_t, log_q = s[j] - log_z.divergence;
@@ -502,16 +522,51 @@ Matrix matrix(const Optional& tensor, const at::Tensor& shaped_like) {
 // Matrices (rows, V) with stride 1 along V; vectors (rows,) of one dtype, float or double, and labels int64.
 void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, double mixing, double temperature, double student_scale,
                          double student_softcap, double teacher_scale, double teacher_softcap, Optional student_bias,
-                         Optional teacher_bias, at::Tensor row_weight, Optional labels, Optional label_weight, std::vector<Optional> out,
+                         Optional teacher_bias, Optional teacher_rest, at::Tensor row_weight, Optional labels, Optional label_weight, std::vector<Optional> out,
                          Optional gradient, bool keeps_logits) {
   const auto launch = [&]<typename T>(void (*run)(const Call<T>&, int64_t, int64_t)) {
     const Call<T> call{matrix(student, student), matrix(teacher, student), matrix(gradient, student), keeps_logits, student.size(1),
                        Kind(kind), mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap},
-                       data<T>(student_bias), data<T>(teacher_bias), data<T>(row_weight), data<int64_t>(labels), data<T>(label_weight),
-                       data<T>(out[0]), data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])};
+                       data<T>(student_bias), data<T>(teacher_bias), data<T>(teacher_rest), data<T>(row_weight), data<int64_t>(labels),
+                       data<T>(label_weight), data<T>(out[0]), data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])};
     at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
   };
   row_weight.scalar_type() == at::kFloat ? launch(chosen->of_float) : launch(chosen->of_double);
+}
+
+template <typename T>
+void slot_rows(const Matrix& raw, const T* bias, const at::Tensor& order, const at::Tensor& ends, const at::Tensor& out, T* rest,
+               Transform transform, T temperature) {
+  const int64_t n = order.size(0), slots = ends.size(0) - 1;
+  const int64_t *const columns = order.const_data_ptr<int64_t>(), *const end = ends.const_data_ptr<int64_t>();
+  at::parallel_for(0, out.size(0), 1, [&](int64_t first, int64_t last) {
+    const auto scratch = std::make_unique_for_overwrite<T[]>(n);
+    T* const z = scratch.get();
+    for (int64_t row = first; row < last; ++row) {
+      add_bias(load(raw, row, n, z), bias, n, z);
+      transform_row(z, n, transform, T(1) / temperature);
+      const auto log_sum = [&](int64_t slot) {
+        const int64_t begin = slot ? end[slot - 1] : 0, count = end[slot] - begin;
+        if (count == 1) return z[columns[begin]];
+        T largest = std::numeric_limits<T>::lowest(), sum = 0;
+        for (int64_t i = begin; i < end[slot]; ++i) largest = std::max(largest, z[columns[i]]);
+        for (int64_t i = begin; i < end[slot]; ++i) sum += exp_of_negative(z[columns[i]] - largest);
+        return largest + std::log(sum);
+      };
+      T* const to = out.mutable_data_ptr<T>() + row * out.stride(0);
+      for (int64_t slot = 0; slot < slots; ++slot) to[slot] = temperature * log_sum(slot);
+      rest[row] = log_sum(slots);
+    }
+  });
+}
+
+// `slot_logits_` of fastkd/ops/backend_cpp.py.
+void slot_logits_(at::Tensor raw, Optional bias, at::Tensor order, at::Tensor ends, at::Tensor out, at::Tensor rest, double scale,
+                  double softcap, double temperature) {
+  const auto run = [&]<typename T>(T) {
+    slot_rows<T>(matrix(raw, raw), data<T>(bias), order, ends, out, rest.mutable_data_ptr<T>(), {scale, softcap}, T(temperature));
+  };
+  out.scalar_type() == at::kFloat ? run(float()) : run(double());
 }
 
 }  // namespace
@@ -526,6 +581,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("variants", &variant_names);
   module.def("variant", [] { return chosen->name; });
   module.def("choose_variant", &choose_variant);
+  module.def("slot_logits_", &slot_logits_, without_gil);
   module.def("has_mm_16bit", &has_mm_16bit);
   module.def("mm_16bit_", &mm_16bit_, without_gil);
 }

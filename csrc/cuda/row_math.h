@@ -29,6 +29,7 @@ struct Call {
   const void *student, *teacher;  // (rows, vocabulary), unit stride along the vocabulary
   void* gradient;                 // null: not wanted
   const float *student_bias, *teacher_bias;  // (vocabulary,), null: none
+  const float* teacher_rest;                 // (rows,), null: none
   const float* row_weight;                   // (rows,), as all that follows
   const int64_t* labels;                     // null: none
   const float* label_weight;                 // null: the cross-entropy has no part in the gradient
@@ -40,7 +41,7 @@ struct Call {
   Transform student_transform, teacher_transform;
   Mixing<float> mixing;
 };
-static_assert(sizeof(Call) == 192);
+static_assert(sizeof(Call) == 200);
 
 // A number that is known when code is compiled, as a parameter.
 template <int n>
@@ -162,20 +163,24 @@ struct Row {
   float offset, log_center;           // of bits: student_from - teacher_from; log2 of the normalisers' quotient
   float student_share, teacher_share, label_share;  // 1 / normalisers
   float student_log, teacher_log;     // log2 of the normalisers
+  float mass, rest;                   // of the teacher on the columns, and on its tokens that have none
   float q, p, label_q;                // probabilities of the peak, the last at a temperature of 1
 };
 
 template <Kind kind>
-SHARED_CODE Row make_row(const Statistics& whole, float rate, bool labels) {
+SHARED_CODE Row make_row(const Statistics& whole, float rate, bool labels, float log_rest) {
   Statistics peak = whole;
   peak.student_sum = peak.teacher_sum = peak.label_sum = peak.moment = 0;
   accumulate<kind>(peak, whole.student_peak, whole.teacher_at_peak, rate, labels);
   const float student = whole.student_sum + peak.student_sum, teacher = whole.teacher_sum + peak.teacher_sum;
   Row row{whole, whole.moment + peak.moment, whole.student_from - whole.teacher_from};
   // No difference of logs: both are large where it is small.
-  row.log_center = log2_of(teacher / student);
-  row.student_share = 1 / student, row.teacher_share = 1 / teacher, row.label_share = 1 / (whole.label_sum + peak.label_sum);
-  row.student_log = log2_of(student), row.teacher_log = log2_of(teacher);
+  const float odds = log_rest * log2_e - (whole.teacher_from + log2_of(teacher)), small = exp2_of(-fabsf(odds));
+  const float log_mass = log_rest == nothing ? 0.0f : -(fmaxf(odds, 0.0f) + log2_of(1 + small));
+  row.mass = exp2_of(log_mass), row.rest = log_rest == nothing ? 0.0f : (odds > 0 ? 1 : small) / (1 + small);
+  row.log_center = log2_of(teacher / student) - log_mass;
+  row.student_share = 1 / student, row.teacher_share = row.mass / teacher, row.label_share = 1 / (whole.label_sum + peak.label_sum);
+  row.student_log = log2_of(student), row.teacher_log = log2_of(teacher) - log_mass;
   row.q = peak.student_sum * row.student_share, row.p = peak.teacher_sum * row.teacher_share;
   row.label_q = peak.label_sum * row.label_share;
   return row;
@@ -234,7 +239,7 @@ SHARED_CODE Factors finish(Sums& sums, const Row& row, const Call& call, float r
   const bool peaks = row.q > 0.5f;
   Entry<float> peak{};
   if constexpr (kind == tvd)
-    peak = tvd_entry(row.q, peaks ? p_others - q_others : row.q - row.p);  // both may be nearly 1
+    peak = tvd_entry(row.q, peaks ? row.rest + p_others - q_others : row.q - row.p);  // both may be nearly 1
   else
     peak = entry_of<kind>({row.p, row.q}, s, t, row, call);
   Factors factors{};
@@ -242,9 +247,9 @@ SHARED_CODE Factors finish(Sums& sums, const Row& row, const Call& call, float r
   factors.label = label_weight * call.student_transform.scale;
   float others = 0;  // sum of c - q sum(c)
   if constexpr (kind == forward_kl) {
-    sums.value = (row.moment * row.teacher_share - row.log_center) * ln_2;
-    factors.coefficient_sum = -1;
-    others = q_others - p_others;
+    sums.value = (row.moment * row.teacher_share - row.mass * row.log_center) * ln_2;
+    factors.coefficient_sum = -row.mass;
+    others = q_others * row.mass - p_others;
   } else if constexpr (kind == reverse_kl) {
     const float of_others = (q_others * row.log_center - whole.moment * row.student_share) * ln_2;
     sums.value = of_others + peak.value;
@@ -253,12 +258,13 @@ SHARED_CODE Factors finish(Sums& sums, const Row& row, const Call& call, float r
   } else if constexpr (kind != none) {
     factors.coefficient_sum = sums.coefficient + peak.coefficient;
     others = sums.coefficient - q_others * factors.coefficient_sum;
-    sums.value += peak.value;
+    sums.value += peak.value + rest_value<kind>(call.mixing) * row.rest;
   }
   // Undefined logits show: what is made of a mixture alone might not tell.
   const float undefined = 0 * row.student_share * row.teacher_share;
   if (kind != none) sums.value += undefined, factors.coefficient_sum += undefined;
   sums.student_entropy -= weighted(row.q, fmaf(s, call.rate, -whole.student_from) - row.student_log);
+  sums.teacher_entropy -= weighted(row.rest, log2_of(row.rest));
   sums.teacher_entropy -= weighted(row.p, fmaf(t, call.rate, -whole.teacher_from) - row.teacher_log);
   // Above a half, minus the sum of the others, unless the gradient is infinite; at most a half, its own terms are the more exact.
   if constexpr (kind != none) {
@@ -286,7 +292,7 @@ SHARED_CODE float gradient(float s, float t, const Factors& factors, const Row& 
   if constexpr (kind == forward_kl) {
     const float student = exp2_of(fmaf(s, call.rate, -row.whole.student_from));
     const float teacher = exp2_of(fmaf(t, call.rate, -row.whole.teacher_from));
-    result = factors.divergence * row.student_share * student - factors.divergence * row.teacher_share * teacher;
+    result = factors.divergence * row.mass * row.student_share * student - factors.divergence * row.teacher_share * teacher;
   } else if constexpr (kind != none) {
     const Probabilities at = probabilities(s, t, row, call.rate);
     result = factors.divergence * (entry_of<kind>(at, s, t, row, call).coefficient - at.q * factors.coefficient_sum);

@@ -330,7 +330,8 @@ __device__ __forceinline__ void serve_row(const Call& call) {
   cluster.sync();
   if (warp == 0) {
     const Statistics own = lane < blocks ? shared.statistics[lane] : no_statistics();
-    const Row row = make_row<kind>(merge<kind>(own, knows_label ? label_column / call.slice : 0, call), call.rate, labels);
+    const float log_rest = call.teacher_rest ? call.teacher_rest[row_index] : nothing;
+    const Row row = make_row<kind>(merge<kind>(own, knows_label ? label_column / call.slice : 0, call), call.rate, labels, log_rest);
     if (lane == 0) {
       shared.row = row;
       if (!knows_label) shared.row.whole.label_logit = NAN;

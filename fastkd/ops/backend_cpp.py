@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .compiled import CompiledLibrary, kind_and_mixing, scale_and_softcap
-from .row_call import RowCall, TopK
+from .row_call import LogitTransform, RowCall, TopK
 
 # __FAST_MATH__ alone makes glibc declare the vector forms of exp, log and tanh; infinities and NaN keep their meaning.
 _COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-falign-loops=64", "-D__FAST_MATH__=1"]
@@ -47,6 +47,7 @@ def run(call: RowCall) -> None:
         *scale_and_softcap(options.teacher),
         call.student_bias,
         call.teacher_bias,
+        call.teacher_rest,
         call.row_weight,
         call.labels,
         call.label_weight,
@@ -73,6 +74,31 @@ def mm_16bit_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     Products are exact and sums in float32. a and b have unit stride along one dimension (transposed views do), out along its rows.
     """
     extension(build=True).mm_16bit_(out, a, b, accumulate)
+
+
+def slot_logits_(
+    raw: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    rest: Tensor,
+    transform: LogitTransform,
+    temperature: float,
+) -> None:
+    """out (C, S) = T log sum exp(z / T) over the columns of each slot, and rest (C,) the log-sum of the columns behind the last slot.
+
+    Args:
+        raw: (C, V) any floating dtype, unit stride along V; stays what it is.
+        bias: (V,) in the dtype of `out`, or None.
+        order: (V,) int64 the columns, slot after slot.
+        ends: (S + 1,) int64 where each slot ends in `order`, and at last V.
+        out: float32 or float64, unit stride along S.
+        rest: contiguous, in the dtype of `out`.
+        transform: makes z of raw + bias.
+        temperature: T.
+    """
+    extension(build=True).slot_logits_(raw, bias, order, ends, out, rest, *scale_and_softcap(transform), temperature)
 
 
 def sixteen_bit_dtypes() -> frozenset[torch.dtype]:

@@ -45,7 +45,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("student", "teacher", "gradient", "student_bias", "teacher_bias")),
-        *((name, c_void_p) for name in ("row_weight", "labels", "label_weight")),
+        *((name, c_void_p) for name in ("teacher_rest", "row_weight", "labels", "label_weight")),
         *((name, c_void_p) for name in ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")),
         *((name, c_int64) for name in ("student_stride", "teacher_stride", "gradient_stride")),
         *((name, c_int) for name in ("student_type", "teacher_type", "gradient_type", "vocabulary", "slice")),
@@ -89,7 +89,8 @@ def run(call: RowCall) -> None:
     blocks = cluster_size(vocabulary, has_teacher=teacher is not None)
     assert blocks is not None
     _, own = kind_and_mixing(options.divergence)
-    vectors = {name: getattr(call, name) for name in ("student_bias", "teacher_bias", "row_weight", "labels", "label_weight")}
+    names = ("student_bias", "teacher_bias", "teacher_rest", "row_weight", "labels", "label_weight")
+    vectors = {name: getattr(call, name) for name in names}
     parameter = _Call(
         **{name: None if x is None else x.data_ptr() for name, x in {**vectors, **vars(outputs)}.items()},
         student=student.data_ptr(),

@@ -73,13 +73,19 @@ def _divergence_block(call: RowCall, block: slice, student: Tensor, teacher: Ten
     assert divergence is not None and out.divergence is not None
     log_q = torch.log_softmax(student if temperature == 1.0 else student / temperature, dim=-1)
     log_p = torch.log_softmax(teacher if temperature == 1.0 else teacher / temperature, dim=-1)
+    rest = None
+    if call.teacher_rest is not None:
+        # From the log-sum over the columns, log p of column j is short by log(1 + odds of the rest).
+        odds = call.teacher_rest[block] - (teacher / temperature).logsumexp(-1)
+        log_p = log_p - odds.logaddexp(torch.zeros_like(odds))[:, None]
+        rest = odds.sigmoid()
     q, p = log_q.exp(), log_p.exp()
-    value, coefficient = value_and_coefficient(divergence, p, q, log_p, log_q)
+    value, coefficient = value_and_coefficient(divergence, p, q, log_p, log_q, rest=rest)
     out.divergence[block] = value * temperature**2
     if call.wants_statistics:
         assert out.student_entropy is not None and out.teacher_entropy is not None and out.top1_agreement is not None
         out.student_entropy[block] = -weighted(q, log_q).sum(-1)
-        out.teacher_entropy[block] = -weighted(p, log_p).sum(-1)
+        out.teacher_entropy[block] = -weighted(p, log_p).sum(-1) - (0.0 if rest is None else weighted(rest, rest.log()))
         out.top1_agreement[block] = (log_q.argmax(-1) == log_p.argmax(-1)).to(student.dtype)
     if call.gradient is None:
         return None

@@ -56,6 +56,7 @@ def run(call: RowCall) -> None:
         label_weight=call.label_weight,
         student_bias=call.student_bias,
         teacher_bias=call.teacher_bias,
+        teacher_rest=call.teacher_rest,
         mixing=0.5 if options.divergence is None or options.divergence.mixing is None else options.divergence.mixing,
         temperature=options.temperature,
         student_scale=options.student.scale,

@@ -44,8 +44,7 @@ def choose(name: str, call: RowCall) -> Callable[[RowCall], None]:
         if reason is not None:
             raise ValueError(f"backend={name!r} cannot serve this call: {reason} Use 'auto' or 'torch'.")
         return MODULES[name].run
-    wish = os.environ.get("FASTKD_BACKEND") or _preferred
-    check_choice("FASTKD_BACKEND", wish, BACKENDS)
+    wish = wished()
     if wish != "auto" and _reason(wish, call) is None:
         return MODULES[wish].run
     for name in _FASTEST_FIRST.get(call.student.device.type, ()):
@@ -55,6 +54,13 @@ def choose(name: str, call: RowCall) -> Callable[[RowCall], None]:
         if name == "cpp":
             _tell_once(f"Torch's row kernel serves, with the same numbers, instead of the C++ one: {reason}")
     return backend_torch.run
+
+
+def wished() -> str:
+    """What FASTKD_BACKEND in the environment, or `prefer_backend`, lets "auto" be."""
+    wish = os.environ.get("FASTKD_BACKEND") or _preferred
+    check_choice("FASTKD_BACKEND", wish, BACKENDS)
+    return wish
 
 
 def replace_failed(run: Callable[[RowCall], None], name: str, call: RowCall, error: RuntimeError) -> Callable[[RowCall], None]:

@@ -148,6 +148,47 @@ def check_vocab_index(vocab_index: Tensor | None, student_vocabulary: int, teach
         raise ValueError(f"vocab_index is on {vocab_index.device} and the student is on {device}; move it there.")
 
 
+def check_teacher_mass(
+    teacher_mass: str,
+    vocab_index: Tensor | None,
+    vocab_slots: Tensor | None,
+    student_vocabulary: int,
+    teacher_vocabulary: int,
+    device: torch.device,
+    *,
+    has_head: bool,
+) -> None:
+    """Check what relates the vocabularies: `check_vocab_index`, or with teacher_mass="slots" the slot of every row of the teacher.
+
+    has_head: whether the teacher's logits are made here, of all rows that it has.
+    """
+    if teacher_mass != "slots":
+        if vocab_slots is not None:
+            raise ValueError(
+                f"vocab_slots was given with teacher_mass={teacher_mass!r}, and only 'slots' reads it; pass that, or leave it out."
+            )
+        check_vocab_index(vocab_index, student_vocabulary, teacher_vocabulary, device)
+        if teacher_mass == "full" and not has_head and vocab_index is None and teacher_vocabulary == student_vocabulary:
+            raise ValueError(
+                f"teacher_mass='full' needs the logits of the tokens that were dropped, and the teacher's have {teacher_vocabulary} "
+                "columns as the student's: give them over its whole vocabulary, with vocab_index, or the teacher's head."
+            )
+        return
+    if vocab_slots is None or vocab_index is not None:
+        raise ValueError(
+            "teacher_mass='slots' needs vocab_slots, the student's row of every row of the teacher (of a fastkd.VocabMap: id_to_slot), "
+            "and no vocab_index."
+        )
+    check_tensor("vocab_slots", vocab_slots)
+    if vocab_slots.dtype != torch.int64 or vocab_slots.shape != (teacher_vocabulary,):
+        raise ValueError(
+            f"vocab_slots has dtype {vocab_slots.dtype} and shape {tuple(vocab_slots.shape)}; give torch.int64 of shape "
+            f"({teacher_vocabulary},), the student's row of every row of the teacher, or -1."
+        )
+    if vocab_slots.device != device:
+        raise ValueError(f"vocab_slots is on {vocab_slots.device} and the student is on {device}; move it there.")
+
+
 def check_token_values(
     options: LossOptions, vocabulary: int, mask: Tensor | None, labels: Tensor | None, denominator: Tensor | None = None
 ) -> None:
@@ -183,6 +224,22 @@ def check_index_values(vocab_index: Tensor | None, teacher_vocabulary: int) -> N
                 f"vocab_index names teacher row {row} {int(uses[row])} times; the teacher's softmax would count its probability as "
                 "often. Give every student row a teacher row of its own."
             )
+
+
+def check_slot_values(vocab_slots: Tensor, vocabulary: int) -> None:
+    """Refuse (ValueError) `vocab_slots` (V_t,) outside of [-1, vocabulary), or that leave a row of the student without a token."""
+    if vocab_slots.is_cuda:
+        return
+    outside = ((vocab_slots < -1) | (vocab_slots >= vocabulary)).nonzero()
+    if outside.numel():
+        place = int(outside[0, 0])
+        raise ValueError(
+            f"vocab_slots holds {int(vocab_slots[place])} at place {place}, outside the student's {vocabulary} rows; give rows in "
+            f"[0, {vocabulary}), or -1 for a token that has none."
+        )
+    empty = (torch.bincount(vocab_slots + 1, minlength=vocabulary + 1)[1:] == 0).nonzero()
+    if empty.numel():
+        raise ValueError(f"vocab_slots gives no token to row {int(empty[0, 0])} of the student, so that it has no target; give it one.")
 
 
 def check_topk_ids(ids: Tensor, vocabulary: int) -> None:

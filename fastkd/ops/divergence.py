@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
@@ -93,12 +95,33 @@ class Divergence:
 
 
 def value_and_coefficient(
-    divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, is_shard: bool = False
+    divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, rest: Tensor | None = None, is_shard: bool = False
 ) -> tuple[Tensor, Tensor]:
     """D(p, q) per row (C,), and c = dD / d log q (C, V) with log q treated as free: dD / dz = c - q sum(c) for q = softmax(z).
 
-    p, q and their logarithms are (C, V), with is_shard some columns of whole rows. A token of zero probability adds nothing.
+    p, q and their logarithms are (C, V), with is_shard some columns of whole rows. A token of zero probability adds nothing. rest: (C,)
+    what p lacks of one, as one event where q is zero; no part of "forward_kl", where it would be infinite.
     """
+    value, coefficient = _columns(divergence, p, q, log_p, log_q, rest, is_shard)
+    if rest is not None:
+        value = value + _REST[divergence.kind](divergence.mixing) * rest
+    return value, coefficient
+
+
+_REST: dict[str, Callable[[Any], float]] = {
+    "forward_kl": lambda _: 0.0,
+    "reverse_kl": lambda _: 0.0,
+    "tvd": lambda _: 0.5,
+    "jsd": lambda beta: -beta * math.log(beta),
+    "skew_kl": lambda alpha: -math.log(alpha),
+    "skew_rkl": lambda _: 0.0,
+}
+"""D of an event where q is zero, over its probability p."""
+
+
+def _columns(
+    divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, rest: Tensor | None, is_shard: bool
+) -> tuple[Tensor, Tensor]:
     kind, mixing = divergence.kind, divergence.mixing
     if kind == "forward_kl":
         return weighted(p, log_p - log_q).sum(-1), -p
@@ -106,7 +129,7 @@ def value_and_coefficient(
         terms = weighted(q, log_q - log_p)
         return terms.sum(-1), terms + q
     if kind == "tvd":
-        difference = q - p if is_shard else balance_(q - p, q, q.amax(-1) > 0.5)
+        difference = q - p if is_shard else balance_(q - p, q, q.amax(-1) > 0.5, rest)
         return 0.5 * difference.abs().sum(-1), 0.5 * q * difference.sign()
     assert mixing is not None
     own, other = math.log(mixing), math.log1p(-mixing)
@@ -123,18 +146,20 @@ def value_and_coefficient(
     return terms.sum(-1), terms + weighted(q, 1.0 - (log_q - log_m + own).exp())
 
 
-def balance_(terms: Tensor, student: Tensor, is_certain: Tensor) -> Tensor:
-    """Make a row's term at the student's largest entry minus the sum of the others where the student is certain.
+def balance_(terms: Tensor, student: Tensor, is_certain: Tensor, total: Tensor | None = None) -> Tensor:
+    """Make a row's term at the student's largest entry its `total` minus the sum of the others where the student is certain.
 
-    For terms that sum to zero over a row: that one cancels where the student is nearly certain, and the others do not.
-    terms, student: (C, V), logits or probabilities; is_certain: (C,) bool, whether more than half of the mass lies there.
+    That term cancels where the student is nearly certain, and the others do not. terms, student: (C, V), logits or probabilities;
+    is_certain: (C,) bool, whether more than half of the mass lies there; total: (C,) what the terms sum to, None for zero.
     """
     if not terms.shape[-1]:
         return terms
     peak = student.argmax(-1, keepdim=True)
     own = terms.gather(-1, peak)
-    others = terms.scatter_(-1, peak, 0.0).sum(-1, keepdim=True)
-    return terms.scatter_(-1, peak, others.neg_().where(is_certain[:, None], own))
+    others = terms.scatter_(-1, peak, 0.0).sum(-1, keepdim=True).neg_()
+    if total is not None:
+        others += total[:, None]
+    return terms.scatter_(-1, peak, others.where(is_certain[:, None], own))
 
 
 def weighted(probability: Tensor, factor: Tensor) -> Tensor:

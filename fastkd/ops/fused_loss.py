@@ -12,8 +12,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .backends import choose, replace_failed
-from .checks import check_index_values, check_token_values, check_topk_ids, check_topk_masses, compute_dtype
+from . import backend_cpp
+from .backends import choose, replace_failed, wished
+from .checks import check_index_values, check_slot_values, check_token_values, check_topk_ids, check_topk_masses, compute_dtype
 from .given_logits import GivenLogits
 from .grad_filter import GradFilter
 from .gradient_in_forward import Inputs, Results, pack, register, unpack
@@ -21,6 +22,7 @@ from .linear_logits import LinearGradients, LinearLogits, gradient_dtype
 from .options import LossOptions
 from .plan import Plan, plan_chunks
 from .row_call import RowCall, RowOutputs, TopK
+from .teacher_mass import SlotLogits, dropped_rows, given_rest, head_rest
 from .token_weights import TokenWeights, token_weights
 
 
@@ -52,6 +54,7 @@ def fused_loss(
     leading: torch.Size,
     *,
     vocab_index: Tensor | None = None,
+    vocab_slots: Tensor | None = None,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     denominator: Tensor | None = None,
@@ -64,11 +67,13 @@ def fused_loss(
         options: the numbers and names.
         leading: shape of per-token results.
         vocab_index: (V,) int64 or None.
+        vocab_slots: (V_t,) int64, with teacher_mass="slots" alone.
         mask: (N,) bool or float weights, or None.
         labels: (N,) int64 or None.
         denominator: () float64 or None.
     """
-    constants = {**teacher, "vocab_index": vocab_index, "mask": mask, "labels": labels, "denominator": denominator}
+    constants = {**teacher, "vocab_index": vocab_index, "vocab_slots": vocab_slots}
+    constants |= {"mask": mask, "labels": labels, "denominator": denominator}
     deferred = "logits" in student or options.reduction == "none"
     loss: Tensor
     loss, _, statistics, _ = _operator(*pack(student, constants, options.to_text(), deferred=deferred))
@@ -84,6 +89,9 @@ def fused_loss(
     return loss, LossStats(**{name: rows[name] for name, is_known in known.items() if is_known})
 
 
+_Teacher = LinearLogits | GivenLogits | SlotLogits | TopK | None
+
+
 @dataclass(frozen=True)
 class _Pass:
     """What one pass works on: sources of logits, where results go, and how much at a time."""
@@ -93,7 +101,7 @@ class _Pass:
     weights: TokenWeights
     plan: Plan
     student: LinearLogits | GivenLogits
-    teacher: LinearLogits | GivenLogits | TopK | None
+    teacher: _Teacher
     gradients: LinearGradients | GivenLogits
     """Takes the gradient of the student's logits, where one is made."""
     statistics: dict[str, Tensor]
@@ -102,7 +110,7 @@ class _Pass:
     def call(self, part: slice, logits: Tensor, gradient: Tensor | None) -> RowCall:
         """The row kernel's call for `part`, of which the student's `logits` are given and the teacher's are made here."""
         weights, teacher, statistics = self.weights, self.teacher, self.statistics
-        dense = teacher if isinstance(teacher, (LinearLogits, GivenLogits)) else None
+        dense = None if isinstance(teacher, TopK) else teacher
         wanted = {"divergence": teacher is not None, "cross_entropy": weights.labels is not None}
         wanted |= dict.fromkeys(_ENTROPIES, dense is not None and self.options.statistics == "all")
         return RowCall(
@@ -115,6 +123,7 @@ class _Pass:
             label_weight=None if weights.label is None else weights.label[part],
             student_bias=self.student.bias,
             teacher_bias=None if dense is None else dense.bias,
+            teacher_rest=None if dense is None or dense.rest is None else dense.rest[part],
             gradient=gradient,
             keeps_logits=any(isinstance(x, GivenLogits) and x.is_read_in_place for x in (self.student, teacher)),
         )
@@ -211,31 +220,69 @@ def _plan(inputs: Inputs, options: LossOptions, tokens: int, vocabulary: int, dt
     )
 
 
-def _teacher(
-    constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions
-) -> LinearLogits | GivenLogits | TopK | None:
-    """The teacher over the student's vocabulary: what it lists, the rows that `vocab_index` names, or the first V."""
+def _teacher(constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions) -> _Teacher:
+    """The teacher over the student's vocabulary: what it lists, its slots, the rows that `vocab_index` names, or the first V."""
     if "topk_ids" in constants:
         check_topk_ids(constants["topk_ids"], plan.vocabulary)
         known = [constants[name] for name in ("topk_ids", "topk_logprobs", "tail_logprob") if name in constants]
         known = [x if valid is None else x.index_select(0, valid) for x in known]
         check_topk_masses(*known)
         return TopK(*known)
-    index = constants.get("vocab_index")
+    if "vocab_slots" in constants:
+        return _slots(constants, valid, plan, dtype, options)
+    index, vocabulary = constants.get("vocab_index"), plan.vocabulary
+    transform, temperature = options.teacher_transform, options.temperature
     if "teacher_logits" in constants:
         logits = constants["teacher_logits"]
         check_index_values(index, logits.shape[1])
-        return GivenLogits(logits if index is not None else logits[:, : plan.vocabulary], valid, plan.teacher_tokens, columns=index)
+        given = GivenLogits(logits if index is not None else logits[:, :vocabulary], valid, plan.teacher_tokens, columns=index)
+        if options.teacher_mass == "full":
+            dropped = None if index is None else dropped_rows(logits.shape[1], index)
+            others = GivenLogits(logits if index is not None else logits[:, vocabulary:], valid, plan.teacher_tokens, columns=dropped)
+            given.rest = given_rest(others, plan.tokens, plan.teacher_tokens, transform, temperature, dtype)
+        return given
     if "teacher_hidden" not in constants:
         return None
     weight, bias = constants["teacher_weight"], constants.get("teacher_bias")
     check_index_values(index, weight.shape[0])
 
     def over_student_vocabulary(x: Tensor) -> Tensor:
-        return x[: plan.vocabulary] if index is None else x.index_select(0, index)
+        return x[:vocabulary] if index is None else x.index_select(0, index)
 
-    weight, bias = over_student_vocabulary(weight), None if bias is None else over_student_vocabulary(bias)
-    return LinearLogits(constants["teacher_hidden"], weight, bias, valid, plan.teacher_tokens, dtype, options.operand)
+    kept, kept_bias = over_student_vocabulary(weight), None if bias is None else over_student_vocabulary(bias)
+    linear = LinearLogits(constants["teacher_hidden"], kept, kept_bias, valid, plan.teacher_tokens, dtype, options.operand)
+    if options.teacher_mass == "full":
+        dropped = None
+        if index is None:
+            weight, bias = weight[vocabulary:], None if bias is None else bias[vocabulary:]
+        else:
+            dropped = dropped_rows(weight.shape[0], index)
+        linear.rest = head_rest(linear, weight, bias, dropped, transform, temperature)
+    return linear
+
+
+def _slots(constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions) -> SlotLogits:
+    slots, tokens = constants["vocab_slots"], SlotLogits.tokens_of_source(plan.teacher_tokens)
+    check_slot_values(slots, plan.vocabulary)
+    source: LinearLogits | GivenLogits
+    if "teacher_logits" in constants:
+        source = GivenLogits(constants["teacher_logits"], valid, tokens)
+    else:
+        weight, bias = constants["teacher_weight"], constants.get("teacher_bias")
+        source = LinearLogits(constants["teacher_hidden"], weight, bias, valid, tokens, dtype, options.operand)
+    wish = wished() if options.backend == "auto" else options.backend
+    compiled = slots.device.type == "cpu" and wish in ("auto", "cpp") and backend_cpp.is_built()
+    return SlotLogits(
+        source,
+        slots,
+        plan.tokens,
+        plan.teacher_tokens,
+        plan.vocabulary,
+        options.teacher_transform,
+        options.temperature,
+        dtype,
+        compiled=compiled,
+    )
 
 
 def _fake(student: list[Tensor], constants: list[Tensor], upstream: Tensor | None, needs_grad: list[bool], call: str) -> Results:

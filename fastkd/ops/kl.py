@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .checks import check_denominator, check_teacher, check_token_tensors, check_vocab_index, leading_shape
+from .checks import check_denominator, check_teacher, check_teacher_mass, check_token_tensors, leading_shape
 from .divergence import Divergence
 from .fused_loss import LossStats, fused_loss
 from .options import LossOptions, divergence_options, statistics_option
@@ -20,6 +20,8 @@ def kl_div(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     vocab_index: Tensor | None = None,
+    teacher_mass: str = "renormalize",
+    vocab_slots: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: float = 0.0,
     ignore_index: int = -100,
@@ -46,6 +48,8 @@ def kl_div(
         temperature: 1e-6 <= T <= 32, as in `linear_kl_div`.
         mask: (...) bool, or float token weights >= 0.
         vocab_index: (V_s,) int64, the teacher's column behind every student's; None: the teacher's first V_s.
+        teacher_mass: "renormalize", "full" or "slots", as in `linear_kl_div`.
+        vocab_slots: (V_t,) int64, with "slots" alone: the student's column of every column of the teacher; -1: none.
         labels: (...) int64 student ids of a cross-entropy at T = 1.
         label_weight: of that cross-entropy.
         ignore_index: the label of a token that has none.
@@ -77,9 +81,11 @@ def kl_div(
     if teacher_logits.device != device:
         raise ValueError(f"teacher_logits is on {teacher_logits.device} and student_logits on {device}; move them together.")
     check_teacher("teacher_logits", teacher_logits)
-    check_vocab_index(vocab_index, student_logits.shape[-1], teacher_logits.shape[-1], device)
+    vocabularies = student_logits.shape[-1], teacher_logits.shape[-1]
+    check_teacher_mass(teacher_mass, vocab_index, vocab_slots, *vocabularies, device, has_head=False)
     options = LossOptions(
         **divergence_options(divergence),
+        teacher_mass=teacher_mass,
         temperature=temperature,
         label_weight=label_weight,
         ignore_index=ignore_index,
@@ -100,6 +106,7 @@ def kl_div(
         options,
         leading,
         vocab_index=vocab_index,
+        vocab_slots=vocab_slots,
         mask=mask,
         labels=labels,
         denominator=check_denominator(denominator, reduction, device),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .checks import check_denominator, check_teacher, check_token_tensors, check_vocab_index, leading_shape
+from .checks import check_denominator, check_teacher, check_teacher_mass, check_token_tensors, leading_shape
 from .divergence import Divergence
 from .fused_loss import LossStats, fused_loss
 from .linear_logits import check_head
@@ -29,6 +29,8 @@ def linear_kl_div(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     vocab_index: Tensor | None = None,
+    teacher_mass: str = "renormalize",
+    vocab_slots: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: float = 0.0,
     ignore_index: int = -100,
@@ -63,6 +65,12 @@ def linear_kl_div(
         mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
         vocab_index: (V_s,) int64, the teacher row behind every student row: the teacher's softmax is taken over those rows alone.
             Each row at most once. None: same ids, a longer teacher is sliced to V_s rows.
+        teacher_mass: what becomes of the teacher's tokens that the student does not have. "renormalize": its softmax is over the kept
+            rows alone. "full": it is over all V_t rows; the dropped tokens are one event that the student never names, and forward KL
+            counts the kept ones alone, sum_K p log(p / q). "slots": as "full", but a row of the student may stand for several tokens
+            of the teacher, whose probabilities are added up.
+        vocab_slots: (V_t,) int64, the student's row of every row of the teacher, -1 for a token that has none; with "slots" alone, and
+            in place of vocab_index. Of a `VocabMap` it is `id_to_slot`.
         labels: (...) int64 student ids; adds label_weight times the cross-entropy of the same student logits at T = 1, averaged over
             its own unmasked labelled tokens (or over `denominator`).
         label_weight: finite, >= 0; above 0 it needs labels.
@@ -87,8 +95,8 @@ def linear_kl_div(
             over the group in the backward pass, so that it is complete, and equal, on every process: do not sum it again. Gradients of
             weight and bias are those of the shard. `labels` are positions in the shards as they stand one behind the other, in the
             order of ranks. A chunk of tokens takes two all-reduces (three for tvd, jsd, skew_kl and skew_rkl) of at most five numbers a
-            token. All processes must call, and go backward, alike. Not with vocab_index, return_stats, grad_filter
-            or compiled backends; under `torch.compile` the graph breaks here.
+            token. All processes must call, and go backward, alike. Not with vocab_index, teacher_mass, return_stats,
+            grad_filter or compiled backends; under `torch.compile` the graph breaks here.
 
     Returns:
         The loss, () or with reduction="none" (...), in float32 (float64 for float64 inputs); with return_stats the pair of it and
@@ -110,6 +118,7 @@ def linear_kl_div(
         raise ValueError(f"teacher_hidden is on {teacher_hidden.device} and student_hidden on {device}; move them together.")
     options = LossOptions(
         **divergence_options(divergence),
+        teacher_mass=teacher_mass,
         temperature=temperature,
         label_weight=label_weight,
         ignore_index=ignore_index,
@@ -138,8 +147,17 @@ def linear_kl_div(
         check_group(group, vocab_index, options)
         return vocab_parallel_loss(student, teacher, options, leading, group, mask=mask, labels=labels, denominator=denominator)
     teacher_vocabulary = teacher_hidden.shape[-1] if teacher_weight is None else teacher_weight.shape[0]
-    check_vocab_index(vocab_index, student_weight.shape[0], teacher_vocabulary, device)
-    return fused_loss(student, teacher, options, leading, vocab_index=vocab_index, mask=mask, labels=labels, denominator=denominator)
+    check_teacher_mass(
+        teacher_mass,
+        vocab_index,
+        vocab_slots,
+        student_weight.shape[0],
+        teacher_vocabulary,
+        device,
+        has_head=teacher_weight is not None,
+    )
+    tokens = {"mask": mask, "labels": labels, "denominator": denominator}
+    return fused_loss(student, teacher, options, leading, vocab_index=vocab_index, vocab_slots=vocab_slots, **tokens)
 
 
 def _check_teacher_side(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, *, is_shard: bool) -> torch.Size:

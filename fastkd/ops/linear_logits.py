@@ -33,6 +33,9 @@ class LinearLogits:
         operand: what hidden states and weight are cast to first; None: nothing.
     """
 
+    rest: Tensor | None = None
+    """Of a teacher: (n,) log-sum of its tokens that have no column; see `RowCall.teacher_rest`."""
+
     def __init__(
         self,
         hidden: Tensor,

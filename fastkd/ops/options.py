@@ -16,6 +16,8 @@ from .row_call import LogitTransform, RowOptions
 
 BACKENDS = ("auto", "torch", "cpp", "triton", "cuda")
 REDUCTIONS = ("mean", "sum", "none")
+TEACHER_MASSES = ("renormalize", "full", "slots")
+"""What is done with the mass of the teacher's tokens that the student does not have; `linear_kl_div` says what each means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class LossOptions:
     divergence: str | None = None
     mixing: float | None = None
     tail: str | None = None
+    teacher_mass: str = "renormalize"
     temperature: float = 1.0
     label_weight: float = 0.0
     ignore_index: int = -100
@@ -52,6 +55,7 @@ class LossOptions:
             check_transform(f"{side}_", getattr(self, f"{side}_logit_scale"), getattr(self, f"{side}_softcap"))
         if self.grad_filter is not None:
             check_number("grad_filter", self.grad_filter)
+        check_choice("teacher_mass", self.teacher_mass, TEACHER_MASSES)
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("backend", self.backend, BACKENDS)
         for name, unit in (("chunk_size", "rows"), ("memory_budget", "bytes")):
@@ -67,8 +71,14 @@ class LossOptions:
             tail=self.tail or "bucket",
             temperature=self.temperature,
             student=LogitTransform(self.student_logit_scale, self.student_softcap),
-            teacher=LogitTransform(self.teacher_logit_scale, self.teacher_softcap),
+            # The logits of slots are finished.
+            teacher=LogitTransform() if self.teacher_mass == "slots" else self.teacher_transform,
         )
+
+    @property
+    def teacher_transform(self) -> LogitTransform:
+        """What the teacher does to its head's output."""
+        return LogitTransform(self.teacher_logit_scale, self.teacher_softcap)
 
     @cached_property
     def operand(self) -> torch.dtype | None:

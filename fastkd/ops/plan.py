@@ -54,15 +54,15 @@ class Plan:
 
     def backward_chunks(self) -> Iterator[slice]:
         """The backward chunks, in order."""
-        return _slices(0, self.tokens, self.backward_tokens)
+        return slices(0, self.tokens, self.backward_tokens)
 
     def forward_parts(self, chunk: slice) -> Iterator[slice]:
         """The forward parts of a backward chunk, as tokens of the whole."""
-        return _slices(chunk.start, chunk.stop, self.forward_tokens)
+        return slices(chunk.start, chunk.stop, self.forward_tokens)
 
     def teacher_parts(self, part: slice) -> Iterator[slice]:
         """The teacher's parts of a forward part, as tokens of the whole."""
-        return _slices(part.start, part.stop, self.teacher_tokens or self.forward_tokens)
+        return slices(part.start, part.stop, self.teacher_tokens or self.forward_tokens)
 
     def __str__(self) -> str:
         forward = "" if self.in_place else f", logits made {self.forward_tokens} tokens at a time"
@@ -163,5 +163,6 @@ def _even(tokens: int, fitting: int, multiple: int) -> int:
     return rounded if rounded <= size else even
 
 
-def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+def slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step` from `start` to `stop`."""
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))

@@ -70,7 +70,7 @@ class RowOutputs:
     student_entropy: Tensor | None = None
     """Entropy of softmax(student / T)."""
     teacher_entropy: Tensor | None = None
-    """Entropy of softmax(teacher / T)."""
+    """Entropy of softmax(teacher / T), the rest of a `teacher_rest` being one event."""
     top1_agreement: Tensor | None = None
     """1 where both models' first largest logits have the same column, else 0."""
 
@@ -89,6 +89,10 @@ class RowCall:
     is in the dtype of `row_weight`, float32 or float64. Before the transform's slope, a row of each term's
     gradient sums to zero. Where the student gives its largest logit more than half of its mass (at the term's temperature), that entry
     is minus the sum of the others: a sum of its own parts would cancel where the student is nearly certain.
+
+    With `teacher_rest` the teacher has further tokens: p sums to less than one, and they are one event of mass r = 1 - sum p to which
+    the student gives nothing. It adds to D what the divergence gives for q = 0: r / 2 for "tvd", -beta log(beta) r for "jsd",
+    -log(alpha) r for "skew_kl". "forward_kl", where that is infinite, leaves it out.
     """
 
     student: Tensor
@@ -107,6 +111,8 @@ class RowCall:
     """(V,) contiguous, in the dtype of `row_weight`."""
     teacher_bias: Tensor | None = None
     """(V,) contiguous, in the dtype of `row_weight`."""
+    teacher_rest: Tensor | None = None
+    """(C,) contiguous, in the dtype of `row_weight`: log sum exp(z / T) of the teacher's tokens without a column; -inf for none."""
     gradient: Tensor | None = None
     """(C, V) of any floating dtype, unit stride along V. Memory of its own, or `student` itself; on a CPU also over `student` in a
     narrower dtype, where each of its rows begins where a row of logits begins."""

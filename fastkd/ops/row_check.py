@@ -24,6 +24,7 @@ _SIZES = {True: ((4128, 1.0), (128256, 1.25)), False: ((4113, 1.0), (128257, 1.2
 _ROWS = 4
 _TAIL = 32
 _TEMPERATURE = 2.0
+_ODDS = torch.tensor([-2.0, 0.5, 3.0, -math.inf], dtype=torch.float64)
 _FRAME = 9.0
 
 
@@ -45,6 +46,7 @@ class CallKind:
     label_gradient: bool
     student_bias: bool
     teacher_bias: bool
+    teacher_rest: bool
     student_softcap: bool
     teacher_softcap: bool
     statistics: bool
@@ -73,6 +75,7 @@ class CallKind:
             label_gradient=call.label_weight is not None,
             student_bias=call.student_bias is not None,
             teacher_bias=call.teacher_bias is not None,
+            teacher_rest=call.teacher_rest is not None,
             student_softcap=call.options.student.softcap is not None,
             teacher_softcap=call.options.teacher.softcap is not None,
             statistics=call.wants_statistics,
@@ -171,6 +174,8 @@ def _inputs(kind: CallKind, vocabulary: int, scale: float) -> tuple[RowOptions, 
         "teacher": logits[1],
         "student_bias": biases[0],
         "teacher_bias": biases[1],
+        # Of the teacher's mass more is on other tokens in each row, and none in the last.
+        "teacher_rest": (transforms[1].apply(logits[1] + biases[1]) / _TEMPERATURE).logsumexp(-1) + _ODDS,
         "ids": ids,
         "log_probabilities": rounded(log_top, kind.teacher),
         "log_tail": rounded(log_p.scatter(1, ids, -math.inf).logsumexp(1), kind.teacher),
@@ -229,6 +234,7 @@ def _call(kind: CallKind, options: RowOptions, inputs: dict[str, Tensor], device
         label_weight=given("label_weight", kind.label_gradient),
         student_bias=given("student_bias", kind.student_bias),
         teacher_bias=given("teacher_bias", kind.teacher_bias),
+        teacher_rest=given("teacher_rest", kind.teacher_rest),
         gradient=gradient,
         keeps_logits=not kind.in_place,
     ), frames

@@ -43,6 +43,8 @@ def check_group(group: Any, vocab_index: Tensor | None, options: LossOptions) ->
             f"group is a {type(group).__name__}; give a torch.distributed.ProcessGroup that this process is a member of "
             "(of a DeviceMesh: mesh.get_group())."
         )
+    if options.teacher_mass != "renormalize":
+        raise ValueError(f"teacher_mass={options.teacher_mass!r} does not go with group; pass teacher_mass='renormalize'.")
     if vocab_index is not None:
         raise ValueError(
             "vocab_index picks rows of a whole teacher, and group= takes the teacher's shard: pass the rows of the teacher's head that "

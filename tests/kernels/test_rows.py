@@ -195,6 +195,12 @@ def test_biases_of_rows_that_are_aligned_or_not(vocabulary):
         row_kernels.check(run, student, teacher, RowOptions(temperature=2.0), statistics=True, **biases)
 
 
+@pytest.mark.parametrize(("dtype", "place"), [case for case in INTERPRETED if case[0] != "float64"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_teacher_with_tokens_that_have_no_column(divergence, dtype, place):
+    row_kernels.check_teacher_rest(run, divergence, DTYPES[dtype], place, TRUNCATED)
+
+
 def test_softcap_on_small_and_large_logits():
     """tanh is the kernel's own: it must be right near zero, at its seam and where it saturates."""
     student = torch.tensor([[-1e4, -30.0, -7.6, -7.4, -1.0, -1e-3, 0.0, 1e-6, 0.5, 7.4999, 7.5001, 40.0, 1e5, INFINITY, -INFINITY]])

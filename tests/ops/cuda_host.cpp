@@ -127,7 +127,8 @@ void serve_row(const Call& call, int64_t index, int blocks) {
     }
     parts.push_back(part);
   }
-  Row row = make_row<kind>(merge<kind>(parts, label_column >= 0 ? label_column / call.slice : 0, call), call.rate, has_labels);
+  const float log_rest = call.teacher_rest ? call.teacher_rest[index] : nothing;
+  Row row = make_row<kind>(merge<kind>(parts, label_column >= 0 ? label_column / call.slice : 0, call), call.rate, has_labels, log_rest);
   if (label_column < 0) row.whole.label_logit = NAN;
 
   Sums sums{};

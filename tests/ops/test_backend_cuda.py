@@ -24,7 +24,18 @@ from fastkd.ops.divergence import Divergence
 from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, RowOutputs, TopK
 from tests.near_certainty import GAPS, check_near_certainty
 from tests.oracle import assert_close
-from tests.row_kernels import CASES, DIVERGENCES, DTYPES, TOLERANCE, assert_outputs, check, make_logits, make_outputs, make_place
+from tests.row_kernels import (
+    CASES,
+    DIVERGENCES,
+    DTYPES,
+    TOLERANCE,
+    assert_outputs,
+    check,
+    check_teacher_rest,
+    make_logits,
+    make_outputs,
+    make_place,
+)
 
 INFINITY = float("inf")
 HERE = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
@@ -184,6 +195,12 @@ def test_every_option(kernel, divergence, temperature, dtype, place):
     biases = {"student_bias": torch.linspace(-1, 2, 61), "teacher_bias": torch.linspace(1, -1, 61) ** 2}
     capped = LogitTransform(1.0, 30.0), LogitTransform(0.7)
     check(kernel, student, teacher, RowOptions(Divergence.parse(divergence), temperature, *capped), place, **biases)
+
+
+@pytest.mark.parametrize(("dtype", "place"), PLACED)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_teacher_with_tokens_that_have_no_column(kernel, divergence, dtype, place):
+    check_teacher_rest(kernel, divergence, DTYPES[dtype], place)
 
 
 @pytest.mark.parametrize("student_dtype", TAKEN)

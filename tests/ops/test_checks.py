@@ -119,8 +119,8 @@ KINDS = (
         "student_hidden student_weight teacher_hidden student_logits teacher_logits hidden weight labels student_states teacher_states"
     ),
     Kind("topk_ids topk_logprobs student_q student_k teacher_q teacher_k tail_logprob"),
-    Kind("teacher_weight student_bias teacher_bias bias mask vocab_index key_mask query_mask group", "None"),
-    Kind("divergence reduction backend tail form"),
+    Kind("teacher_weight student_bias teacher_bias bias mask vocab_index vocab_slots key_mask query_mask group", "None"),
+    Kind("divergence reduction backend tail teacher_mass form"),
     Kind("temperature", "1, 1.5"),
     Kind("label_weight", "0, 1, 1.5"),
     Kind("student_logit_scale teacher_logit_scale logit_scale", "-1, 1, 1.5"),

@@ -19,6 +19,7 @@ from tests.row_kernels import (
     assert_outputs,
     check,
     check_far_rows,
+    check_teacher_rest,
     make_logits,
     make_outputs,
     make_place,
@@ -196,3 +197,9 @@ def test_the_check_refuses_wrong_losses(divergence, vocabulary, temperature):
         truth = expected[name].detach()
         for wrong in wrong_gradients(truth).values():
             assert bool(((wrong - truth).abs() > allowed[name]).any()), name
+
+
+@pytest.mark.parametrize(("dtype", "place"), CASES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_teacher_with_tokens_that_have_no_column(run, divergence, dtype, place):
+    check_teacher_rest(run, divergence, DTYPES[dtype], place)

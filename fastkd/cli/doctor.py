@@ -72,11 +72,14 @@ def _machine() -> dict[str, str]:
     from importlib import metadata
 
     from ..benchmarks.environment import stamp
+    from ..ops.backend_cpp import sixteen_bit_dtypes
     from ..ops.selfcheck import main_device
     from ..train.preflight import device_memory
 
     device = main_device()
     seen = stamp(device)
+    narrow = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in sixteen_bit_dtypes()))
+    products = "as they are" if device.type == "cuda" else f"as they are: {narrow}" if narrow else "upcast, a tile at a time"
     installed = {found.name: found.version for found in metadata.distributions()}
     return {
         "device": f"{seen['device']}, {device_memory(device) / 2**30:.1f} GiB of memory",
@@ -84,6 +87,7 @@ def _machine() -> dict[str, str]:
         "python": seen["python"],
         **{package: installed.get(package, "not installed") for package in PACKAGES},
         "cuda of torch": seen["cuda"] or "none",
+        "16-bit heads": f"multiplied {products}",
     }
 
 

@@ -31,6 +31,9 @@ _COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trap
 _LINK_FLAGS = ["-lmvec", "-lm"] if platform.system() == "Linux" and platform.machine() == "x86_64" else []
 
 
+_HAS_TILES = {torch.bfloat16: torch.cpu._is_amx_tile_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
+
+
 def run(call: RowCall) -> None:
     """Fill the call's outputs in one compiled pass a row; compiles first if need be.
 
@@ -102,9 +105,15 @@ def slot_logits_(
 
 
 def sixteen_bit_dtypes() -> frozenset[torch.dtype]:
-    """The dtypes that `mm_16bit_` takes here: none where torch has no MKL or the kernels are not compiled; never compiles."""
+    """The dtypes that are better multiplied as they are here than upcast; none where torch has no MKL or nothing is compiled.
+
+    What decides is whether the CPU has tiles (AMX) for a dtype, and no clock: equal machines are to give equal bits. Without them MKL
+    needs 1.2 times (bfloat16) to 1.8 times (float16) as long as for float32 on an EPYC with AVX512-BF16, and 1.7 times on a Xeon.
+    """
     module = extension(build=False)
-    return frozenset((torch.bfloat16, torch.float16) if module is not None and module.has_mm_16bit() else ())
+    if module is None or not module.has_mm_16bit():
+        return frozenset()
+    return frozenset(dtype for dtype, has_tiles in _HAS_TILES.items() if has_tiles())
 
 
 def is_built() -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastkd
 from fastkd.ops import backend_cpp as cpp
 from fastkd.ops.divergence import Divergence
 from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, TopK
@@ -47,8 +48,27 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False
     return lying.T if transposed else lying
 
 
-def test_mkl_serves_both_dtypes():
-    assert cpp.sixteen_bit_dtypes() == (frozenset(NARROW) if torch.backends.mkl.is_available() else frozenset())
+@needs_mkl
+@pytest.mark.parametrize("has_tiles", [(False, False), (True, False), (True, True)], ids=str)
+def test_mkl_serves_the_dtypes_that_the_cpu_has_tiles_for(monkeypatch, has_tiles):
+    """Nothing that could differ between two runs on one machine, as a clock would, chooses the arithmetic."""
+    monkeypatch.setattr(cpp, "_HAS_TILES", {dtype: lambda has=has: has for dtype, has in zip(NARROW, has_tiles, strict=True)})
+    assert cpp.sixteen_bit_dtypes() == {dtype for dtype, has in zip(NARROW, has_tiles, strict=True) if has}
+
+
+@needs_mkl
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_heads_give_the_same_loss_upcast_or_as_they_are(monkeypatch, dtype, has_tiles):
+    monkeypatch.setattr(cpp, "_HAS_TILES", dict.fromkeys(NARROW, lambda: has_tiles))
+    student, head, teacher, teacher_head = matrix(9, 16, dtype), matrix(203, 16, dtype), matrix(9, 24, dtype), matrix(203, 24, dtype)
+    leaves = student.requires_grad_(), head.requires_grad_()
+    loss = fastkd.linear_kl_div(*leaves, teacher, teacher_head)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = fastkd.reference.linear_kl_div(*exact, teacher.double(), teacher_head.double())
+    assert_close(loss, truth, 2e-5)
+    for made, gradient in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, exact), strict=True):
+        assert_close(made, gradient, 5e-3)
 
 
 @needs_mkl

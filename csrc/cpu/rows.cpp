@@ -540,22 +540,30 @@ void slot_rows(const Matrix& raw, const T* bias, const at::Tensor& order, const 
   const int64_t n = order.size(0), slots = ends.size(0) - 1;
   const int64_t *const columns = order.const_data_ptr<int64_t>(), *const end = ends.const_data_ptr<int64_t>();
   at::parallel_for(0, out.size(0), 1, [&](int64_t first, int64_t last) {
-    const auto scratch = std::make_unique_for_overwrite<T[]>(n);
-    T* const z = scratch.get();
+    const auto scratch = std::make_unique_for_overwrite<T[]>(2 * n + 2 * (slots + 1));
+    T *const z = scratch.get(), *const terms = z + n, *const largest = terms + n, *const sum = largest + slots + 1;
     for (int64_t row = first; row < last; ++row) {
       add_bias(load(raw, row, n, z), bias, n, z);
       transform_row(z, n, transform, T(1) / temperature);
-      const auto log_sum = [&](int64_t slot) {
-        const int64_t begin = slot ? end[slot - 1] : 0, count = end[slot] - begin;
-        if (count == 1) return z[columns[begin]];
-        T largest = std::numeric_limits<T>::lowest(), sum = 0;
-        for (int64_t i = begin; i < end[slot]; ++i) largest = std::max(largest, z[columns[i]]);
-        for (int64_t i = begin; i < end[slot]; ++i) sum += exp_of_negative(z[columns[i]] - largest);
-        return largest + std::log(sum);
-      };
+      for (int64_t slot = 0, i = 0; slot <= slots; ++slot) {
+        const int64_t begin = i;
+        // Lowest, not -infinity: the distance of -infinity to it still is.
+        T most = std::numeric_limits<T>::lowest();
+        for (; i < end[slot]; ++i) most = std::max(most, terms[i] = z[columns[i]]);
+        for (int64_t k = begin; k < i; ++k) terms[k] -= most;
+        largest[slot] = most;
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) terms[i] = exp_of_negative(terms[i]);
+      for (int64_t slot = 0, i = 0; slot <= slots; ++slot) {
+        T total = 0;
+        for (; i < end[slot]; ++i) total += terms[i];
+        sum[slot] = total;
+      }
       T* const to = out.mutable_data_ptr<T>() + row * out.stride(0);
-      for (int64_t slot = 0; slot < slots; ++slot) to[slot] = temperature * log_sum(slot);
-      rest[row] = log_sum(slots);
+#pragma omp simd
+      for (int64_t slot = 0; slot < slots; ++slot) to[slot] = temperature * (largest[slot] + std::log(sum[slot]));
+      rest[row] = largest[slots] + std::log(sum[slots]);
     }
   });
 }

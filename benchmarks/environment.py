@@ -15,7 +15,17 @@ import torch
 
 import fastkd
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "nvidia-cutlass-dsl",
+    "trl",
+    "unsloth_zoo",
+    "orda-kernel",
+    "quack-kernels",
+)
 
 
 def stamp(device: torch.device) -> dict[str, Any]:

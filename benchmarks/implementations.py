@@ -24,7 +24,8 @@ Implementation = Callable[[Inputs], Outcome]
 FLOOR = "GEMMs alone"
 FLOOR_FLOAT32_LOGITS = "GEMMs alone, float32 logits"
 COMPILED = "torch.compile of eager"
-_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
+BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
+"""fastkd's, by the kind of device that they are for."""
 
 
 def implementations(device: torch.device, *, compiles: bool = True) -> tuple[dict[str, Implementation], dict[str, str]]:
@@ -39,18 +40,7 @@ def implementations(device: torch.device, *, compiles: bool = True) -> tuple[dic
     backends, unavailable = live_backends(device)
     found |= {f"fastkd {name}": partial(with_gradients, partial(fused, backend=name)) for name in backends}
     left_out |= {f"fastkd {name}": reason for name, reason in unavailable.items()}
-    has_cross_entropy = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
-    peers: tuple[tuple[str, Implementation, str], ...] = (
-        ("Liger LigerFusedLinearJSDLoss", partial(with_gradients, liger_chunked), _absent("liger_kernel")),
-        (
-            "Liger fused_linear_jsd",
-            partial(with_gradients, liger_fused),
-            _absent("liger_kernel") or ("" if device.type == "cuda" else "it is Triton and needs a GPU"),
-        ),
-        ("TRL chunked divergence", partial(with_gradients, trl_chunked), _absent("trl")),
-        ("torch F.linear_cross_entropy", torch_cross_entropy, "" if has_cross_entropy else f"torch {torch.__version__} has it not"),
-    )
-    for name, implementation, reason in peers:
+    for name, (implementation, reason) in peers(device).items():
         if reason:
             left_out[name] = reason
         else:
@@ -58,13 +48,29 @@ def implementations(device: torch.device, *, compiles: bool = True) -> tuple[dic
     return found, left_out
 
 
-def _absent(package: str) -> str:
-    return "" if find_spec(package) else f"{package.replace('_', '-')} is not installed"
+def peers(device: torch.device) -> dict[str, tuple[Implementation, str]]:
+    """Everybody else's, with the reason why one cannot run on such a device with what is installed, or "". Imports none of them."""
+    no_cuda = "" if device.type == "cuda" else "it is Triton and needs a GPU"
+    no_fast_path = "" if find_spec("cutlass") else "nvidia-cutlass-dsl is not installed, without which its fast path is off"
+    has_cross_entropy = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return {
+        "Liger LigerFusedLinearJSDLoss": (partial(with_gradients, liger_chunked), absent("liger_kernel")),
+        "Liger fused_linear_jsd": (partial(with_gradients, liger_fused), absent("liger_kernel") or no_cuda or no_fast_path),
+        "TRL chunked divergence": (partial(with_gradients, trl_chunked), absent("trl")),
+        "unsloth_zoo fused_linear_jsd": (partial(with_gradients, unsloth_fused), absent("unsloth_zoo", "unsloth") or no_cuda),
+        "orda-kernel distillation_loss": (partial(with_gradients, orda_chunked), absent("orda_kernel") or no_cuda),
+        "torch F.linear_cross_entropy": (torch_cross_entropy, "" if has_cross_entropy else f"torch {torch.__version__} has it not"),
+    }
+
+
+def absent(*packages: str) -> str:
+    """Which of the packages is not installed, in a sentence; "" if all are."""
+    return next((f"{package.replace('_', '-')} is not installed" for package in packages if not find_spec(package)), "")
 
 
 def live_backends(device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
     """fastkd's backends that run on `device`, and why the others of that kind of device do not."""
-    reasons = {name: reason for name, reason in backends().items() if name in _BACKENDS[device.type]}
+    reasons = {name: reason for name, reason in backends().items() if name in BACKENDS[device.type]}
     return tuple(name for name, reason in reasons.items() if not reason), {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -137,6 +143,42 @@ def trl_chunked(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Te
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     return ChunkedDivergenceFunction.apply(student, head, None, teacher, teacher_head, None, 0.0)[0].mean()
+
+
+def unsloth_fused(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+    """unsloth_zoo's chunked divergence at beta = 0: forward KL."""
+    from unsloth_zoo.fused_losses.fused_linear import fused_linear_jsd
+
+    loss: Tensor = fused_linear_jsd(student, head, teacher, teacher_head, beta=0.0)
+    return loss
+
+
+def orda_chunked(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+    """orda-kernel's forward KL without its cross-entropy; without a GPU its pure torch twin. The labels are not looked through."""
+    from orda_kernel import KernelConfig, SeparateTeacher, distillation_loss
+
+    labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
+    out = distillation_loss(
+        student,
+        head,
+        labels,
+        SeparateTeacher(teacher, teacher_head),
+        student_ce_weight=0.0,
+        kl_weight=1.0,
+        backend="triton" if student.is_cuda else "torch",
+        config=KernelConfig(assume_valid_labels=True),
+    )
+    loss: Tensor = out.loss
+    return loss
+
+
+def quack_cross_entropy(inputs: Inputs) -> Outcome:
+    """quack's chunked linear cross-entropy: the three products of the student alone, a floor under any loss with a teacher."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    student, head = inputs.student, inputs.head
+    labels = torch.arange(len(student), device=student.device) % len(head)
+    return Outcome(None, *torch.autograd.grad(chunked_linear_cross_entropy(student, head, labels), (student, head)))
 
 
 def torch_cross_entropy(inputs: Inputs) -> Outcome:

@@ -15,6 +15,10 @@ class Shape(NamedTuple):
     teacher_width: int
 
 
+GPU_SHAPES = (Shape(8192, 128_256, 2048, 4096), Shape(8192, 151_936, 896, 3584), Shape(8192, 30_522, 384, 768))
+"""Heads of Llama 3, Qwen 2.5 and BERT: a wide student, a narrow one, and one whose vocabulary 16 does not divide."""
+
+
 class Inputs(NamedTuple):
     """Arguments of a linear loss. The first two take gradients."""
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,13 +90,18 @@ def backends(vocabulary: int = 4096) -> dict[str, str]:
     return reasons
 
 
-def check_ops(problem: Problem) -> Iterator[Check]:
-    """Every public op against its float64 reference on the CPU, in every live backend: C++ on the CPU, the others on the GPU if any.
+def check_ops(problem: Problem, live: Sequence[str] | None = None) -> Iterator[Check]:
+    """Check every public op against its float64 reference on the CPU: the C++ backend on the CPU, the others on the GPU if any.
+
+    Args:
+        problem: the sizes and numbers.
+        live: the backends that are checked; None: every live one.
 
     Yields:
         A `Check` for every op and backend. What a backend raises is its `failure`.
     """
-    live = [name for name, why_not in backends(problem.vocabulary).items() if not why_not]
+    if live is None:
+        live = [name for name, why_not in backends(problem.vocabulary).items() if not why_not]
     for case in _cases(problem):
         op = case.op.__name__
         truth = _value_and_gradients(getattr(reference, op), case, CPU, torch.float64)

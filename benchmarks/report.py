@@ -30,9 +30,10 @@ BEGIN, END = "<!-- benchmarks: written by `fastkd bench report` -->", "<!-- end 
 DEVICES = {"cpu": "CPU", "cuda": "NVIDIA GPU"}
 HEAD = """# Benchmarks
 
-Written by `fastkd bench report` from `benchmarks/results/*.json`. `make bench-cpu` and `make bench-gpu` measure again. Times are
-medians of interleaved rounds, with the quartiles in the JSON; "x GEMMs" is the ratio to the dense products alone, measured in the same
-rounds. Peaks are above inputs and gradients. Errors are relative L2 errors against float64.
+Written by `fastkd bench report` from `benchmarks/results/*.json`. `make bench-cpu`, or `fastkd bench --device cuda`, measures again;
+`make bench-gpu` checks and times every GPU backend in eight minutes, into a file of its own. Times are medians of interleaved rounds,
+with the quartiles in the JSON; "x GEMMs" is the ratio to the dense products alone, measured in the same rounds. Peaks are above inputs
+and gradients. Errors are relative L2 errors against float64.
 """
 
 

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
+from fastkd.ops.backends import sample_call
 from fastkd.ops.gemm import row_buffer
 from fastkd.ops.plan import plan_chunks
+from fastkd.ops.probe import verdict
 from fastkd.ops.selfcheck import backends
 
 from .problem import Inputs, Outcome
@@ -64,7 +66,9 @@ def _absent(package: str) -> str:
 
 def live_backends(device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
     """fastkd's backends that run on `device`, and why the others of that kind of device do not."""
-    reasons = {name: reason for name, reason in backends().items() if name in _BACKENDS[device.type]}
+    reasons = {
+        name: reason or verdict(name, sample_call(device)) for name, reason in backends().items() if name in _BACKENDS[device.type]
+    }
     return tuple(name for name, reason in reasons.items() if not reason), {name: reason for name, reason in reasons.items() if reason}
 
 

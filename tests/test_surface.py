@@ -74,6 +74,8 @@ SIGNATURES = {
     "RelationTarget": "(q, k, weight=1.0, key_mask=None, query_mask=None)",
     "VocabMap": "(kept_ids, id_to_slot)",
     "VocabMap.from_counts": "(counts, keep, protected=(), multiple_of=128, requires=None, vocab_size=None, exclude=())",
+    "VocabMap.from_t2d": "(t2d)",
+    "VocabMap.from_d2t": "(d2t, vocab_size)",
     "VocabMap.identity": "(vocab_size)",
     "VocabMap.assign_stand_ins": "(self, embedding, similarity='dot', *, unk_id=None, exclude=())",
     "VocabMap.map_ids": "(self, ids, ignore_index=None)",

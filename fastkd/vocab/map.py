@@ -125,14 +125,45 @@ class VocabMap:
         is_kept = torch.zeros(num_tokens, dtype=torch.bool)
         is_kept[sorted(kept)] = True
         kept_ids = order[is_kept[order]]
-        id_to_slot = torch.full((vocab_size,), -1)
-        id_to_slot[kept_ids] = torch.arange(num_kept)
-        return cls(kept_ids, id_to_slot)
+        return cls._of_kept(kept_ids, vocab_size)
 
     @classmethod
     def identity(cls, vocab_size: int) -> VocabMap:
         """Every id kept as its own slot."""
         return cls(torch.arange(vocab_size), torch.arange(vocab_size))
+
+    @classmethod
+    def from_t2d(cls, t2d: Tensor) -> VocabMap:
+        """The vocabulary of a speculative draft from its mask over the target's, as vLLM's speculators and SpecForge store it.
+
+        t2d: (V,) bool, which of the target's ids the draft has; its own follow their order.
+        """
+        if t2d.dim() != 1 or t2d.dtype != torch.bool:
+            raise ValueError(f"t2d has shape {tuple(t2d.shape)} and dtype {t2d.dtype}; give a bool for each id of the target, (V,).")
+        return cls._of_kept(t2d.nonzero()[:, 0], t2d.numel())
+
+    @classmethod
+    def from_d2t(cls, d2t: Tensor, vocab_size: int) -> VocabMap:
+        """The vocabulary of a speculative draft from its offsets to the target's, stored beside `t2d`.
+
+        d2t: (V_k,) integers, what is added to an id of the draft to have the target's. vocab_size: V, the target's ids.
+        """
+        if d2t.dim() != 1 or d2t.is_floating_point() or d2t.dtype == torch.bool:
+            raise ValueError(
+                f"d2t has shape {tuple(d2t.shape)} and dtype {d2t.dtype}; give an integer for each id of the draft, (V_k,)."
+            )
+        kept_ids = torch.arange(d2t.numel(), device=d2t.device) + d2t.long()
+        if d2t.numel() and not 0 <= int(kept_ids.min()) <= int(kept_ids.max()) < vocab_size:
+            raise ValueError(
+                f"d2t leads to ids from {int(kept_ids.min())} to {int(kept_ids.max())}, and the target has {vocab_size}; d2t holds the "
+                "differences of the target's ids and the draft's, and vocab_size is the target's."
+            )
+        return cls._of_kept(kept_ids, vocab_size)
+
+    @classmethod
+    def _of_kept(cls, kept_ids: Tensor, vocab_size: int) -> VocabMap:
+        slots = torch.arange(kept_ids.numel(), device=kept_ids.device)
+        return cls(kept_ids, torch.full((vocab_size,), -1, device=kept_ids.device).index_copy(0, kept_ids, slots))
 
     @property
     def num_kept(self) -> int:
@@ -148,6 +179,11 @@ class VocabMap:
     def is_kept(self) -> Tensor:
         """(V,) bool: whether the id has a slot of its own."""
         return torch.zeros_like(self.id_to_slot, dtype=torch.bool).index_fill_(0, self.kept_ids, True)
+
+    @property
+    def d2t(self) -> Tensor:
+        """(V_k,) int64: what is added to a slot to have its id, as trainers of speculative drafts store it; their t2d is `is_kept`."""
+        return self.kept_ids - torch.arange(self.num_kept, device=self.kept_ids.device)
 
     @cached_property
     def has_stand_ins(self) -> bool:

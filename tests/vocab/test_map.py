@@ -309,3 +309,28 @@ def test_on_cuda_nothing_waits_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert slots.tolist() == [-100, 2, 0, 2] and ids.tolist() == [3, 4, 3]
+
+
+def test_the_vocabulary_of_a_draft_goes_there_and_back():
+    """Two formats that vLLM's speculators and SpecForge store: a mask over the target's ids, offsets from the draft's."""
+    t2d = torch.tensor([True, False, False, True, True, False, True])
+    d2t = torch.tensor([0, 2, 2, 3])  # 0 -> 0, 1 -> 3, 2 -> 4, 3 -> 6
+    for vocab_map in (VocabMap.from_t2d(t2d), VocabMap.from_d2t(d2t, 7), VocabMap.from_d2t(d2t.int(), 7)):
+        assert vocab_map.kept_ids.tolist() == [0, 3, 4, 6]
+        assert vocab_map.id_to_slot.tolist() == [0, -1, -1, 1, 2, -1, 3]
+        assert torch.equal(vocab_map.is_kept, t2d) and torch.equal(vocab_map.d2t, d2t)
+    mixed = VocabMap.from_counts(torch.tensor([3, 9, 1, 7]), keep=3, multiple_of=1)
+    assert torch.equal(VocabMap.from_d2t(mixed.d2t, 4).kept_ids, mixed.kept_ids)
+
+
+def test_the_vocabulary_of_a_draft_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"t2d has shape .* give a bool for each id"):
+        VocabMap.from_t2d(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match=r"d2t has shape .* give an integer for each id"):
+        VocabMap.from_d2t(torch.tensor([0.0, 1.0]), 7)
+    with pytest.raises(ValueError, match="d2t leads to ids from 0 to 7, and the target has 7"):
+        VocabMap.from_d2t(torch.tensor([0, 6]), 7)
+    with pytest.raises(ValueError, match="do not belong together"):
+        VocabMap.from_d2t(torch.tensor([1, 0]), 7)
+    with pytest.raises(ValueError, match="non-empty"):
+        VocabMap.from_t2d(torch.zeros(4, dtype=torch.bool))

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": machine["environment"],
     }
     passed = run_stages(_stages(settings, machine["left_out"]), path, head, started + LIMIT)
-    print(f"{path}: {'every check passed' if passed else 'A CHECK FAILED'}, {time.monotonic() - started:.0f} s in all", flush=True)
+    print(f"{path}: {'no check failed' if passed else 'A CHECK FAILED'}, {time.monotonic() - started:.0f} s in all", flush=True)
     return 0 if passed else 1
 
 

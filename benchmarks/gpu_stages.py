@@ -43,6 +43,8 @@ from .runner import Case, interleaved, stopwatch
 
 Row = dict[str, Any]
 FEW_TOKENS = 512
+_FOUND = 99
+"""The exit status of a sanitizer that found something."""
 EAGER = "eager"
 QUACK = "quack linear cross-entropy, no teacher"
 PLANS = {
@@ -77,13 +79,15 @@ def sanitized(settings: Settings, name: str) -> Iterator[Row]:
     program += ["--stage", f"ops: {backend}", os.devnull]
     sanitizer = find_sanitizer()
     assert sanitizer is not None
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *program]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), *program]
     # Inside torch's cached blocks an access out of bounds is in bounds.
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     )
     lines = (done.stdout + done.stderr).splitlines() or ["it said nothing"]
     print(*lines, sep="\n")
+    if done.returncode not in (0, _FOUND):
+        raise RuntimeError(f"{tool} ended with status {done.returncode}, which is no verdict: {lines[-1]}")
     yield {"check": name, "passed": done.returncode == 0, "seen": lines[-1]}
 
 

@@ -89,6 +89,11 @@ def test_a_check_that_hangs_fails_unless_the_deadline_cut_it_short(run, monkeypa
     assert run(hangs, seconds=0.2)[0]
 
 
+def test_a_check_that_crashes_fails_however_little_time_is_left(run):
+    passed, record = run(stage("check", "os.abort()", limit=60.0, is_check=True), seconds=30.0)
+    assert not passed and record["passed"] is False
+
+
 def test_the_file_is_whole_after_every_row(tmp_path, monkeypatch):
     seen, write = [], stages.write_json_atomic
 

@@ -235,7 +235,10 @@ def test_a_mapped_student_is_pruned_by_a_map_over_its_ids():
     kept = torch.tensor([order[3], 1, *order[70:90]])
     slots = first.id_to_slot.clone().fill_(-1).index_copy_(0, kept, torch.arange(len(kept)))
     both = VocabMap(kept, slots)
-    assert_same_logits(whole, prune_model(mapped, both).eval().model, both)
+    mapped.slot_bias = torch.randn(KEPT)  # as of a student that answers for all ids
+    pruned = prune_model(mapped, both)
+    assert_same_logits(whole, pruned.eval().model, both)
+    assert torch.equal(pruned.slot_bias, mapped.slot_bias[first.id_to_slot[kept]])
     lost = int((~first.is_kept).nonzero()[0])
     kept[4] = lost
     slots = slots.fill_(-1).index_copy_(0, kept, torch.arange(len(kept)))

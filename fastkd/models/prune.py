@@ -29,7 +29,7 @@ def prune_model(model: PreTrainedModel | LanguageModel, vocab_map: VocabMap) -> 
 
     The rows of every table by id are gathered: the input embedding, the head, its bias, and what else grows with the vocabulary. All
     other parameters and buffers are copied bit for bit, in their own dtypes, and so are both configurations, where ids become slots. A
-    slot that stays keeps its `slot_bias`.
+    slot that stays keeps its `slot_bias`, and the model its mode, training or evaluation.
 
     Args:
         model: a masked or causal language model; a `LanguageModel` may itself have a map, which the new one then replaces.
@@ -60,7 +60,7 @@ def prune_model(model: PreTrainedModel | LanguageModel, vocab_map: VocabMap) -> 
         raise ValueError(f"{name} has other logits than before (by {difference:.2g}): {reason}")
     if whole.slot_bias is not None:
         student.slot_bias = whole.slot_bias[rows.to(whole.slot_bias.device)]
-    return student
+    return student.train(source.training)
 
 
 def padding_ids(model: nn.Module) -> list[int]:

@@ -212,7 +212,7 @@ def _write(folder: Path, writer: _Writer, contents: dict[str, Any], ranks: Ranks
     shards: dict[int, dict[str, Any]] = {}
     new_rows = new_tokens = 0
     started = time.perf_counter()
-    with Progress(count, description="cache", shown=ranks.is_main) as bar:
+    with Progress(count, description="cache", shown=ranks.is_main, unit="rows") as bar:
         for number in range(ranks.rank, -(-count // size), ranks.world_size):
             examples = np.arange(number * size, min((number + 1) * size, count))
             lengths = writer.lengths(examples)

@@ -82,8 +82,7 @@ class KnowledgeDistillation(Objective):
 
     def _compared(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Where the models are compared, (B, S) bool, and the labels of no pad, (B, S) int64: what is counted is what is summed."""
-        mask = batch.attention_mask.bool()
-        labels = batch.labels.masked_fill(~mask, IGNORE_INDEX)
+        mask, labels = batch.attention_mask.bool(), batch.token_labels
         return labels != IGNORE_INDEX if self.options.completion_only else mask, labels
 
     def forward(self, batch: Any, denominator: np.ndarray) -> Tensor:

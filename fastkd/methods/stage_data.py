@@ -306,12 +306,21 @@ def dataset_scores(student: TaskModel, rows: DatasetRows, batch_size: int, share
 
 
 @torch.no_grad()
-def task_outputs(model: TaskModel, rows: EncodedTask, batch_size: int, share: Share | None = None) -> list[Tensor]:
-    """The model's scores of every row, in evaluation mode, as `EncodedTask.predictions` takes them."""
+def task_outputs(
+    model: TaskModel,
+    rows: EncodedTask,
+    batch_size: int,
+    share: Share | None = None,
+    tell: Callable[[int], Any] = lambda count: None,
+) -> list[Tensor]:
+    """The model's scores of every row, in evaluation mode, as `EncodedTask.predictions` takes them; `tell` is called with the rows of
+    every batch that is done."""
 
     def scores(start: int) -> list[Any]:
-        batch = rows.collate(range(start, min(start + batch_size, len(rows))))
-        return [row.tolist() for row in model(batch.to(model.device)).float().cpu()]
+        chosen = range(start, min(start + batch_size, len(rows)))
+        made = [row.tolist() for row in model(rows.collate(chosen).to(model.device)).float().cpu()]
+        tell(len(chosen))
+        return made
 
     with evaluating(model):
         batches = (share or Share()).map(scores, range(0, len(rows), batch_size))

@@ -320,7 +320,7 @@ class TaskAwareDistillation(Objective):
         student, words, kl_alpha = self.student, taught.words, self.options.kl_alpha
         assert isinstance(student, LanguageModel)
         if words is None:
-            return self.term("labels", LanguageModeling(student)(batch, labelled))
+            return self.term("labels", LanguageModeling(student)(replace(batch, labels=batch.token_labels), labelled))
 
         def at_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             loss, stats = words.divergence(
@@ -329,7 +329,7 @@ class TaskAwareDistillation(Objective):
                 student_bias=bias,
                 temperature=self.options.temperature,
                 mask=batch.attention_mask.bool(),
-                labels=student.to_slots(batch.labels, ignore_index=IGNORE_INDEX),
+                labels=student.to_slots(batch.token_labels, ignore_index=IGNORE_INDEX),
                 # The op divides both terms by the tokens, and both are then multiplied by kl_alpha.
                 label_weight=tokens / (max(labelled, 1.0) * kl_alpha),
                 denominator=tokens,
@@ -429,7 +429,7 @@ def _predicts(model: Model) -> str:
 def _labelled(model: Model, batch: Any) -> int:
     """What the task's loss is a mean over: examples, or the labelled tokens of text."""
     batch = plain(batch)
-    return int((batch.labels != IGNORE_INDEX).sum()) if isinstance(model, LanguageModel) else batch.num_examples
+    return int((batch.token_labels != IGNORE_INDEX).sum()) if isinstance(model, LanguageModel) else batch.num_examples
 
 
 def _run(model: Model, batch: Any) -> Tensor:

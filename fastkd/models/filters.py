@@ -147,7 +147,7 @@ class FilterHeads(nn.ModuleList):
     def positions(self, batch: Any) -> Tensor | None:
         """Which of a batch's R * S positions the heads read. Filters work on single tokens: the others need none.
 
-        Text: those with a label. Questions: all. Other tasks: the first token of every row, or a decoder's last.
+        Text: tokens with a label. Questions: all. Other tasks: the first token of every row, or a decoder's last.
 
         Args:
             batch: attention_mask (R, S); of text also labels (R, S).
@@ -156,7 +156,7 @@ class FilterHeads(nn.ModuleList):
             (n,) int64 positions of the flattened batch; None for all.
         """
         if self.kind is None:
-            labels: Tensor = batch.labels
+            labels: Tensor = batch.token_labels
             return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         if self.kind == "question_answering":
             return None

@@ -230,9 +230,22 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 
 def is_decoder(model: str | PretrainedConfig) -> bool:
-    """Whether the model (a folder, hub name or configuration) predicts the next token rather than a masked one."""
-    kind: type = auto_class(load_config(model) if isinstance(model, str) else model)
-    return kind.__name__ == "AutoModelForCausalLM"
+    """Whether the model (a folder, hub name or configuration) predicts the next token rather than a masked one.
+
+    For where there are no weights; with them `LanguageModel.causal` says it, and refuses a model that is not what its class is for.
+    A class for both, such as XLM's, is asked with weights drawn at random.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = load_config(model) if isinstance(model, str) else model
+    kind = auto_class(config)
+    if kind.__name__ == "AutoModelForCausalLM":
+        return True
+    if MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type) not in class_names("CAUSAL_LM"):
+        return False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LanguageModel(kind.from_config(config, dtype=torch.float32)).causal
 
 
 def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

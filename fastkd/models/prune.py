@@ -28,7 +28,8 @@ def prune_model(model: PreTrainedModel | LanguageModel, vocab_map: VocabMap) -> 
     """`model` on the kept ids alone, with the logits that it had.
 
     The rows of every table by id are gathered: the input embedding, the head, its bias, and what else grows with the vocabulary. All
-    other parameters and buffers are copied bit for bit, in their own dtypes, and so are both configurations, where ids become slots.
+    other parameters and buffers are copied bit for bit, in their own dtypes, and so are both configurations, where ids become slots. A
+    slot that stays keeps its `slot_bias`, and the model its mode, training or evaluation.
 
     Args:
         model: a masked or causal language model; a `LanguageModel` may itself have a map, which the new one then replaces.
@@ -57,13 +58,20 @@ def prune_model(model: PreTrainedModel | LanguageModel, vocab_map: VocabMap) -> 
         raise ValueError(f"{name} does not run ({type(error).__name__}: {error}): {reason}") from error
     if not difference <= rounding:
         raise ValueError(f"{name} has other logits than before (by {difference:.2g}): {reason}")
-    return student
+    if whole.slot_bias is not None:
+        student.slot_bias = whole.slot_bias[rows.to(whole.slot_bias.device)]
+    return student.train(source.training)
 
 
 def padding_ids(model: nn.Module) -> list[int]:
     """The ids that modules know as padding. Some architectures count positions from theirs, so that it must be its own slot."""
     ids = {getattr(module, "padding_idx", None) for module in model.modules()}
     return sorted(id for id in ids if isinstance(id, int) and id >= 0)
+
+
+def is_id_setting(name: str) -> bool:
+    """Whether a setting of this name holds an id, or a list of ids."""
+    return _ID.match(name) is not None
 
 
 def set_vocabulary(config: PretrainedConfig, size: int) -> None:
@@ -83,7 +91,7 @@ def set_slots(config: PretrainedConfig, slot_of: Tensor) -> None:
     """
     for part in _parts(config):
         for name, value in part.to_dict().items():
-            if not _ID.match(name) or value is None:
+            if not is_id_setting(name) or value is None:
                 continue
             try:
                 setattr(part, name, _slots(value, slot_of))
@@ -107,7 +115,7 @@ def _in_slots(generation: GenerationConfig, slot_of: Tensor) -> GenerationConfig
     """A copy with slots for ids. A sequence of which a token is dropped can not be generated, and goes."""
     changed = copy.deepcopy(generation)
     for name, value in vars(generation).items():
-        if value is not None and (_ID.match(name) or name in _ID_SEQUENCES):
+        if value is not None and (is_id_setting(name) or name in _ID_SEQUENCES):
             value = list(value.items()) if isinstance(value, dict) else value
             setattr(changed, name, _slots(value, slot_of, whole=name in _ID_SEQUENCES))
     # transformers saves a configuration that it finds fault with only if it is as it was loaded.
@@ -243,7 +251,7 @@ def _probes(model: PreTrainedModel, config: PretrainedConfig, num_kept: int) -> 
     generator = torch.Generator().manual_seed(0)
     part: Any = config.get_text_config()
     named = chain.from_iterable(each.to_dict().items() for each in _parts(config))
-    special = [value for name, value in named if _ID.match(name) and isinstance(value, int) and 0 <= value < num_kept]
+    special = [value for name, value in named if is_id_setting(name) and isinstance(value, int) and 0 <= value < num_kept]
     positions = getattr(part, "max_position_embeddings", None) or 0
     length = min(positions // 2, 64) if positions > 0 else 64
     if (learned := longest_row(model)) is not None:

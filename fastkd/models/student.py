@@ -14,7 +14,7 @@ from ..vocab.tokenizer import prune_tokenizer
 from .folder import VOCAB_MAP_FOLDER
 from .language_model import LanguageModel
 from .load import auto_class, class_names, has_relu_head, load_config, load_frozen, longest_row, vocabulary_rows
-from .prune import set_slots, set_vocabulary
+from .prune import is_id_setting, set_slots, set_vocabulary
 from .settings import building, changed_config, check_builds, new_config
 from .task_model import TaskHead, TaskModel, build_task_model, load_task_model
 
@@ -66,6 +66,7 @@ def student_config(
         base = new_config(kind, {"vocab_size": base.vocab_size, **special})
     config = changed_config(base, overrides)
     rows = vocabulary or config.vocab_size
+    _check_ids(overrides, rows)
     set_vocabulary(config, rows if vocab_map is None else vocab_map.num_kept)
     # Ids beyond the rows are a library's defaults for a model that never uses them.
     set_slots(config, torch.arange(rows) if vocab_map is None else torch.where(vocab_map.is_kept, vocab_map.id_to_slot, -1))
@@ -133,6 +134,16 @@ def export_student(student: LanguageModel | TaskModel, tokenizer: PreTrainedToke
 def count_parameters(model: torch.nn.Module) -> int:
     """Numbers in all parameters, tied ones counted once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def _check_ids(overrides: Mapping[str, Any], count: int) -> None:
+    """Refuse an override that names an id beyond the `count` that there are; None names none."""
+    for name, value in overrides.items():
+        ids = value if isinstance(value, list | tuple) else [value]
+        if is_id_setting(name) and any(isinstance(id, int) and not 0 <= id < count for id in ids):
+            raise ValueError(
+                f"student.{name}={value!r} names no token: ids are from 0 to {count - 1}. Give one of the tokenizer's, or leave it out."
+            )
 
 
 def _keep_positions(config: Any, base: Any) -> None:

@@ -24,11 +24,16 @@ class TextBatch:
     """B rows of S tokens. `labels[b, i]` is the id that position i predicts, so no loss shifts anything."""
 
     input_ids: Tensor
-    """(B, S) int64, right padded."""
+    """(B, S) int64, padded."""
     attention_mask: Tensor
     """(B, S) int64, 1 on tokens and 0 on padding."""
     labels: Tensor
     """(B, S) int64: the next id (decoders) or the masked one (encoders); -100 where there is none."""
+
+    @property
+    def token_labels(self) -> Tensor:
+        """(B, S) int64, the labels of no pad: under left padding the last pad would predict the first token."""
+        return self.labels.masked_fill(self.attention_mask == 0, IGNORE_INDEX)
 
     def to(self, device: torch.device | str) -> TextBatch:
         """The same batch on `device`."""

@@ -21,8 +21,9 @@ from ..methods.cached import CacheForm, Kind, to_cache
 from ..methods.registry import LessonInputs
 from ..methods.stage_data import MakeBatch, Sequences, batch_maker, largest_id, train_sequences
 from ..methods.teaching import Lesson, Teacher
+from ..models.filters import reads_last_token
 from ..models.folder import VOCAB_MAP_FOLDER, one_revision
-from ..models.load import check_padded_vocabulary, check_row_length, is_decoder, known_ids
+from ..models.load import check_padded_vocabulary, check_row_length, known_ids
 from ..models.teacher_cache import HEADER, CachedTeacher, Shard, finished_shard, read_header, write_header, write_shard
 from ..store import InUse, Lock, lock, sweep
 from .batches import counter_torch_generator
@@ -139,7 +140,7 @@ def _prepared(
     spec, arguments, options, seed = planned.spec, planned.arguments, planned.options, run.config.seed
     model = run.models.teacher(spec, arguments, run.head(planned))
     assert not isinstance(model, CachedTeacher)
-    rows = run.rows(planned, causal=is_decoder(model.model.config))
+    rows = run.rows(planned, causal=reads_last_token(model))
     check_padded_vocabulary(model, run.tokenizer, "teacher", largest_id(rows, model, run.tokenizer))
     check_row_length(model, -(-rows.longest // 8) * 8, "teacher")
     kept = run.models.kept(spec, model, folder / VOCAB_MAP_FOLDER)
@@ -211,7 +212,7 @@ def _write(folder: Path, writer: _Writer, contents: dict[str, Any], ranks: Ranks
     shards: dict[int, dict[str, Any]] = {}
     new_rows = new_tokens = 0
     started = time.perf_counter()
-    with Progress(count, description="cache", shown=ranks.is_main) as bar:
+    with Progress(count, description="cache", shown=ranks.is_main, unit="rows") as bar:
         for number in range(ranks.rank, -(-count // size), ranks.world_size):
             examples = np.arange(number * size, min((number + 1) * size, count))
             lengths = writer.lengths(examples)

@@ -88,7 +88,8 @@ def evaluate_on_task(
     judged = {name: _load_task_model(name, source, head, dataset, split, arguments) for name, source in models.items()}
     outputs, predictions = {}, {}
     for name, (model, rows) in judged.items():
-        outputs[name] = task_outputs(model.to(_device(use_cpu)), rows, batch_size)
+        with Progress(len(rows), description=f"eval {name}", unit="rows") as progress:
+            outputs[name] = task_outputs(model.to(_device(use_cpu)), rows, batch_size, tell=progress.update)
         predictions[name] = rows.predictions(outputs[name])
         model.cpu()
     labels: list[Any] = [example.label for example in dataset.split(split)]
@@ -225,7 +226,7 @@ def _batches(
     layout = layout_of(text, causal=causal)
     counts = token_bytes(corpus.rows(), tokenizer, layout=layout, max_length=text.max_length)
     row_bytes = np.split(counts, np.cumsum(rows.lengths))
-    with Progress(len(rows), description="eval") as progress:
+    with Progress(len(rows), description="eval", unit="rows") as progress:
         for start in range(0, len(rows), batch_size):
             chosen = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
             # Seeded as evaluation within a run is: the same batches have the same tokens masked.

@@ -22,6 +22,7 @@ from ..sealed import read_bytes
 from ..store import write_bytes_atomic
 
 LOG_FILE = "log.jsonl"
+_SECONDS_A_LINE = 30.0
 log = logging.getLogger("fastkd")
 
 
@@ -199,14 +200,35 @@ class TensorBoard:
 
 
 class Progress(tqdm):
-    """A bar with the time left, when stderr is a terminal and it is to be `shown`; elsewhere a logged line for every one of the log."""
+    """A bar with the time left, when stderr is a terminal and it is to be `shown`; elsewhere logged lines.
 
-    def __init__(self, total: int, *, initial: int = 0, description: str | None = None, shown: bool = True) -> None:
+    There is one for every line of the run's log (`show`); of what counts in a `unit` and has no such log, one every half minute.
+    """
+
+    def __init__(
+        self, total: int, *, initial: int = 0, description: str | None = None, shown: bool = True, unit: str | None = None
+    ) -> None:
         disable = None if shown and sys.stderr is not None else True  # there is no stderr where it is closed
         layout = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
         super().__init__(total=total, initial=initial, desc=description, disable=disable, dynamic_ncols=True, bar_format=layout)
-        self._shown, self._description, self._steps = shown, description, total
-        self._initial, self._started = initial, time.monotonic()
+        self._shown, self._description, self._steps, self._unit = shown, description, total, unit
+        self._initial = self._done = initial
+        self._started = self._told = time.monotonic()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` more, and log how far it is if that is due."""
+        if self._shown and self.disable and self._unit is not None:
+            self._done += int(n or 0)
+            now = time.monotonic()
+            if now - self._told >= _SECONDS_A_LINE and self._done > self._initial:
+                self._told = now
+                left = self._left(self._done, now)
+                log.info("%s: %d/%d %s, %s", self._description, self._done, self._steps, self._unit, left)
+        return super().update(n)
+
+    def _left(self, done: int, now: float) -> str:
+        seconds = (now - self._started) / (done - self._initial) * (self._steps - done)
+        return f"{self.format_interval(seconds)} left"
 
     def show(self, values: Mapping[str, Any]) -> None:
         """Put what a line of the log says behind the bar, or into a line of its own: losses, speed and memory, or scores."""
@@ -222,8 +244,7 @@ class Progress(tqdm):
         if self._shown and self.disable:
             step = values["step"]
             if step > self._initial:
-                seconds = (time.monotonic() - self._started) / (step - self._initial) * (self._steps - step)
-                shown.append(f"{self.format_interval(seconds)} left")
+                shown.append(self._left(step, time.monotonic()))
             log.info("%s: step %d/%d, %s", self._description, step, self._steps, ", ".join(shown))
         elif "loss" in values:
             meter = self.format_dict

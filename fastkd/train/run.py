@@ -17,6 +17,7 @@ from ..methods.objective import Share, Stage
 from ..methods.registry import METHODS, Data, LessonInputs, StageInputs, StageSpec, build_stage
 from ..methods.stage_data import DatasetRows, Rows, TextRows, largest_id, split_fingerprints, train_sequences
 from ..methods.teaching import Model
+from ..models.filters import reads_last_token
 from ..models.folder import one_revision
 from ..models.language_model import LanguageModel
 from ..models.load import (
@@ -299,7 +300,7 @@ class Run:
         head = self.head(planned)
         teacher = self.models.teacher(spec, arguments, head) if spec.needs_teacher else None
         student = self.models.trained(spec, arguments, teacher, head)
-        rows = self.rows(planned, causal=is_decoder(student.model.config))
+        rows = self.rows(planned, causal=reads_last_token(student))
         cached = None
         if isinstance(teacher, CachedTeacher):
             cached = self._cached_lesson(planned, student, teacher, rows)

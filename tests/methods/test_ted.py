@@ -19,7 +19,7 @@ from fastkd.models.filters import FilterBank
 from fastkd.models.language_model import LanguageModel
 from fastkd.models.task_model import TaskHead, TaskModel, build_task_model
 from fastkd.tasks.encoded import TaskBatch
-from fastkd.tasks.text import TextBatch
+from fastkd.tasks.text import TextBatch, shifted
 from fastkd.vocab.map import VocabMap
 from tests import tiny
 from tests.oracle import assert_close, wrong_gradients
@@ -337,6 +337,24 @@ def test_terms_of_weight_zero_are_not_computed(case):
     teacher.forward = None
     loss = plain(batch, plain.weight(batch))
     assert torch.equal(run(mse_alpha=0.0, kl_alpha=0.0)[0], loss) and not torch.equal(kd[0], loss)
+
+
+@pytest.mark.parametrize("kl_alpha", [0.0, 20.0])
+@pytest.mark.parametrize("case", ["causal", "mapped"])
+def test_under_left_padding_a_pads_label_is_neither_counted_nor_summed(case, kl_alpha):
+    """The pad before the first token predicts it, by the shift."""
+    student, teacher = models(case)
+    padded = make_batch(case)
+    ids, mask = padded.input_ids.flip(1), padded.attention_mask.flip(1)
+    batch = TextBatch(ids, mask, shifted(torch.where(mask.bool(), ids, -100)))
+    of_tokens = replace(batch, labels=torch.where(mask.bool(), batch.labels, -100))
+    options = TEDOptions(layerwise="none", kl_alpha=kl_alpha)
+    objective = TaskAwareDistillation(student, teacher, options, seed=0)
+    expected = stage_two(case, student, teacher, of_tokens, options.resolved(), None, None)
+    compare_gradients(objective(batch, objective.weight(batch)), expected, dict(student.named_parameters()))
+    filters = FilterTraining(student, TEDOptions(filter_output_dim=20), role="student", seed=0).eval()
+    assert filters.weight(batch) == (of_tokens.labels != -100).sum() < (batch.labels != -100).sum()
+    assert_close(filters(batch, 1.0), filters(of_tokens, 1.0), EXACT)
 
 
 @pytest.mark.parametrize("case", ["masked", "causal"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from fastkd.models.behaviour import forward_arguments, probe_ids
 from fastkd.models.language_model import LanguageModel
+from fastkd.models.load import is_decoder
+from fastkd.models.teacher_cache import CachedTeacher
 from tests import multimodal, tiny
 from tests.wrappers import PeftStandIn
 
@@ -137,16 +140,28 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_class_whose_attention_is_that_of_another_is_refused(name: str):
     """transformers' BertLMHeadModel shifts its labels in any case: without is_decoder it would learn to copy what it sees."""
-    is_decoder, message = REFUSED[name]
+    decoder, message = REFUSED[name]
 
-    def make(is_decoder: bool) -> Any:
+    def make(decoder: bool) -> Any:
         torch.manual_seed(0)
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        return getattr(transformers, name)(transformers.BertConfig(vocab_size=60, is_decoder=is_decoder, **shape))
+        return getattr(transformers, name)(transformers.BertConfig(vocab_size=60, is_decoder=decoder, **shape))
 
     with pytest.raises(ValueError, match=f"^{name} {message}"):
-        LanguageModel(make(is_decoder))
-    assert LanguageModel(make(not is_decoder)).causal is not is_decoder
+        LanguageModel(make(decoder))
+    assert LanguageModel(make(not decoder)).causal is not decoder
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_class_for_both_is_asked_where_there_are_no_weights_too(causal: bool, tmp_path: Path):
+    """XLM's one class for words is trained either way."""
+    torch.manual_seed(0)
+    shape = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "pad_index": 0}
+    model = transformers.XLMWithLMHeadModel(transformers.XLMConfig(vocab_size=700, causal=causal, **shape))
+    folder = tiny.save(tmp_path, model, tiny.byte_level())
+    state = torch.get_rng_state()
+    assert LanguageModel(model).causal is is_decoder(folder) is CachedTeacher(folder, tmp_path).causal is causal
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_whose_positions_are_apart_is_refused():

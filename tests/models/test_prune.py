@@ -151,6 +151,18 @@ def test_a_padding_slot_beyond_the_positions_is_refused_in_a_sentence(kind):
         prune_model(family(kind, max_position_embeddings=32), issue_map({1: 110}))
 
 
+def test_the_remedy_that_is_named_gives_the_logits_as_they_were():
+    """Without any further call, such as eval(): the pruned model is in the mode of the whole one."""
+    torch.manual_seed(0)
+    model, counts = family("roberta", max_position_embeddings=114), torch.arange(IDS)
+    counts[1] = 0
+    chosen = VocabMap.from_counts(counts, 0.6, protected=[0, 1, 2, 3], multiple_of=8).assign_stand_ins(torch.randn(IDS, 4))
+    with pytest.raises(ValueError, match=r"vocab_map\.pin\(\{1: 1\}\)\.$"):
+        prune_model(model, chosen)
+    pinned = chosen.pin({1: 1})
+    assert_same_logits(model, prune_model(model, pinned).model, pinned, length=112)
+
+
 def test_a_padding_id_that_is_not_kept_is_named():
     model = family("roberta")
     chosen = VocabMap.from_counts(torch.arange(IDS), KEPT, protected=[0, 2, 3], multiple_of=8)
@@ -235,7 +247,10 @@ def test_a_mapped_student_is_pruned_by_a_map_over_its_ids():
     kept = torch.tensor([order[3], 1, *order[70:90]])
     slots = first.id_to_slot.clone().fill_(-1).index_copy_(0, kept, torch.arange(len(kept)))
     both = VocabMap(kept, slots)
-    assert_same_logits(whole, prune_model(mapped, both).eval().model, both)
+    mapped.slot_bias = torch.randn(KEPT)  # as of a student that answers for all ids
+    pruned = prune_model(mapped, both)
+    assert_same_logits(whole, pruned.eval().model, both)
+    assert torch.equal(pruned.slot_bias, mapped.slot_bias[first.id_to_slot[kept]])
     lost = int((~first.is_kept).nonzero()[0])
     kept[4] = lost
     slots = slots.fill_(-1).index_copy_(0, kept, torch.arange(len(kept)))
@@ -273,7 +288,7 @@ def test_pruning_leaves_the_model_and_the_generator_as_they_were(training):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     pruned = prune_model(model, issue_map())
-    assert torch.equal(torch.get_rng_state(), state) and model.training is training
+    assert torch.equal(torch.get_rng_state(), state) and model.training is pruned.training is training
     with torch.no_grad():
         for parameter in pruned.parameters():
             assert parameter.requires_grad

@@ -51,6 +51,15 @@ GEMMA3 = transformers.Gemma3TextConfig(
         (LLAMA, {"rope_parameters": {"rope_type": "foo"}}, "student.rope_parameters={'rope_type': 'foo'} makes no llama model: "),
         (BERT, {"vocab_size": 100}, "student.vocab_size has no effect: the vocabulary is the tokenizer's"),
         *(
+            (base, {name: value}, f"student.{name}={value!r} names no token: ids are from 0 to {base.vocab_size - 1}. Give one of")
+            for base, name, value in (
+                (LLAMA, "eos_token_id", 99999),
+                (LLAMA, "eos_token_id", [0, 700]),
+                (LLAMA, "bos_token_id", -1),
+                (BERT, "pad_token_id", 600),
+            )
+        ),
+        *(
             (BERT, {name: "x"}, f"student.{name} has no effect")
             for name in ("dtype", "torch_dtype", "architectures", "_name_or_path", "transformers_version", "num_labels", "use_cache")
         ),

@@ -371,6 +371,21 @@ def test_what_text_refuses(tmp_path, case, sentence):
 # ---- what is written
 
 
+@pytest.mark.parametrize("what", ["task", "text"])
+def test_off_a_terminal_it_says_how_far_it_is(tmp_path, monkeypatch, caplog, what):
+    monkeypatch.setattr("fastkd.train.log._SECONDS_A_LINE", 0.0)
+    with caplog.at_level(logging.INFO, "fastkd"):
+        if what == "task":
+            models = {"student": runs.bert_classifier(tmp_path)}
+            evaluate_on_task(models, arguments(tmp_path, "glue/rte"), batch_size=3, use_cpu=True)
+            total, step, named = 8, 3, "eval student"
+        else:
+            evaluation = evaluate_on_text({"student": runs.llama_teacher(tmp_path)}, dev_text(tmp_path), batch_size=4, use_cpu=True)
+            total, step, named = evaluation["data"]["rows"], 4, "eval"
+    told = [message.rpartition(",")[0] for message in caplog.messages if message.endswith(" left")]
+    assert told == [f"{named}: {min(done, total)}/{total} rows" for done in range(step, total + step, step)]
+
+
 def test_results_and_plots_are_written(tmp_path, monkeypatch, caplog):
     models = {"teacher": runs.bert_teacher(tmp_path, seed=1), "student": runs.bert_teacher(tmp_path, seed=2)}
     evaluation = evaluate_on_text(models, dev_text(tmp_path), use_cpu=True)

@@ -166,6 +166,16 @@ def test_off_a_terminal_every_line_of_the_log_is_told(tmp_path, monkeypatch, cap
     ]
 
 
+def test_off_a_terminal_what_has_no_log_says_every_half_minute_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for shown in (True, False):
+        monkeypatch.setattr("time.monotonic", iter([0.0, 10.0, 40.0, 69.0, 80.0]).__next__)
+        with caplog.at_level(logging.INFO, "fastkd"), Progress(100, description="eval", unit="rows", shown=shown) as bar:
+            for _ in range(4):
+                bar.update(20)
+    assert [record.getMessage() for record in caplog.records] == ["eval: 40/100 rows, 01:00 left", "eval: 80/100 rows, 00:20 left"]
+
+
 def test_before_the_first_step_nothing_is_guessed_and_other_ranks_are_silent(monkeypatch, caplog):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with caplog.at_level(logging.INFO, "fastkd"):

@@ -100,6 +100,7 @@ def test_finetuning_starts_from_a_whole_backbone(tmp_path, no_step):
         (runs.llama_teacher, {"hidden_size": 30}, "student.hidden_size=30 makes no llama model: .*multiple of the number of attention"),
         (runs.llama_teacher, {"num_attention_heads": 3}, "student.num_attention_heads=3 makes no llama model"),
         (runs.bert_teacher, {"num_attention_heads": 3}, "student.num_attention_heads=3 makes no bert model"),
+        (runs.llama_teacher, {"eos_token_id": 700}, "student.eos_token_id=700 names no token: ids are from 0 to 699"),
     ],
 )
 def test_a_student_that_could_not_be_saved_is_refused_before_the_first_step(tmp_path, no_step, make, student, said):

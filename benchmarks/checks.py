@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.ops.backend_torch import _GPU_BLOCK_ELEMENTS
+from fastkd.ops.backend_torch import GPU_BLOCK_ELEMENTS
 from fastkd.ops.backends import MODULES
 from fastkd.ops.plan import Plan, plan_chunks
 from fastkd.ops.row_check import CallKind
@@ -34,8 +34,8 @@ CLOSE = (4e-4, 4e-3, 3e-2)
 CLOSE_FLOAT32 = 1e-3
 """Where a float32 gradient is what a cancellation of logits leaves: 1.4e-4 was seen at 3.6e-4 nats, of every implementation."""
 VOCABULARIES = (1000, 50_257, 50_304)
-_TORCH_BLOCK_BYTES = 48 * _GPU_BLOCK_ELEMENTS
-"""Of the torch backend's temporaries: a dozen float32 arrays of a block."""
+_TORCH_BLOCK_BYTES = 48 * GPU_BLOCK_ELEMENTS
+"""Bytes of the torch backend's temporaries: a dozen float32 arrays of a block."""
 Check = Callable[[], str]
 """Raises if something is wrong; returns what was seen."""
 

@@ -53,6 +53,19 @@ SHARED_CODE T rest_value(const Mixing<T>& mixing) {
   return 0;
 }
 
+// How the teacher's mass is split between the columns of a row and its tokens that have none.
+template <typename T>
+struct Rest {
+  T log_columns, probability;  // log of the columns' mass; the mass of the others
+};
+
+// odds: log of the others' mass over the columns'. `Math` as for `make_entry`.
+template <typename Math, typename T>
+SHARED_CODE Rest<T> split(T odds) {
+  const T small = Math::exp(-std::abs(odds));
+  return {-((odds > 0 ? odds : T(0)) + Math::log(1 + small)), (odds > 0 ? T(1) : small) / (1 + small)};
+}
+
 // Only the difference of the logarithms counts: they may be off by the same amount. `Math` has exp(x) for x of at most zero, or above it
 // by rounding, and log(x) for x from 1 to 2.
 template <Kind kind, typename Math, typename T>

@@ -20,25 +20,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "row_math.h"
+#include "logits.h"
 
 namespace {
 
 using namespace fastkd;
-
-// logits = softcap * tanh(scale * (raw + bias) / softcap); softcap 0: scale * (raw + bias).
-struct Transform {
-  double scale, softcap;
-};
-
-// (rows, V) of any floating dtype; null where the call has none.
-struct Matrix {
-  void* data;
-  int64_t stride;
-  at::ScalarType type;
-  template <typename T>
-  T* row(int64_t index) const { return static_cast<T*>(data) + index * stride; }
-};
 
 template <typename T>
 struct Call {
@@ -49,7 +35,7 @@ struct Call {
   double mixing, temperature;
   Transform student_transform, teacher_transform;
   const T *student_bias, *teacher_bias;  // null: none
-  const T* teacher_rest;                  // null: none
+  const T* teacher_rest;  // null: none
   const T* row_weight;
   const int64_t* labels;  // null: no labels
   const T* label_weight;  // null: cross-entropy without gradient
@@ -64,28 +50,6 @@ template <typename T>
 struct Block {
   T max_s, max_t, sum_s, sum_t, cross;
 };
-
-template <typename From, typename T>
-INLINED T* upcast(From* row, int64_t n, T* scratch) {
-  if constexpr (std::is_same_v<From, T>) {
-    return row;
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) scratch[j] = static_cast<T>(row[j]);
-    return scratch;
-  }
-}
-
-// The row in the compute type: itself if it is of that type, else a copy in `scratch`.
-template <typename T>
-INLINED T* load(const Matrix& logits, int64_t row, int64_t n, T* scratch) {
-  switch (logits.type) {
-    case at::kFloat: return upcast(logits.row<float>(row), n, scratch);
-    case at::kDouble: return upcast(logits.row<double>(row), n, scratch);
-    case at::kHalf: return upcast(logits.row<at::Half>(row), n, scratch);
-    default: return upcast(logits.row<at::BFloat16>(row), n, scratch);
-  }
-}
 
 // `to` may begin where `from` does if its type is narrower: a block is wholly read before it is written, and element j of `to` lies
 // over no element of `from` past j. memcpy, because that memory holds both types.
@@ -107,31 +71,6 @@ INLINED void store(const T* from, const Matrix& gradient, int64_t row, int64_t n
     case at::kDouble: return round_row(from, n, gradient.row<double>(row));
     case at::kHalf: return round_row(from, n, gradient.row<at::Half>(row));
     default: return round_row(from, n, gradient.row<at::BFloat16>(row));
-  }
-}
-
-template <typename T>
-INLINED void transform_row(T* row, int64_t n, Transform transform, T inverse_temperature) {
-  const T scale = transform.scale, cap = transform.softcap;
-  if (cap != 0) {
-    const T inside = scale / cap, outside = cap * inverse_temperature;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) row[j] = outside * std::tanh(row[j] * inside);
-  } else if (scale * inverse_temperature != 1) {
-    const T factor = scale * inverse_temperature;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) row[j] *= factor;
-  }
-}
-
-// to = row + bias, without a bias (null) a copy; `to` may be `row`.
-template <typename T>
-INLINED void add_bias(const T* row, const T* bias, int64_t n, T* to) {
-  if (bias) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) to[j] = row[j] + bias[j];
-  } else if (to != row) {
-    std::memcpy(to, row, n * sizeof(T));
   }
 }
 
@@ -174,17 +113,10 @@ INLINED int64_t first_max(const T* row, int64_t n, T largest) {
   return 0;
 }
 
-// How the teacher's mass is split between a row's columns and the tokens that have none, from the log-sums of both.
+// How the teacher's mass is split, from the log-sum over the row's columns; all of it is theirs where nothing else is told of.
 template <typename T>
-struct Rest {
-  T log_columns, probability;  // log of the columns' mass; the mass of the others
-};
-
-template <typename T>
-INLINED Rest<T> split(const T* log_rest, int64_t row, T log_columns) {
-  if (!log_rest) return {};
-  const T odds = log_rest[row] - log_columns, small = std::exp(-std::abs(odds));
-  return {-(std::max(odds, T(0)) + std::log1p(small)), (odds > 0 ? 1 : small) / (1 + small)};
+INLINED Rest<T> rest_of(const Call<T>& call, int64_t row, T log_columns) {
+  return call.teacher_rest ? split<Math>(call.teacher_rest[row] - log_columns) : Rest<T>{};
 }
 
 // Whether a row's largest probability, 1 / sum, is above a half. Its entry of the gradient is then minus the sum of the others: the row
@@ -218,7 +150,7 @@ INLINED void forward_kl_row(const Call<T>& call, int64_t row, const T* student, 
     for (int64_t part = 0; part < size; part += kPart) {
       // The next block is fetched while this one is computed.
       for (int64_t j = part; j < part + kPart; j += kLine / sizeof(T)) {
-        __builtin_prefetch(s_block + kBlock + j);
+        __builtin_prefetch(student + start + kBlock + j);
         __builtin_prefetch(teacher + start + kBlock + j);
       }
       const int64_t end = std::min(part + kPart, size);
@@ -250,7 +182,7 @@ INLINED void forward_kl_row(const Call<T>& call, int64_t row, const T* student, 
   const T temperature = call.temperature;
   // One logarithm: of two large sums, as a high temperature makes them, the difference would be left to rounding.
   const T of_columns = cross / sum_t * std::numbers::ln2_v<T> + std::log(sum_s / sum_t);
-  const Rest<T> rest = split(call.teacher_rest, row, max_t * of_teacher + std::log(sum_t));
+  const Rest<T> rest = rest_of(call, row, max_t * of_teacher + std::log(sum_t));
   const T mass = std::exp(rest.log_columns);
   call.divergence[row] = temperature * temperature * mass * (of_columns + rest.log_columns);
   if (!g) return;
@@ -332,7 +264,7 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
     const T max_t = row_max(t, n);
     log_z.divergence = log_sum_exp(s, n, max_s, T(1));
     log_z_t = log_sum_exp(t, n, max_t, T(1));
-    rest = split(call.teacher_rest, row, log_z_t);
+    rest = rest_of(call, row, log_z_t);
     log_z_t -= rest.log_columns;
     weight.divergence = temperature * call.row_weight[row];
     if (call.top1_agreement) call.top1_agreement[row] = first_max(s, n, max_s) == first_max(t, n, max_t);
@@ -499,31 +431,11 @@ void choose_variant(const std::string& name) {
   chosen = &*found;
 }
 
-using Optional = std::optional<at::Tensor>;
-
-// A vector (rows,); null for None.
-template <typename T>
-T* data(const Optional& vector) {
-  if (!vector) return nullptr;
-  TORCH_CHECK(vector->is_contiguous(), "row weights, labels and losses must be contiguous");
-  return vector->mutable_data_ptr<T>();
-}
-
-Matrix matrix(const Optional& tensor, const at::Tensor& shaped_like) {
-  if (!tensor) return {};
-  TORCH_CHECK(tensor->sizes() == shaped_like.sizes() && (tensor->size(1) <= 1 || tensor->stride(1) == 1),
-              "logits and their gradient must have one shape and stride 1 along the vocabulary");
-  const at::ScalarType type = tensor->scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
-              "logits and their gradient must be float16, bfloat16, float32 or float64, got ", type);
-  return {tensor->mutable_data_ptr(), tensor->stride(0), type};
-}
-
 // Matrices (rows, V) with stride 1 along V; vectors (rows,) of one dtype, float or double, and labels int64.
 void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, double mixing, double temperature, double student_scale,
                          double student_softcap, double teacher_scale, double teacher_softcap, Optional student_bias,
-                         Optional teacher_bias, Optional teacher_rest, at::Tensor row_weight, Optional labels, Optional label_weight, std::vector<Optional> out,
-                         Optional gradient, bool keeps_logits) {
+                         Optional teacher_bias, Optional teacher_rest, at::Tensor row_weight, Optional labels, Optional label_weight,
+                         std::vector<Optional> out, Optional gradient, bool keeps_logits) {
   const auto launch = [&]<typename T>(void (*run)(const Call<T>&, int64_t, int64_t)) {
     const Call<T> call{matrix(student, student), matrix(teacher, student), matrix(gradient, student), keeps_logits, student.size(1),
                        Kind(kind), mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap},
@@ -534,51 +446,11 @@ void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, dou
   row_weight.scalar_type() == at::kFloat ? launch(chosen->of_float) : launch(chosen->of_double);
 }
 
-template <typename T>
-void slot_rows(const Matrix& raw, const T* bias, const at::Tensor& order, const at::Tensor& ends, const at::Tensor& out, T* rest,
-               Transform transform, T temperature) {
-  const int64_t n = order.size(0), slots = ends.size(0) - 1;
-  const int64_t *const columns = order.const_data_ptr<int64_t>(), *const end = ends.const_data_ptr<int64_t>();
-  at::parallel_for(0, out.size(0), 1, [&](int64_t first, int64_t last) {
-    const auto scratch = std::make_unique_for_overwrite<T[]>(2 * n + 2 * (slots + 1));
-    T *const z = scratch.get(), *const terms = z + n, *const largest = terms + n, *const sum = largest + slots + 1;
-    for (int64_t row = first; row < last; ++row) {
-      add_bias(load(raw, row, n, z), bias, n, z);
-      transform_row(z, n, transform, T(1) / temperature);
-      for (int64_t slot = 0, i = 0; slot <= slots; ++slot) {
-        const int64_t begin = i;
-        // Lowest, not -infinity: the distance of -infinity to it still is.
-        T most = std::numeric_limits<T>::lowest();
-        for (; i < end[slot]; ++i) most = std::max(most, terms[i] = z[columns[i]]);
-        for (int64_t k = begin; k < i; ++k) terms[k] -= most;
-        largest[slot] = most;
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) terms[i] = exp_of_negative(terms[i]);
-      for (int64_t slot = 0, i = 0; slot <= slots; ++slot) {
-        T total = 0;
-        for (; i < end[slot]; ++i) total += terms[i];
-        sum[slot] = total;
-      }
-      T* const to = out.mutable_data_ptr<T>() + row * out.stride(0);
-#pragma omp simd
-      for (int64_t slot = 0; slot < slots; ++slot) to[slot] = temperature * (largest[slot] + std::log(sum[slot]));
-      rest[row] = largest[slots] + std::log(sum[slots]);
-    }
-  });
-}
-
-// `slot_logits_` of fastkd/ops/backend_cpp.py.
-void slot_logits_(at::Tensor raw, Optional bias, at::Tensor order, at::Tensor ends, at::Tensor out, at::Tensor rest, double scale,
-                  double softcap, double temperature) {
-  const auto run = [&]<typename T>(T) {
-    slot_rows<T>(matrix(raw, raw), data<T>(bias), order, ends, out, rest.mutable_data_ptr<T>(), {scale, softcap}, T(temperature));
-  };
-  out.scalar_type() == at::kFloat ? run(float()) : run(double());
-}
-
 }  // namespace
 
+// csrc/cpu/slots.cpp
+void slot_logits_(at::Tensor raw, Optional bias, at::Tensor order, at::Tensor ends, at::Tensor out, at::Tensor rest, double scale,
+                  double softcap, double temperature);
 // csrc/cpu/gemm.cpp
 bool has_mm_16bit();
 void mm_16bit_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate);

@@ -175,9 +175,10 @@ SHARED_CODE Row make_row(const Statistics& whole, float rate, bool labels, float
   const float student = whole.student_sum + peak.student_sum, teacher = whole.teacher_sum + peak.teacher_sum;
   Row row{whole, whole.moment + peak.moment, whole.student_from - whole.teacher_from};
   // No difference of logs: both are large where it is small.
-  const float odds = log_rest * log2_e - (whole.teacher_from + log2_of(teacher)), small = exp2_of(-fabsf(odds));
-  const float log_mass = log_rest == nothing ? 0.0f : -(fmaxf(odds, 0.0f) + log2_of(1 + small));
-  row.mass = exp2_of(log_mass), row.rest = log_rest == nothing ? 0.0f : (odds > 0 ? 1 : small) / (1 + small);
+  const float odds = log_rest - (whole.teacher_from + log2_of(teacher)) * ln_2;
+  const Rest<float> rest = log_rest == nothing ? Rest<float>{} : split<Math>(odds);
+  const float log_mass = rest.log_columns * log2_e;
+  row.mass = exp2_of(log_mass), row.rest = rest.probability;
   row.log_center = log2_of(teacher / student) - log_mass;
   row.student_share = 1 / student, row.teacher_share = row.mass / teacher, row.label_share = 1 / (whole.label_sum + peak.label_sum);
   row.student_log = log2_of(student), row.teacher_log = log2_of(teacher) - log_mass;

@@ -15,7 +15,7 @@ from .divergence import balance_, value_and_coefficient, weighted
 from .row_call import LogitTransform, RowCall, TopK
 
 _CPU_BLOCK_ELEMENTS = 1 << 18
-_GPU_BLOCK_ELEMENTS = 1 << 23
+GPU_BLOCK_ELEMENTS = 1 << 23
 _LOG_HALF = -math.log(2.0)
 
 
@@ -50,7 +50,7 @@ def run(call: RowCall) -> None:
 def blocks(logits: Tensor) -> Iterator[slice]:
     """Slices of the rows of `logits` (C, V)."""
     rows, vocabulary = logits.shape
-    step = max(1, (_GPU_BLOCK_ELEMENTS if logits.is_cuda else _CPU_BLOCK_ELEMENTS) // max(1, vocabulary))
+    step = max(1, (GPU_BLOCK_ELEMENTS if logits.is_cuda else _CPU_BLOCK_ELEMENTS) // max(1, vocabulary))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

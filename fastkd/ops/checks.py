@@ -138,14 +138,17 @@ def check_vocab_index(vocab_index: Tensor | None, student_vocabulary: int, teach
                 "without a teacher row have no target. Pass vocab_index (the teacher row of every student row) or slice the student."
             )
         return
-    check_tensor("vocab_index", vocab_index)
-    if vocab_index.dtype != torch.int64 or vocab_index.shape != (student_vocabulary,):
-        raise ValueError(
-            f"vocab_index has dtype {vocab_index.dtype} and shape {tuple(vocab_index.shape)}; give torch.int64 of shape "
-            f"({student_vocabulary},), one teacher row for every student row."
-        )
-    if vocab_index.device != device:
-        raise ValueError(f"vocab_index is on {vocab_index.device} and the student is on {device}; move it there.")
+    _check_rows("vocab_index", vocab_index, student_vocabulary, "one teacher row for every student row", device)
+
+
+def _check_rows(name: str, rows: Tensor, count: int, meaning: str, device: torch.device) -> None:
+    """Check that `rows` is int64 of shape (count,) on `device`."""
+    check_tensor(name, rows)
+    if rows.dtype != torch.int64 or rows.shape != (count,):
+        given = f"dtype {rows.dtype} and shape {tuple(rows.shape)}"
+        raise ValueError(f"{name} has {given}; give torch.int64 of shape ({count},), {meaning}.")
+    if rows.device != device:
+        raise ValueError(f"{name} is on {rows.device} and the student is on {device}; move it there.")
 
 
 def check_teacher_mass(
@@ -179,14 +182,7 @@ def check_teacher_mass(
             "teacher_mass='slots' needs vocab_slots, the student's row of every row of the teacher (of a fastkd.VocabMap: id_to_slot), "
             "and no vocab_index."
         )
-    check_tensor("vocab_slots", vocab_slots)
-    if vocab_slots.dtype != torch.int64 or vocab_slots.shape != (teacher_vocabulary,):
-        raise ValueError(
-            f"vocab_slots has dtype {vocab_slots.dtype} and shape {tuple(vocab_slots.shape)}; give torch.int64 of shape "
-            f"({teacher_vocabulary},), the student's row of every row of the teacher, or -1."
-        )
-    if vocab_slots.device != device:
-        raise ValueError(f"vocab_slots is on {vocab_slots.device} and the student is on {device}; move it there.")
+    _check_rows("vocab_slots", vocab_slots, teacher_vocabulary, "the student's row of every row of the teacher, or -1", device)
 
 
 def check_token_values(

@@ -22,7 +22,7 @@ from .linear_logits import LinearGradients, LinearLogits, gradient_dtype
 from .options import LossOptions
 from .plan import Plan, plan_chunks
 from .row_call import RowCall, RowOutputs, TopK
-from .teacher_mass import SlotLogits, dropped_rows, given_rest, head_rest
+from .teacher_mass import SLOT_TOKENS, SlotLogits, dropped_rows, given_rest, head_rest
 from .token_weights import TokenWeights, token_weights
 
 
@@ -262,7 +262,7 @@ def _teacher(constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, 
 
 
 def _slots(constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions) -> SlotLogits:
-    slots, tokens = constants["vocab_slots"], SlotLogits.tokens_of_source(plan.teacher_tokens)
+    slots, tokens = constants["vocab_slots"], min(plan.teacher_tokens, SLOT_TOKENS)
     check_slot_values(slots, plan.vocabulary)
     source: LinearLogits | GivenLogits
     if "teacher_logits" in constants:

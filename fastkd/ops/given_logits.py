@@ -21,7 +21,7 @@ class GivenLogits:
 
     bias: Tensor | None = None
     rest: Tensor | None = None
-    """Of a teacher: (n,) log-sum of its tokens that have no column; see `RowCall.teacher_rest`."""
+    """(n,) log-sum of a teacher's tokens that have no column; see `RowCall.teacher_rest`."""
 
     def __init__(
         self, logits: Tensor, valid: Tensor | None, tokens: int, *, columns: Tensor | None = None, needs_grad: bool = False

@@ -34,7 +34,7 @@ class LinearLogits:
     """
 
     rest: Tensor | None = None
-    """Of a teacher: (n,) log-sum of its tokens that have no column; see `RowCall.teacher_rest`."""
+    """(n,) log-sum of a teacher's tokens that have no column; see `RowCall.teacher_rest`."""
 
     def __init__(
         self,

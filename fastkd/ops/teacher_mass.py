@@ -14,7 +14,7 @@ from .plan import slices
 from .row_call import LogitTransform
 
 _TILE_ROWS = 4096
-_SLOT_TOKENS = 256
+SLOT_TOKENS = 256
 """Tokens whose logits over the teacher's whole vocabulary are alive at a time."""
 
 
@@ -76,7 +76,7 @@ class SlotLogits:
     of those whose logits were made.
 
     Args:
-        source: of the teacher's own logits, at most `_SLOT_TOKENS` at a time.
+        source: of the teacher's own logits, at least `SLOT_TOKENS` at a time, or all of `at_a_time`.
         slots: (V_t,) int64 the slot of every token of the teacher; -1: none.
         tokens: how many count.
         at_a_time: how many tokens' logits are made at a time.
@@ -111,15 +111,10 @@ class SlotLogits:
             self.order = self.slots.argsort(stable=True)
             self.ends = torch.zeros(vocabulary + 1, dtype=torch.int64).index_add_(0, self.slots, torch.ones_like(slots)).cumsum(0)
 
-    @staticmethod
-    def tokens_of_source(at_a_time: int) -> int:
-        """How many tokens' logits the source has to make at a time."""
-        return min(at_a_time, _SLOT_TOKENS)
-
     def logits(self, part: slice) -> Tensor:
         """The slots' logits of these tokens, (tokens, V_s), in a buffer that the next call overwrites."""
         assert self.rest is not None
-        for tokens in slices(part.start, part.stop, _SLOT_TOKENS):
+        for tokens in slices(part.start, part.stop, SLOT_TOKENS):
             out, raw = self.buffer[tokens.start - part.start : tokens.stop - part.start], self.source.logits(tokens)
             if self.compiled:
                 backend_cpp.slot_logits_(
@@ -130,6 +125,7 @@ class SlotLogits:
         return self.buffer[: part.stop - part.start]
 
     def _reduce(self, raw: Tensor, out: Tensor, rest: Tensor) -> None:
+        """Do in plain torch what `backend_cpp.slot_logits_` does."""
         for block in blocks(raw):
             z = transformed(raw[block], self.source.bias, self.transform, out.dtype) / self.temperature
             index = self.slots.expand_as(z)

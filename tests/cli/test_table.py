@@ -39,7 +39,7 @@ def test_the_head_takes_several_lines_on_a_narrow_terminal(monkeypatch, columns,
 
 
 def test_columns_that_do_not_fit_come_below_behind_the_first(monkeypatch):
-    """Of a table as `fastkd eval` shows, on 80 columns and on far fewer."""
+    """A table as `fastkd eval` shows it, on 80 columns and on far fewer."""
     scores = ["perplexity", "bits per byte", "calibration error", "agreement with teacher", "KL from teacher, nats"]
     head = ["", *scores, "parameters", "vocabulary"]
     rows = [[name, *("0.1234" for _ in scores), 123456789, 50257] for name in ("teacher", "student", "plain KD")]

@@ -175,9 +175,10 @@ extern "C" int offset_of(const char* name) {
 #define FIELD(field) \
   if (!std::strcmp(name, #field)) return int(offsetof(Call, field));
   FIELD(student) FIELD(teacher) FIELD(gradient) FIELD(student_bias) FIELD(teacher_bias) FIELD(teacher_rest) FIELD(row_weight)
-  FIELD(labels) FIELD(label_weight) FIELD(divergence) FIELD(cross_entropy) FIELD(student_entropy) FIELD(teacher_entropy) FIELD(top1_agreement)
-  FIELD(student_stride) FIELD(teacher_stride) FIELD(gradient_stride) FIELD(student_type) FIELD(teacher_type) FIELD(gradient_type)
-  FIELD(vocabulary) FIELD(slice) FIELD(temperature) FIELD(rate) FIELD(student_transform) FIELD(teacher_transform) FIELD(mixing)
+  FIELD(labels) FIELD(label_weight) FIELD(divergence) FIELD(cross_entropy) FIELD(student_entropy) FIELD(teacher_entropy)
+  FIELD(top1_agreement) FIELD(student_stride) FIELD(teacher_stride) FIELD(gradient_stride) FIELD(student_type) FIELD(teacher_type)
+  FIELD(gradient_type) FIELD(vocabulary) FIELD(slice) FIELD(temperature) FIELD(rate) FIELD(student_transform)
+  FIELD(teacher_transform) FIELD(mixing)
   return -1;
 }
 

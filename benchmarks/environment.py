@@ -63,7 +63,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """Of the checkout that this file is part of; an installed package and a copy without its history have none."""
+    """Name the commit of the checkout that this file is part of; an installed package and a copy without its history have none."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return "unknown"

@@ -108,7 +108,7 @@ def _timings(settings: Settings, found: Mapping[str, Implementation], shape: Sha
 def _gradient_errors(
     settings: Settings, found: Mapping[str, Implementation], shape: Shape, dtype: torch.dtype
 ) -> dict[str, list[dict[str, float]]]:
-    """Of every implementation and every divergence of `CLOSE`."""
+    """Measure the errors of every implementation at every divergence of `CLOSE`."""
     errors: dict[str, list[dict[str, float]]] = {name: [] for name in found if name not in FLOORS}
     for target in CLOSE:
         pair = close_pair(target, shape, dtype, settings.device)

@@ -86,7 +86,7 @@ def measure(smoke: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def fold(inputs: Inputs) -> list[dict[str, float]]:
-    """Of the logits' gradient of a mean over N tokens in float16: divided by N before it is rounded, and after."""
+    """Measure the error of the logits' gradient of a mean over N tokens in float16: divided by N before it is rounded, and after."""
     truth = (inputs.student.double() @ inputs.head.double().T).softmax(-1)
     truth -= (inputs.teacher.double() @ inputs.teacher_head.double().T).softmax(-1)
     rounded = truth.half().double()

@@ -24,7 +24,7 @@ from .eager import EAGER, Implementation, Outcome, beside_eager, worst_errors
 from .implementations import COMPILED, FLOOR
 
 FEW_TOKENS = 512
-"""Of which errors are judged, and after which thread pools and workspaces exist."""
+"""Tokens of which errors are judged, and after which thread pools and workspaces exist."""
 NAMES = ("states", "weight", "bias")
 
 

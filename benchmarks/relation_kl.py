@@ -29,7 +29,7 @@ FEW_ROWS = 128
 JUDGED_HEADS = 2
 """Errors are those of all keys, but of fewer heads: float64 scores of all of them would fill the memory."""
 TILE_BYTES = 16 << 20
-"""Of the floor's scores on a CPU, to stay in its cache."""
+"""Bytes of the floor's scores on a CPU, to stay in its cache."""
 
 
 class Shape(NamedTuple):

@@ -45,7 +45,7 @@ class Decoder:
 
     @property
     def matrices(self) -> list[Shape]:
-        """Of one layer: q, k, v, o; gate, up, down."""
+        """Shapes of one layer's weights: q, k, v, o; gate, up, down."""
         width, inner, keys = self.width, self.intermediate, self.key_value_width
         attention = [(width, width), (keys, width), (keys, width), (width, width)]
         return [*attention, (inner, width), (inner, width), (width, inner)]
@@ -259,7 +259,7 @@ def sent(collectives: Mapping[str, int], ranks: int) -> float:
 
 
 def backbone_flops(setup: Setup) -> int:
-    """Of one rank and micro-batch, below the heads: forward and backward of the student, forward of the teacher.
+    """Operations of one rank and micro-batch, below the heads: forward and backward of the student, forward of the teacher.
 
     A product takes one GEMM forward and two backward, attention's two products are five in a backward pass that makes the scores
     again; a causal mask saves nothing here.
@@ -282,11 +282,11 @@ def head_flops(setup: Setup) -> int:
 
 
 def flops(setup: Setup) -> int:
-    """Of one rank in an optimizer step."""
+    """Operations of one rank in an optimizer step."""
     return setup.accumulation * (backbone_flops(setup) + head_flops(setup))
 
 
 def seconds(setup: Setup) -> tuple[float, float]:
-    """Of an optimizer step: computing and communicating. Without overlap they add up; overlapped wholly, the longer one counts."""
+    """Seconds of an optimizer step: computing and communicating. Without overlap they add up; overlapped, the longer counts."""
     bandwidth = NVLINK if setup.world_size <= NODE else NETWORK
     return flops(setup) / (PEAK * UTILISATION), sent(communication(setup), setup.world_size) / bandwidth

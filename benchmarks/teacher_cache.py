@@ -54,7 +54,7 @@ class Size:
     teacher_files: int = 300
     teacher_steps: int = 60
     files: int = 30
-    """Of the library, whose rows are cached and trained on for an epoch."""
+    """How many of the library's, whose rows are cached and trained on for an epoch."""
     rounds: int = 3
 
 
@@ -85,7 +85,7 @@ class Measured:
         self.written: dict[str, Any] = {}
         """The last `CacheSummary`, by form."""
         self.losses: dict[str, list[float]] = {}
-        """Of every step of the last run, by teacher."""
+        """Losses of every step of the last run, by teacher."""
 
     def cache(self, form: str) -> Path:
         return self.folder / "caches" / str(list(FORMS).index(form))

@@ -51,7 +51,7 @@ class Pair(NamedTuple):
 
 
 class Sums:
-    """Of losses and gradients against the true ones, over blocks of tokens."""
+    """Sums of losses and gradients against the true ones, over blocks of tokens."""
 
     def __init__(self) -> None:
         self.loss = self.true_loss = self.product = self.square = self.true_square = self.distance = 0.0

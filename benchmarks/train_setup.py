@@ -81,7 +81,7 @@ class Size:
     length: int = 128
     """Tokens of the longest row."""
     paragraphs: int = 4096
-    """Of the library: the rows."""
+    """Rows, from the library's text."""
     teacher_steps: int = 40
     warmup_steps: int = 2
     """Before the clock starts."""
@@ -310,7 +310,7 @@ def _prepare_student(training: Training, corpus: Corpus, cache: Path) -> None:
 
 
 def _paragraphs() -> list[str]:
-    """Of the library's sources, blank lines apart and eight words long at least."""
+    """Paragraphs of the library's sources, blank lines apart and eight words long at least."""
     return [part for row in stdlib_rows("train") for part in row.split("\n\n") if len(part.split()) >= 8]
 
 

@@ -17,7 +17,7 @@ from tests.oracle import assert_close
 
 FOLDER = Path(__file__).parent / "fixtures" / "authors"
 ZERO_ON_PAPER = 1e-9
-"""Of the largest gradient: what rounding leaves of one that is zero, such as that of a key's bias under a softmax."""
+"""Share of the largest gradient: what rounding leaves of one that is zero, such as that of a key's bias under a softmax."""
 
 
 @functools.cache

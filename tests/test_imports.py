@@ -87,7 +87,7 @@ def test_import_is_light():
 
 
 def test_imports_are_seen():
-    """Of every form that the package uses."""
+    """Every form that the package uses."""
     assert {"fastkd.ops.backend_torch", "fastkd.ops.probe", "fastkd.ops.options"} <= set(imported("fastkd.ops.backends"))
     assert {"fastkd.csrc", "fastkd.kernels"} <= set(imported("fastkd.ops.probe"))
     assert "fastkd.kernels.rows" in set(imported("fastkd.ops.backend_triton"))

@@ -89,7 +89,7 @@ class CachedLesson:
     tail: Tail = "bucket"
 
     def __call__(self, rows: Sequence[int] | np.ndarray, width: int) -> Taught:
-        """Of the rows of a batch, by their numbers."""
+        """The cached outputs for the rows of a batch, by their numbers."""
         predictions = {"words": (LOGITS, *TOPK), "scores": SCORES, "none": ()}[self.lesson.predictions]
         wanted = {*predictions, *(f"{_STATE}{layer}" for layer in self.lesson.layers)}
         return from_cache(self.cache.outputs([name for name in self.cache.names if name in wanted], rows, width), self.tail)

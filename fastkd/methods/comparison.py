@@ -144,7 +144,7 @@ def top_predictions(model: LanguageModel, states: Tensor, labels: Tensor, *, fol
 def distance(
     student: LanguageModel, teacher: LanguageModel, student_states: Tensor, teacher_states: Tensor, kept: slice | Tensor
 ) -> LossStats:
-    """Of every prediction, (N,): `divergence` KL(teacher || student) in nats, `top1_agreement`, and the entropies.
+    """Compare every prediction, (N,): `divergence` KL(teacher || student) in nats, `top1_agreement`, and the entropies.
 
     Both distributions are over the ids `kept`, those that both models have rows for; a model without a map is restricted to them.
     """

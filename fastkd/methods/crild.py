@@ -70,7 +70,7 @@ class CRILDOptions:
     mixup: bool | None = None
     """Mix every row's embeddings with those of the row as far from the batch's end as it is from the beginning; not in baselines."""
     consistency_weight: float | None = None
-    """Of consistency at the end of its ramp; 0.1, in the baselines 0."""
+    """Weight of consistency at the end of its ramp; 0.1, in the baselines 0."""
     consistency_objects: str | None = None
     """Letters of `objects` that have a consistency term. consistency: all but P, which can have none; the others: A and H, as the
     authors, so that QKV has none. Without MixUp its target is the same rows under other dropout, or averaged weights."""
@@ -89,9 +89,9 @@ class CRILDOptions:
     form: Form | None = None
     """cross_entropy is kl plus the target's entropy, with the same gradient. kl in consistency, else cross_entropy."""
     temperature: float = 2.0
-    """Of stage kd; the loss carries its square."""
+    """Temperature of stage kd; the loss carries its square."""
     label_weight: float = 0.0
-    """Of the labels' loss in stage kd; the authors use no labels."""
+    """Weight of the labels' loss in stage kd; the authors use no labels."""
     relu_head: bool = False
     """Scores of all stages are Linear(ReLU(pooled)) without dropout, as in the authors' BERT; with paper_script it is their command.
     No class of transformers has this head: fastkd alone loads such models, and export refuses them."""

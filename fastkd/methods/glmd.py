@@ -44,10 +44,10 @@ class GLMDOptions:
     """strict: pads are out of the mean's denominator and padded choices out of every softmax. paper: what the authors' code computes,
     pads in the denominator and padded choices in both softmaxes and in the word-prediction loss."""
     temperature: float = 15.0
-    """Of word prediction, which carries its square; the authors' 15 is close to regression on centred logits and asks for long runs.
-    Task scores are always compared at temperature 1."""
+    """Temperature of word prediction, which carries its square; the authors' 15 is close to regression on centred logits and asks
+    for long runs. Task scores are always compared at temperature 1."""
     divergence: str = "forward_kl"
-    """Of word prediction; the authors' is forward_kl."""
+    """Divergence of word prediction; the authors' is forward_kl."""
     mask_probability: float = 0.15
     """Share of tokens masked in an encoder's pretrain inputs; the loss covers masked and unmasked positions alike."""
 

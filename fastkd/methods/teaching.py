@@ -72,7 +72,7 @@ class DenseWords:
 
 @dataclass(frozen=True, eq=False)
 class TopKWords:
-    """Of every position the K largest log-probabilities at the temperature of the loss, and the log of the others' mass."""
+    """Every position's K largest log-probabilities at the temperature of the loss, and the log of the others' mass."""
 
     ids: Tensor
     """(B, S, K) integers, rows of the compared vocabulary, -1 at pads."""
@@ -116,7 +116,7 @@ class Taught:
 
     words: DenseWords | TopKWords | None = None
     scores: Tensor | None = None
-    """Of a task, in the shape of the student's."""
+    """Scores of a task, in the shape of the student's."""
     states: dict[int, Tensor] = field(default_factory=dict)
     """(B, S, H) by layer."""
 

@@ -185,7 +185,7 @@ class FilterTraining(Objective):
         return torch.stack(losses).sum() / (len(layers) * max(denominator, 1.0))  # text may have no label at all
 
     def _loss(self, k: int, read: Tensor, positions: Tensor | None, batch: Any) -> Tensor:
-        """Of head k, summed over examples or labelled tokens."""
+        """Loss of head k, summed over examples or labelled tokens."""
         model, filtered = self.student, self.filters.filtered(k, read)
         if isinstance(model, TaskModel):
             return label_loss(model.kind, self.heads.scores(k, filtered, batch.num_choices), batch.labels).sum()

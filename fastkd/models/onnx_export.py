@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ONNX_FILE = "model.onnx"
 TOLERANCE = 1e-4
-"""Of the relative difference from torch; float32 models come to 1e-6."""
+"""The largest relative difference from torch that is right; float32 models come to 1e-6."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _TRACED = (2, 12)
 _COMPARED = ((1, 5), (3, 160))

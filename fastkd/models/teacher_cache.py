@@ -144,7 +144,7 @@ class TeacherCache:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors but the lengths."""
+        """Names of all tensors but the lengths."""
         return sorted(self._shard(0)[0])
 
     def outputs(self, names: Iterable[str], rows: Sequence[int] | np.ndarray, width: int) -> dict[str, Tensor]:

@@ -54,6 +54,6 @@ def fill(
 
 
 def _operands(q: Tensor, k: Tensor) -> list[Tensor]:
-    """Of one dtype, and contiguous along the head size as views of a projection are: nothing is copied for most models."""
+    """The tensors in one dtype, contiguous along the head size as views of a projection are: most models need no copy."""
     dtype = torch.promote_types(q.dtype, k.dtype)
     return [x if x.stride(-1) == 1 else x.contiguous() for x in (q.to(dtype), k.to(dtype))]

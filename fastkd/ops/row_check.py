@@ -15,7 +15,7 @@ from .divergence import Divergence
 from .row_call import LogitTransform, RowCall, RowOptions, RowOutputs, TopK
 
 TOLERANCE = 1e-4
-"""Of relative L2 errors against float64."""
+"""The largest relative L2 error against float64 that is right."""
 NARROW_TOLERANCE = 5e-3
 """The same of a gradient that is stored in 16 bits."""
 

@@ -23,7 +23,7 @@ from .relation_kl import relation_kl
 from .topk_kl import topk_kl_div
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 2e-3}
-"""Of relative L2 errors."""
+"""The largest relative L2 error that is right, by dtype."""
 CPU = torch.device("cpu")
 
 

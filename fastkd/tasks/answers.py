@@ -100,7 +100,7 @@ class AnswerSearch:
 
     contexts: Sequence[str]
     windows: Sequence[Window]
-    """Of one question after another."""
+    """The windows of one question after another."""
     n_best: int
     max_answer_length: int
     has_unanswerable: bool

@@ -64,7 +64,7 @@ def stdlib_pairs() -> TaskDataset:
 
 
 def _texts(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], path: str, bad_rows: BadRowPolicy) -> list[list[str]]:
-    """Of every row the texts in `columns`, which maps the names of arguments to those of columns."""
+    """Take every row's texts in `columns`, which maps the names of arguments to those of columns."""
     for argument, column in columns.items():
         if column not in rows[0]:
             raise ValueError(

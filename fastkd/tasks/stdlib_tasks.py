@@ -38,7 +38,7 @@ _MIN_DOCSTRING_WORDS = 3
 _MAX_DOCSTRING_CHARS = 300
 _MIN_OF_MODULE = 10  # in every split
 _SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
-"""Of each package's functions, in `which_module`."""
+"""Shares of each package's functions that the splits of `which_module` have."""
 # Gone from Python 3.12 or 3.13: left out everywhere, that the tasks be much the same.
 _REMOVED_PACKAGES = {"distutils", "lib2to3", "msilib"}
 
@@ -190,7 +190,7 @@ def _functions() -> tuple[_Function, ...]:
 
 @functools.lru_cache(maxsize=1)
 def _read_functions(root: Path, files: tuple[tuple[str, int], ...]) -> tuple[_Function, ...]:
-    """Of `files`, each with the time of its last change: a changed library is read again."""
+    """Read the functions of `files`, each with the time of its last change: a changed library is read again."""
     unique: dict[str, _Function] = {}
     for file, _ in files:
         if PurePosixPath(file).parts[0] in _REMOVED_PACKAGES:

@@ -51,7 +51,7 @@ _SHARD_BYTES = 256 * 2**20
 _MOST_SHARD_ROWS = 65536
 _SHARD = re.compile(r"shard-(\d{5})-[0-9a-f]{16}\.safetensors")
 _DISK_SHARE = 0.25
-"""Of the free disk, how much a cache may take without being asked for."""
+"""Share of the free disk that a cache may take without being asked for."""
 # What a header says for people, and what follows from the rest.
 _INFORMATIVE = {"teacher", "teacher_revision", "convention", "data"}
 
@@ -81,7 +81,7 @@ class CacheSummary:
     rows: int
     tokens: int
     bytes: int
-    """Of all shards, those that were there before included."""
+    """What all shards take, those that were there before included."""
     new_rows: int
     new_tokens: int
     seconds: float
@@ -281,7 +281,7 @@ class _Writer:
         return shard
 
     def batches(self, examples: np.ndarray) -> Iterator[np.ndarray]:
-        """Of similar length."""
+        """Group rows of similar length into batches."""
         first = self.sequences.first
         longest = np.maximum.reduceat(self.sequences.lengths[: first[examples[-1] + 1]], first[examples])
         examples = examples[np.argsort(longest, kind="stable")]

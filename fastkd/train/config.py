@@ -46,7 +46,7 @@ class TextData:
     text_column: str = "text"
     """Column that holds the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
-    """Of .txt files, a row of text is the whole file with its line ends (several, if it is longer than a million characters), what
+    """What a row of text is in .txt files: the whole file with its line ends (several, if it is longer than a million characters), what
     stands between blank lines, or each line that is not blank."""
     streaming: bool = False
     """Read the corpus as a stream while it is tokenised; the tokenised rows are cached on disk either way."""
@@ -113,7 +113,7 @@ class DatasetArguments:
     """Which task: glue/rte, super_glue/boolq, squad_v2, ..., stdlib/module, stdlib/docstring, stdlib/which_docstring (made from
     Python's own library), or for stages without labels stdlib/pairs, or pairs (the rows at path); null: the labelled rows at path."""
     path: str | None = None
-    """Of a task, the folder or hub name of a copy; null: the hub's own. Of own rows, a file or glob (.csv .jsonl .parquet), a folder
+    """With a task, the folder or hub name of a copy; null: the hub's own. For own rows, a file or glob (.csv .jsonl .parquet), a folder
     with a file of each split or of save_to_disk, or a hub name; its split train is trained on."""
     eval_path: str | None = None
     """Own rows: where the evaluation rows are, if not at path."""
@@ -138,7 +138,7 @@ class DatasetArguments:
     label_noise: float = 0.0
     """Share of training labels that are replaced by another one, drawn by sample_seed."""
     sample_seed: int = 0
-    """Of few_sample and label_noise: the same examples whatever the run's seed."""
+    """Seed of few_sample and label_noise: the same examples whatever the run's seed."""
     max_eval_rows: int | None = None
     """At most this many evaluation examples."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -246,7 +246,7 @@ class StageArguments:
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
-    """Of weight matrices and embeddings; biases and norms have none."""
+    """Decay of weight matrices and embeddings; biases and norms have none."""
     adam_beta1: float = 0.9
     """AdamW's first beta."""
     adam_beta2: float = 0.98
@@ -360,7 +360,7 @@ class RunConfig(StageArguments):
     """Stages to run and what they set for themselves; empty: the method's first. glmd has pretrain, task_words, task_scores; crild
     teacher, ild, kd; ted teacher, student, teacher_filters, student_filters, distill."""
     seed: int = 0
-    """Of new weights, of the order of the data, and of masking."""
+    """Seed of new weights, of the order of the data, and of masking."""
     use_cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
     backend: Literal["auto", "torch", "cpp", "triton", "cuda"] = "auto"

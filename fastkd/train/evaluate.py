@@ -60,7 +60,7 @@ TITLES = {
     "teacher_agreement": "agreement with teacher",
     "teacher_divergence": "KL from teacher, nats",
 }
-"""Of the scores that are not the task's own."""
+"""Titles of the scores that are not the task's own."""
 
 
 def evaluate_on_task(

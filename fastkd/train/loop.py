@@ -94,7 +94,7 @@ class StageTrainer:
         self.ranks, self.flag = ranks or Ranks(), flag
         self.order = BatchOrder(stage.lengths, arguments.per_device_train_batch_size, seed, bucket=arguments.group_by_length)
         self.micro_batches = arguments.gradient_accumulation_steps * self.ranks.world_size
-        """Of an optimizer step, over all ranks, which take them in turn."""
+        """Micro-batches of an optimizer step over all ranks, which take them in turn."""
         steps_per_epoch = max(1, self.order.batches_per_epoch // self.micro_batches)
         self.total_steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
         at_once = arguments.max_steps > 0

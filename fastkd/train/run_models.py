@@ -54,7 +54,7 @@ class RunModels:
         return (self.output_dir / stage / RESULT_FILE).is_file()
 
     def teacher_source(self, spec: StageSpec, arguments: StageArguments) -> str:
-        """Of the teacher beside the student: what the run itself has trained, else the one that is named."""
+        """Name the teacher beside the student: what the run itself has trained, else the one that is given."""
         source = self._made_before(spec, "teacher") or arguments.teacher_model_name_or_path
         assert source is not None
         return source

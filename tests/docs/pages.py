@@ -18,7 +18,7 @@ class Block:
 
     page: str
     line: int
-    """Of its first line of code, from 1."""
+    """Number of its first line of code, from 1."""
     language: str
     """ "setup" of a comment."""
     code: str

@@ -78,7 +78,7 @@ class Report:
     neighbours: Counter[str] = field(default_factory=Counter)
     """How often each of the runs that nobody killed reached its end, and was compared."""
     durable_calls: int = 0
-    """Of the undisturbed run."""
+    """How many the undisturbed run makes."""
     whole_run_seconds: float = 0.0
     seconds: float = 0.0
     failures: list[str] = field(default_factory=list)

@@ -67,7 +67,7 @@ def other_revision(folder: Path) -> None:
 
 
 def other_tokenizer(folder: Path) -> None:
-    """Of the same tokens and ids, in the same revision."""
+    """Publish a tokenizer of the same tokens and ids, in the same revision."""
     tokenizer = copy.deepcopy(tiny.wordpiece())
     tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     (snapshot,) = folder.glob("hub/*/snapshots/*")

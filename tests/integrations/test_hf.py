@@ -299,7 +299,7 @@ def test_a_student_on_a_kept_vocabulary_is_saved_with_its_map(tmp_path: Path):
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_callbacks_are_given_what_generates_and_saves_as_the_student_does(mapped: bool, tmp_path: Path):
-    """Of a kept vocabulary the ids are those of the rows, and the map is saved as well."""
+    """With a kept vocabulary the ids are those of the rows, and the map is saved as well."""
     student, (plain, teacher) = mapped_student() if mapped else None, pair("gpt2")
     student = LanguageModel(plain) if student is None else student
     prompt = torch.tensor([[5, 18, 121]])

@@ -289,7 +289,7 @@ def test_nothing_spills_and_nothing_is_added_atomically(report):
 
 
 def test_products_have_the_precision_of_their_inputs(report):
-    """Of scores in float32 and of G with them: ieee, which is no word in the code; of G with 16-bit inputs: TF32."""
+    """Precision of scores in float32 and of G with them: ieee, which is no word in the code; of G with 16-bit inputs: TF32."""
     for name, took in report.items():
         products = re.findall(r"tt\.dot [^:]*", took["ttir"])
         assert len(products) == (2 if " rows " in name else 3), name

@@ -155,7 +155,7 @@ def test_gradients_of_a_student_that_is_nearly_certain(divergence, gap, block):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_rounding_of_many_entries_never_lands_in_one(divergence, block):
-    """Of a diffuse student the entry at the peak is its own: minus the sum of the others would gather all their rounding."""
+    """A diffuse student's entry at the peak is its own: minus the sum of the others would gather all their rounding."""
     block(kernels.BLOCK)
     student, teacher = (0.3 * x + 200 for x in logits(1, 60000))
     options = options_of(divergence, 2.0)

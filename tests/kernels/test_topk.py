@@ -156,7 +156,7 @@ def test_nearly_all_of_the_students_mass_is_listed(gap):
 @pytest.mark.parametrize("gap", [2.0, 10.0, 30.0])
 @pytest.mark.parametrize("tail", TAILS)
 def test_gradients_of_a_student_that_is_nearly_certain(tail, gap, where, has_labels):
-    """Of a token that the teacher lists or not, in labels too; a row's labels are that token, another one and none."""
+    """A logit of a token that the teacher lists or not, in labels too; a row's labels are that token, another one and none."""
     student, teacher = problem(3, 120, 6, 2.0)
     column = teacher.ids[:, 3] if where == "listed" else student.scatter(1, teacher.ids, INFINITY).argmin(1)
     student[torch.arange(3), column] = student.amax(1) + gap

@@ -345,7 +345,7 @@ def test_every_field_of_the_parameter_lies_where_the_kernel_reads_it(host, field
 
 
 def test_structures_of_the_driver_have_its_sizes():
-    """Of cuda.h on 64-bit machines."""
+    """The sizes are those of cuda.h on 64-bit machines."""
     launch = backend_cuda._Launch
     offsets = (launch.shared_bytes.offset, launch.stream.offset, launch.attributes.offset, launch.attribute_count.offset)
     assert (ctypes.sizeof(launch), *offsets) == (56, 24, 32, 40, 48)

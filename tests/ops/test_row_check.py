@@ -164,7 +164,7 @@ def test_a_list_counts_by_the_power_of_two_above_its_length(small: None) -> None
 
 @pytest.mark.parametrize("name", ["tvd", "soft-caps"])
 def test_no_rounding_decides_which_of_two_probabilities_is_the_larger(name: str) -> None:
-    """Of tvd's gradient it decides the sign."""
+    """It decides the sign of tvd's gradient."""
     distances = []
 
     def measure(call: RowCall) -> None:

@@ -112,7 +112,7 @@ class Member:
         return {k: (x if k.endswith("hidden") else x[self.rows]).detach().requires_grad_(x.requires_grad) for k, x in inputs.items()}
 
     def truth(self, inputs: dict[str, Tensor], options: dict[str, Any], upstream: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Of the whole vocabulary, in float64; gradients of this process's shard."""
+        """The loss over the whole vocabulary, in float64; gradients of this process's shard."""
         exact = {k: x.detach().double().requires_grad_(x.requires_grad) for k, x in inputs.items()}
 
         def split(name: str) -> tuple[Tensor, ...]:

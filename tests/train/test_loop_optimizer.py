@@ -38,7 +38,7 @@ class Pull:
 
 
 def pull(generator: torch.Generator) -> Pull:
-    """Of the third parameter there is a gradient in some of the steps."""
+    """The third parameter has a gradient in some of the steps."""
     gradients = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
     if gradients["vector"][0] < 0:
         del gradients["rare"]

@@ -16,6 +16,8 @@ from tests import runs
 from tests.ranks import spawn
 
 ENGINES = {"ddp": {}, "fsdp": {"fsdp": True, "fsdp_teacher": True}}
+WEIGHTS = 1e-4
+"""How far sums of another order may take the weights, relatively, in the steps of a run; gradients move with them."""
 # Gradients that are zero but for rounding (attention's key biases) would otherwise be made as large as any other.
 EXACT = {"adam_epsilon": 1e-2, "learning_rate": 0.03, "warmup_steps": 0, "max_steps": 3}
 
@@ -83,8 +85,13 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 def same_losses(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
+    """Whether all that was logged is the same: losses to 2e-5, and what follows the weights to the first order as closely as they."""
+
+    def is_same(name: str, value: float, truth: float) -> bool:
+        return value == pytest.approx(truth, rel=WEIGHTS if name == "grad_norm" else 2e-5, abs=1e-7)
+
     return len(found) == len(expected) and all(
-        a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=2e-5, abs=1e-7) for k in a if isinstance(a[k], float))
+        a.keys() == b.keys() and all(is_same(k, a[k], b[k]) for k in a if isinstance(a[k], float))
         for a, b in zip(found, expected, strict=True)
     )
 
@@ -139,5 +146,5 @@ def one_process(two_ranks: Path) -> Any:
 @pytest.mark.parametrize(("name", "engine", "accumulation"), CASES, ids=lambda value: str(value))
 def test_two_ranks_end_as_one_process(two_ranks, one_process, name, engine, accumulation):
     found, expected = two_ranks / f"{name}-{engine}-{accumulation}", one_process(name, 2 * accumulation)
-    assert distance(made(found), made(expected)) < 1e-4
+    assert distance(made(found), made(expected)) < WEIGHTS
     assert same_losses(logs(found), logs(expected))

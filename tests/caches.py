@@ -81,8 +81,10 @@ def cached(config: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {**config, "stages": {name: {**stage, **of.get(name, {})} for name, stage in config["stages"].items()}}
 
 
-def write(config: dict[str, Any], stage: str = "pretrain", **options: Any) -> Path:
+def write(config: dict[str, Any], stage: str = "pretrain", *, whole: bool = True, **options: Any) -> Path:
+    """Of all rows if `whole`, else of those that the run reads."""
     folder = Path(config["output_dir"]).parent / "caches" / stage
+    config = {**config, "max_steps": -1} if whole else config
     write_cache(read_config(config), stage, folder, **{"kind": "dense", "dtype": "float32", "shard_rows": 7, **options})
     return folder
 

@@ -18,10 +18,10 @@ from .process import is_main_process
 if TYPE_CHECKING:
     from ..train.cache import CachePlan
 
-DESCRIPTION = """Run the teacher of one stage over its training rows once, and write what it says into a folder, from which a run of the
-same CONFIG learns with --teacher.kind cache --teacher.path DIR. The same command goes on where it was stopped; under torchrun all
-processes write. What will be written is shown before; more than a quarter of the free disk has to be allowed by --yes. Further --key
-value are those of `fastkd train`."""
+DESCRIPTION = """Run the teacher of one stage once over the training rows that the run reads, and write what it says into a folder, from
+which a run of the same CONFIG learns with --teacher.kind cache --teacher.path DIR. The same command goes on where it was stopped; under
+torchrun all processes write. What will be written is shown before; more than a quarter of the free disk has to be allowed by --yes.
+Further --key value are those of `fastkd train`."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,6 +73,7 @@ def _show(folder: Path, is_default: bool, plan: CachePlan) -> None:
     print(f"{folder}: {plan.rows} rows, {plan.tokens} tokens{form}: about {needed}.")
     if plan.has_words and plan.form.kind == "topk" and is_default:
         print("Its loss is that of the largest log-probabilities and one event for the others; --kind dense has the whole one.")
-    if plan.read < 1:
-        print(f"A run of this configuration reads {plan.read:.1%} of all rows: max_rows leaves out others.")
+    if plan.read < plan.available:
+        processes = f"{plan.processes} process{'es' if plan.processes > 1 else ''}"
+        print(f"A run of this configuration reads {plan.read} of {plan.available} rows on {processes}; --max_steps -1 writes all.")
     sys.stdout.flush()

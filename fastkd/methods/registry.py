@@ -36,6 +36,7 @@ from .stage_data import (
     batch_maker,
     cloze_data,
     dataset_data,
+    row_lengths,
     text_data,
     train_fingerprint,
     train_sequences,
@@ -141,7 +142,7 @@ def build_stage(spec: StageSpec, inputs: StageInputs) -> Stage:
     return Stage(
         name=spec.name,
         objective=objective,
-        lengths=data.lengths,
+        lengths=row_lengths(inputs.rows),
         make_batch=data.make_batch if inputs.cached is None else _taught(data.make_batch, inputs.cached, inputs.rows),
         evaluate=data.evaluate,
         metric=data.metric,

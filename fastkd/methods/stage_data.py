@@ -103,6 +103,12 @@ class Sequences:
     first: np.ndarray
     """(N + 1,)."""
 
+    def of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n,) int64, all sequences of these rows, row after row."""
+        rows = np.asarray(rows)
+        counts = self.first[rows + 1] - self.first[rows]
+        return np.repeat(self.first[rows + 1] - counts.cumsum(), counts) + np.arange(counts.sum())
+
     def behind(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The sequences behind a batch of these rows: one with fewer than another is filled up with its first, as batches are."""
         rows = np.asarray(rows)
@@ -120,6 +126,13 @@ def train_sequences(rows: Rows) -> Sequences:
         return Sequences(lengths, np.array([0, *accumulate(len(example.sequences) for example in rows.train)]))
     ids = rows.train.ids
     return Sequences(np.array([len(sequence) for sequence in ids]), np.arange(0, len(ids) + 1, rows.train.num_choices))
+
+
+def row_lengths(rows: Rows) -> np.ndarray:
+    """(N,) int64, the positions that each training row takes in a batch: the tokens of its longest sequence, or a fixed width."""
+    if isinstance(rows, ClozeRows):
+        return np.array([max(len(sequence) for sequence in example.sequences) for example in rows.train])
+    return rows.train.lengths
 
 
 def largest_id(rows: Rows, model: LanguageModel | TaskModel, tokenizer: Any) -> int:
@@ -172,7 +185,6 @@ def _cloze_digest(examples: Sequence[Example]) -> hashlib._Hash:
 class StageData:
     """The data half of a `Stage`; its fields are those."""
 
-    lengths: np.ndarray
     make_batch: MakeBatch
     evaluate: Evaluate | None
     metric: str
@@ -252,9 +264,9 @@ def text_data(
 
     is_judged = judged is not None and isinstance(student, LanguageModel)
     if not is_judged:
-        return StageData(rows.train.lengths, make_batch, None, "perplexity", False)
+        return StageData(make_batch, None, "perplexity", False)
     over = events(student.vocab_map, num_ids(tokenizer))
-    return StageData(rows.train.lengths, make_batch, evaluate, "perplexity", False, over)
+    return StageData(make_batch, evaluate, "perplexity", False, over)
 
 
 def cloze_data(
@@ -281,8 +293,7 @@ def cloze_data(
             scores["f1_macro"] = f1_macro(predictions, labels)
         return scores
 
-    lengths = np.array([max(len(sequence) for sequence in example.sequences) for example in rows.train])
-    return StageData(lengths, make_batch, evaluate, "accuracy", True)
+    return StageData(make_batch, evaluate, "accuracy", True)
 
 
 def dataset_data(
@@ -295,7 +306,7 @@ def dataset_data(
         return dataset_scores(student, rows, eval_batch_size, share)
 
     metric = rows.dataset.metrics[0] if rows.eval is not None else "none"
-    return StageData(rows.train.lengths, make_batch, evaluate if judged and rows.eval is not None else None, metric, True)
+    return StageData(make_batch, evaluate if judged and rows.eval is not None else None, metric, True)
 
 
 def dataset_scores(student: TaskModel, rows: DatasetRows, batch_size: int, share: Share | None = None) -> dict[str, float]:

@@ -29,10 +29,10 @@ from .load import is_decoder, load_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 2
+FORMAT = 3
 HEADER = "header.json"
 _TOKEN = "token."
-_LENGTHS = "lengths"
+_LENGTHS, _NUMBERS = "lengths", "numbers"
 _ANEW = "Delete the folder and write the cache again."
 _GO_ON = "Run the `fastkd cache` command that wrote it again: it writes what is missing."
 
@@ -99,16 +99,18 @@ def write_header(folder: Path, contents: Mapping[str, Any], shards: Sequence[Sha
     write_json_atomic(folder / HEADER, {**header, "sha256": _seal(header)})
 
 
-def write_shard(folder: Path, number: int, lengths: np.ndarray, tensors: Mapping[str, Tensor]) -> Shard:
+def write_shard(folder: Path, number: int, numbers: np.ndarray, lengths: np.ndarray, tensors: Mapping[str, Tensor]) -> Shard:
     """Write shard `number` whole or not at all. It replaces only a file whose name claims to be of this very content.
 
     Args:
         folder: the cache's.
         number: of the shard.
+        numbers: (R,) int64 of its rows, rising, and above those of the shard before.
         lengths: (R,) tokens of its rows, T in all.
         tensors: `token.*` (T, ...) and `row.*` (R, ...).
     """
-    data = safetensors.torch.save({_LENGTHS: torch.from_numpy(lengths.astype(np.int32)), **tensors})
+    rows = {_NUMBERS: torch.from_numpy(numbers), _LENGTHS: torch.from_numpy(lengths.astype(np.int32))}
+    data = safetensors.torch.save({**rows, **tensors})
     sha256 = hashlib.sha256(data).hexdigest()
     file = f"{_shard_name(number)}-{sha256[:16]}.safetensors"
     write_bytes_atomic(folder / file, data)
@@ -124,7 +126,7 @@ def finished_shard(folder: Path, number: int, lengths: np.ndarray) -> Shard | No
 
 
 class TeacherCache:
-    """A finished cache, memory-mapped. Rows are counted through all shards."""
+    """A finished cache, memory-mapped: what a teacher said of some rows, which have their numbers."""
 
     def __init__(self, folder: str | Path, *, check_hashes: bool = True) -> None:
         """Open a cache; ValueError if it is not finished, or names the shard that is missing or damaged.
@@ -141,28 +143,38 @@ class TeacherCache:
             _check_shard(self.folder / shard.file, shard, check_hashes)
         self.ends = np.cumsum([shard.rows for shard in self.shards])
         self._open: dict[int, tuple[dict[str, Tensor], np.ndarray]] = {}
+        self._numbers = np.concatenate([self._read(number, _NUMBERS).numpy() for number in range(len(self.shards))])
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors but the lengths."""
+        """Names of the tensors that hold what the teacher said."""
         return sorted(self._shard(0)[0])
+
+    def has(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(B,) bool, whether it has the rows of these numbers."""
+        positions = np.searchsorted(self._numbers, rows).clip(max=len(self._numbers) - 1)
+        has: np.ndarray = self._numbers[positions] == rows
+        return has
 
     def outputs(self, names: Iterable[str], rows: Sequence[int] | np.ndarray, width: int) -> dict[str, Tensor]:
         """What the cache holds of some rows.
 
         Args:
             names: of tensors.
-            rows: (B,) numbers, counted through all shards.
+            rows: (B,) numbers, of rows that it has.
             width: tokens that each row is padded to.
 
         Returns:
             By name, in the dtypes they are stored in: `token.*` (B, width, ...), padded by zeros, integers by -1; `row.*` (B, ...).
         """
-        numbers = np.searchsorted(self.ends, rows, side="right")
+        if not (has := self.has(rows)).all():
+            raise ValueError(f"The teacher cache {self.folder} has no row {np.asarray(rows)[~has][0]}.")
+        positions = np.searchsorted(self._numbers, rows)
+        shards = np.searchsorted(self.ends, positions, side="right")
         found = []
-        for row, number in zip(rows, numbers, strict=True):
+        for position, number in zip(positions, shards, strict=True):
             tensors, offsets = self._shard(int(number))
-            found.append((tensors, offsets, int(row - self.ends[number] + self.shards[number].rows)))
+            found.append((tensors, offsets, int(position - self.ends[number] + self.shards[number].rows)))
         result = {}
         for name in names:
             first = found[0][0][name]
@@ -177,11 +189,18 @@ class TeacherCache:
             result[name] = padded
         return result
 
+    def _read(self, number: int, name: str) -> Tensor:
+        """One tensor of a shard."""
+        with safetensors.safe_open(self.folder / self.shards[number].file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
     def _shard(self, number: int) -> tuple[dict[str, Tensor], np.ndarray]:
         """A shard's tensors, which are views of its file, and where each of its rows begins."""
         if number not in self._open:
             with safetensors.safe_open(self.folder / self.shards[number].file, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            del tensors[_NUMBERS]
             lengths = tensors.pop(_LENGTHS).numpy()
             self._open[number] = tensors, np.concatenate([[0], lengths.cumsum(dtype=np.int64)])
         return self._open[number]

@@ -4,6 +4,7 @@ Nothing here has a state to save: a run that resumes asks for the next micro-bat
 """
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -62,6 +63,12 @@ class BatchOrder:
         start = batches[position] * self.batch_size
         return rows[start : start + self.batch_size].copy()
 
+    def rows_of_first(self, batches: int) -> np.ndarray:
+        """(n,) int64, rising: the rows of the first so many micro-batches."""
+        if batches >= self.batches_per_epoch:
+            return np.arange(len(self.lengths))
+        return np.sort(np.concatenate([self.batch(index) for index in range(batches)]))
+
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's rows, which are cut into batches as they stand, and the order in which those batches come."""
         generator = counter_generator(self.seed, epoch)
@@ -73,6 +80,11 @@ class BatchOrder:
             windows = np.arange(len(rows)) // (WINDOW_BATCHES * self.batch_size)
             rows = rows[np.lexsort((self.lengths[rows], windows))]
         return rows, batches
+
+
+def total_steps(max_steps: int, epochs: float, batches_per_epoch: int, micro_batches: int) -> int:
+    """Optimizer steps of a stage, each of `micro_batches`: `max_steps` if it is positive, else those of `epochs`."""
+    return max_steps if max_steps > 0 else math.ceil(epochs * max(1, batches_per_epoch // micro_batches))
 
 
 def counter_generator(*keys: int) -> np.random.Generator:

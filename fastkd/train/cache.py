@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -36,6 +37,8 @@ from .cached_teacher import (
     lesson_contents,
     lesson_of,
     models_contents,
+    reading_settings,
+    rows_read,
     settings_contents,
     smallest_kind,
 )
@@ -53,7 +56,7 @@ _SHARD = re.compile(r"shard-(\d{5})-[0-9a-f]{16}\.safetensors")
 _DISK_SHARE = 0.25
 """Share of the free disk that a cache may take without being asked for."""
 # What a header says for people, and what follows from the rest.
-_INFORMATIVE = {"teacher", "teacher_revision", "convention", "data"}
+_INFORMATIVE = {"teacher", "teacher_revision", "convention", "data", "read", "rows"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,11 @@ class CachePlan:
     seconds: float
     free: int
     """Bytes of the disk."""
-    read: float
-    """Share of all rows that the run of this configuration reads, on as many ranks as write."""
+    read: int
+    """Rows that a run of this configuration reads, on as many processes as write."""
+    available: int
+    """Training rows that there are."""
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,10 @@ def write_cache(
     yes: bool = False,
     show: Callable[[CachePlan], None] = lambda plan: None,
 ) -> CacheSummary:
-    """Write into `folder` what the teacher of `stage` says of every training row, or go on with what is there.
+    """Write into `folder` what the teacher of `stage` says of the training rows that the run reads, or go on with what is there.
 
-    What `fastkd cache` calls; under torchrun every rank writes the shards that are its turn. The files depend neither on interruptions
-    nor on the number of ranks.
+    What `fastkd cache` calls; under torchrun every rank writes the shards that are its turn. Unless they are all, which rows are read
+    depends on the number of ranks. The files depend on nothing else of it, nor on interruptions.
 
     Args:
         kind: None: topk where the stage can use it and has more than `k` words, else dense.
@@ -129,7 +135,7 @@ def write_cache(
         run = Run(config, Path(config.output_dir), [planned], ranks, flag)
         ranks.main_first(run.check)
         writer, contents = ranks.main_first(lambda: _prepared(run, planned, folder, kind, k, dtype, shard_rows))
-        ranks.on_main(lambda: _begin(folder, planned.arguments, writer, contents, ranks.world_size, yes, show))
+        ranks.on_main(lambda: _begin(folder, writer, contents, ranks.world_size, yes, show))
         return _write(folder, writer, contents, ranks)
 
 
@@ -149,28 +155,31 @@ def _prepared(
     kind = kind or smallest_kind(lesson, options, k)
     form = CacheForm(kind, DTYPES[dtype], k, options.temperature if kind == "topk" else 1.0)
     check_form(form, lesson, options)
-    sequences = train_sequences(rows)
+    sequences, processes = train_sequences(rows), run.ranks.world_size
+    read = rows_read(rows, arguments, seed, processes)
+    is_whole = len(read) == len(sequences.first) - 1
     contents = {
         "stage": f"{run.config.method} {spec.name}",
         **models_contents(run.models.teacher_source(spec, arguments), run.tokenizer),
         **lesson_contents(lesson, rows, model, options, seed),
         **form_contents(form),
         **settings_contents(arguments, planned.data, run.models.vocabulary_inputs()),
-        "rows": len(sequences.first) - 1,
-        "shard_rows": shard_rows or _planned_rows(model, lesson, form, sequences),
+        "read": None if is_whole else reading_settings(arguments, seed, processes),
+        "rows": len(read),
+        "rows_sha256": hashlib.sha256(read.astype("<i8").tobytes()).hexdigest(),
+        "shard_rows": shard_rows or _planned_rows(model, lesson, form, sequences.lengths[sequences.of(read)].sum() / len(read)),
     }
     make_batch = batch_maker(rows, model, run.tokenizer, contents["mask_probability"], partial(counter_torch_generator, seed))
     teacher = Teacher(model.to(run.ranks.device), lesson)
-    return _Writer(teacher, make_batch, sequences, form, arguments, run.ranks.device, run.flag), contents
+    return _Writer(teacher, make_batch, sequences, read, form, arguments, run.ranks.device, run.flag), contents
 
 
-def _plan(folder: Path, arguments: StageArguments, writer: _Writer, contents: Mapping[str, Any], world_size: int) -> CachePlan:
+def _plan(folder: Path, writer: _Writer, contents: Mapping[str, Any], world_size: int) -> CachePlan:
     """Run the teacher over one batch, to see what a token and a row take; nothing where all shards are there."""
-    count, size = contents["rows"], contents["shard_rows"]
     there = {int(found[1]) for path in folder.iterdir() if (found := _SHARD.fullmatch(path.name))}
-    missing = [np.arange(start, min(start + size, count)) for start in range(0, count, size) if start // size not in there]
-    sequences = sum(len(writer.lengths(examples)) for examples in missing)
-    tokens = sum(int(writer.lengths(examples).sum()) for examples in missing)
+    missing = [examples for number, examples in enumerate(writer.shards(contents["shard_rows"])) if number not in there]
+    lengths = [writer.sequences.lengths[writer.sequences.of(examples)] for examples in missing]
+    sequences, tokens = sum(map(len, lengths)), sum(int(each.sum()) for each in lengths)
     written, seconds = 0.0, 0.0
     if missing:
         batches = list(writer.batches(missing[0]))
@@ -182,7 +191,6 @@ def _plan(folder: Path, arguments: StageArguments, writer: _Writer, contents: Ma
         seconds = (time.perf_counter() - started) * tokens / of_batch / world_size
         for name, tensor in outputs.items():
             written += tensor[0].nbytes * (tokens if name.startswith("token.") else sequences)
-    steps, batch_rows = arguments.max_steps, arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return CachePlan(
         form=writer.form,
         has_words=contents["kept_vocabulary"] is not None,
@@ -191,7 +199,9 @@ def _plan(folder: Path, arguments: StageArguments, writer: _Writer, contents: Ma
         bytes=int(written),
         seconds=seconds,
         free=shutil.disk_usage(folder).free,
-        read=min(1.0, steps * batch_rows * world_size / count if steps > 0 else arguments.num_train_epochs),
+        read=len(writer.examples),
+        available=len(writer.sequences.first) - 1,
+        processes=world_size,
     )
 
 
@@ -208,17 +218,18 @@ def _check_disk(folder: Path, plan: CachePlan, yes: bool) -> None:
 
 def _write(folder: Path, writer: _Writer, contents: dict[str, Any], ranks: Ranks) -> CacheSummary:
     """This rank's shards, then the header with those of all."""
-    count, size = contents["rows"], contents["shard_rows"]
+    count, parts = contents["rows"], writer.shards(contents["shard_rows"])
     shards: dict[int, dict[str, Any]] = {}
     new_rows = new_tokens = 0
     started = time.perf_counter()
     with Progress(count, description="cache", shown=ranks.is_main, unit="rows") as bar:
-        for number in range(ranks.rank, -(-count // size), ranks.world_size):
-            examples = np.arange(number * size, min((number + 1) * size, count))
-            lengths = writer.lengths(examples)
+        for number in range(ranks.rank, len(parts), ranks.world_size):
+            examples = parts[number]
+            numbers = writer.sequences.of(examples)
+            lengths = writer.sequences.lengths[numbers]
             shard = finished_shard(folder, number, lengths)
             if shard is None:
-                shard = write_shard(folder, number, lengths, writer.tensors(examples))
+                shard = write_shard(folder, number, numbers, lengths, writer.tensors(examples))
                 new_rows, new_tokens = new_rows + len(examples), new_tokens + shard.tokens
             shards[number] = asdict(shard)
             bar.update(len(examples) * ranks.world_size)
@@ -247,28 +258,30 @@ class _Writer:
         teacher: Teacher,
         make_batch: MakeBatch,
         sequences: Sequences,
+        examples: np.ndarray,
         form: CacheForm,
         arguments: StageArguments,
         device: torch.device,
         flag: SignalFlag,
     ) -> None:
-        self.teacher, self.make_batch, self.sequences, self.form = teacher, make_batch, sequences, form
+        """examples: (n,) int64, rising, the training rows that are written."""
+        self.teacher, self.make_batch, self.sequences, self.examples, self.form = teacher, make_batch, sequences, examples, form
         self.batch_size, self.device, self.flag = arguments.per_device_eval_batch_size, device, flag
         half = torch.bfloat16 if arguments.bf16 else torch.float16
         self.autocast = torch.autocast(device.type, dtype=half, enabled=arguments.bf16 or arguments.fp16)
 
-    def lengths(self, examples: np.ndarray) -> np.ndarray:
-        first = self.sequences.first
-        return self.sequences.lengths[first[examples[0]] : first[examples[-1] + 1]]
+    def shards(self, size: int) -> list[np.ndarray]:
+        """The examples of every shard, `size` of them or fewer in the last."""
+        return [self.examples[start : start + size] for start in range(0, len(self.examples), size)]
 
     def tensors(self, examples: np.ndarray) -> dict[str, Tensor]:
         """A shard's tensors. Which rows share a batch depends on the shard alone, so its bytes do too."""
-        first = self.sequences.first[examples[0]]
-        starts = np.concatenate([[0], self.lengths(examples).cumsum()])
+        in_shard = self.sequences.of(examples)
+        starts = np.concatenate([[0], self.sequences.lengths[in_shard].cumsum()])
         shard: dict[str, Tensor] = {}
         for batch_examples in self.batches(examples):
             self.flag.poll()
-            numbers = self.sequences.behind(batch_examples) - first
+            numbers = np.searchsorted(in_shard, self.sequences.behind(batch_examples))
             for name, tensor in self.outputs(batch_examples).items():
                 per_token = name.startswith("token.")
                 if name not in shard:
@@ -282,8 +295,8 @@ class _Writer:
 
     def batches(self, examples: np.ndarray) -> Iterator[np.ndarray]:
         """Group rows of similar length into batches."""
-        first = self.sequences.first
-        longest = np.maximum.reduceat(self.sequences.lengths[: first[examples[-1] + 1]], first[examples])
+        starts = np.concatenate([[0], (self.sequences.first[examples + 1] - self.sequences.first[examples]).cumsum()[:-1]])
+        longest = np.maximum.reduceat(self.sequences.lengths[self.sequences.of(examples)], starts)
         examples = examples[np.argsort(longest, kind="stable")]
         yield from (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))
 
@@ -326,7 +339,6 @@ def _held(folder: Path) -> Lock:
 
 def _begin(
     folder: Path,
-    arguments: StageArguments,
     writer: _Writer,
     contents: dict[str, Any],
     world_size: int,
@@ -341,7 +353,7 @@ def _begin(
             raise ValueError(f"{folder} holds {shard.name} and no {HEADER}, which would say of what; delete it or take another folder.")
     else:
         _check_same(folder, contents)
-    plan = _plan(folder, arguments, writer, contents, world_size)
+    plan = _plan(folder, writer, contents, world_size)
     show(plan)
     _check_disk(folder, plan, yes)
     if is_new:
@@ -362,12 +374,10 @@ def _check_same(folder: Path, contents: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder} is a teacher cache of something else: {'; '.join(differences)}. Delete it or take another folder.")
 
 
-def _planned_rows(model: Any, lesson: Lesson, form: CacheForm, sequences: Sequences) -> int:
-    """Examples in a shard of about 256 MiB."""
+def _planned_rows(model: Any, lesson: Lesson, form: CacheForm, tokens: float) -> int:
+    """Examples of so many tokens each in a shard of about 256 MiB."""
     per_token = len(lesson.layers) * model.model.config.get_text_config().hidden_size * form.dtype.itemsize
     if lesson.words is not None:
         width = lesson.words.stop if isinstance(lesson.words, slice) else len(lesson.words)
         per_token += width * form.dtype.itemsize if form.kind == "dense" else form.k * (4 + form.dtype.itemsize) + 4
-    examples = len(sequences.first) - 1
-    tokens = max(1.0, float(sequences.lengths.sum()) / examples)
     return int(min(_MOST_SHARD_ROWS, max(1, _SHARD_BYTES // max(1, tokens * per_token))))

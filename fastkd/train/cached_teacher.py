@@ -10,16 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..methods.cached import CachedLesson, CacheForm, Kind
 from ..methods.registry import LessonInputs, StageSpec
-from ..methods.stage_data import Rows, TextRows, is_masked, train_fingerprint
+from ..methods.stage_data import Rows, TextRows, is_masked, row_lengths, train_fingerprint, train_sequences
 from ..methods.teaching import Lesson, Model
 from ..models.teacher_cache import TeacherCache, model_hashes
 from ..ops.divergence import Divergence
 from ..vocab.count import tokenizer_fingerprint
+from .batches import BatchOrder, total_steps
 from .config import StageArguments, TeacherArguments
 from .output import differences
 from .schema import ConfigError
@@ -33,6 +35,7 @@ AGREE: dict[str, tuple[str, Callable[[_Contents], _Contents]]] = {
     "tokenizer_sha256": ("the tokenizer", lambda contents: {}),
     "dataset_fingerprint": ("the training rows", lambda contents: contents.get("data") or {}),
     "kept_vocabulary_sha256": ("the kept vocabulary", lambda contents: {"vocabulary": (contents["vocabulary"] or {}).get("settings")}),
+    "rows_sha256": ("the rows that a run reads", lambda contents: contents["read"] or {}),
     "mask_probability": ("the masks", lambda contents: {"options.mask_probability": contents["mask_probability"]}),
     "mask_seed": ("the masks", lambda contents: {"seed": contents["mask_seed"]}),
 }
@@ -115,6 +118,34 @@ def form_contents(form: CacheForm) -> dict[str, Any]:
         "convention": f"{convention}; scores of tasks: logits before any temperature",
         "dtype": str(form.dtype).removeprefix("torch."),
     }
+
+
+def rows_read(rows: Rows, arguments: StageArguments, seed: int, processes: int) -> np.ndarray:
+    """(n,) int64, rising: the training rows that a run reads. One that may leave out steps reads others instead: it may be any."""
+    order = BatchOrder(row_lengths(rows), arguments.per_device_train_batch_size, seed, bucket=arguments.group_by_length)
+    micro_batches = arguments.gradient_accumulation_steps * processes
+    steps = total_steps(arguments.max_steps, arguments.num_train_epochs, order.batches_per_epoch, micro_batches)
+    leaves_out = arguments.non_finite == "skip" or arguments.fp16
+    return order.rows_of_first(order.batches_per_epoch if leaves_out else steps * micro_batches)
+
+
+def reading_settings(arguments: StageArguments, seed: int, processes: int) -> dict[str, Any]:
+    """What decides `rows_read`, JSON-able."""
+    names = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length")
+    return {**{name: getattr(arguments, name) for name in names}, "seed": seed, "processes": processes}
+
+
+def check_rows(cache: TeacherCache, rows: Rows, arguments: StageArguments, seed: int, processes: int) -> None:
+    """Refuse a cache without all of the rows that the run reads."""
+    read, sequences = rows_read(rows, arguments, seed, processes), train_sequences(rows)
+    if cache.has(sequences.of(read)).all():
+        return
+    phrases = differences(cache.contents["read"], reading_settings(arguments, seed, processes))
+    raise ValueError(
+        f"The teacher cache {cache.folder} holds {cache.contents['rows']} of {len(sequences.first) - 1} training rows, and not all of "
+        f"the {len(read)} that this run reads: {'; '.join(phrases)}. Write one with `fastkd cache` by this run's settings and on "
+        "as many processes, or with --max_steps -1 for whole epochs."
+    )
 
 
 def read_form(contents: Mapping[str, Any]) -> CacheForm:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..methods.objective import Position, Share, Stage
 from ..models.language_model import LanguageModel
 from ..ops.backends import arithmetic
-from .batches import BatchOrder, counter_torch_generator, seed_global_generators
+from .batches import BatchOrder, counter_torch_generator, seed_global_generators, total_steps
 from .checkpoint import CheckpointWriter, checkpoint_identity, load_checkpoint, newest_checkpoint, on_cpu
 from .config import StageArguments
 from .log import LOG_FILE, Progress, RunLog, peak_memory_mb
@@ -96,7 +96,9 @@ class StageTrainer:
         self.micro_batches = arguments.gradient_accumulation_steps * self.ranks.world_size
         """Micro-batches of an optimizer step over all ranks, which take them in turn."""
         steps_per_epoch = max(1, self.order.batches_per_epoch // self.micro_batches)
-        self.total_steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch)
+        self.total_steps = total_steps(
+            arguments.max_steps, arguments.num_train_epochs, self.order.batches_per_epoch, self.micro_batches
+        )
         at_once = arguments.max_steps > 0
         self.eval_steps = arguments.eval_steps or (self.total_steps if at_once else min(steps_per_epoch, self.total_steps))
         self.save_steps = arguments.save_steps or self.eval_steps

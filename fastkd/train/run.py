@@ -39,6 +39,7 @@ from .batches import counter_torch_generator
 from .cached_teacher import (
     cached_lesson,
     check_cacheable,
+    check_rows,
     lesson_contents,
     lesson_of,
     models_contents,
@@ -362,7 +363,7 @@ class Run:
 
     def _cached_lesson(self, planned: PlannedStage, student: Model, teacher: CachedTeacher, rows: Rows) -> CachedLesson:
         """What the stage reads of its teacher's cache."""
-        spec, options = planned.spec, planned.options
+        spec, options, cache = planned.spec, planned.options, self.teacher_caches[planned.spec.name]
         kept = student.kept if isinstance(student, LanguageModel) else slice(0)
         compared = () if spec.check_models is None else spec.check_models(student.model, teacher.model, options)
         lesson = lesson_of(spec, LessonInputs(options, rows, self.tokenizer, kept, known_ids(teacher.model, self.tokenizer), compared))
@@ -370,7 +371,9 @@ class Run:
             **lesson_contents(lesson, rows, student, options, self.config.seed),
             **settings_contents(planned.arguments, planned.data, self.models.vocabulary_inputs()),
         }
-        return cached_lesson(self.teacher_caches[spec.name], planned.arguments.teacher, lesson, options, contents)
+        found = cached_lesson(cache, planned.arguments.teacher, lesson, options, contents)
+        check_rows(cache, rows, planned.arguments, self.config.seed, self.ranks.world_size)
+        return found
 
     def head(self, planned: PlannedStage) -> TaskHead | None:
         """The head of the models in this stage: its own task's, else that of the next stage that has labels; None: the LM's own."""

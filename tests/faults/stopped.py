@@ -70,7 +70,8 @@ def count(model: str, text: str, folder: Path) -> None:
 
 
 def cache(configuration: dict[str, Any], folder: Path, **options: Any) -> None:
-    write_cache(read_config(configuration), "distill", folder, **{"kind": "dense", "dtype": "float32", "shard_rows": 7, **options})
+    form = {"kind": "dense", "dtype": "float32", "shard_rows": 7}
+    write_cache(read_config({**configuration, "max_steps": -1}), "distill", folder, **{**form, **options})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,7 +144,7 @@ def test_a_terminated_command_goes_on(
 ) -> None:
     """SIGTERM in the second batch of the second shard, or while the third is written."""
     config = tmp_path / "run.yaml"
-    config.write_text(to_yaml(read_config({**run, "per_device_eval_batch_size": 2})))
+    config.write_text(to_yaml(read_config({**run, "max_steps": -1, "per_device_eval_batch_size": 2})))
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
 
     def command(folder: Path) -> list[str]:

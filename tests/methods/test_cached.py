@@ -39,7 +39,7 @@ def cache_of(folder, teacher: LanguageModel, form: CacheForm, *layers: int) -> C
     for number, own in enumerate(([0, 1], [2, 3])):
         batch = batch_of(own)
         tensors = to_cache(Teacher(teacher, lesson)(batch), batch.attention_mask, form)
-        shards.append(write_shard(folder, number, batch.attention_mask.sum(-1).numpy(), tensors))
+        shards.append(write_shard(folder, number, np.array(own), batch.attention_mask.sum(-1).numpy(), tensors))
     write_header(folder, {}, shards)
     return CachedLesson(TeacherCache(folder), lesson)
 

@@ -24,6 +24,7 @@ from fastkd.models.teacher_cache import (
 from tests import tiny
 
 LENGTHS = [np.array([3, 1]), np.array([2, 4, 1])]
+NUMBERS = [np.array([2, 5]), np.array([6, 8, 9])]
 
 
 def tensors(number: int) -> dict[str, torch.Tensor]:
@@ -37,7 +38,7 @@ def tensors(number: int) -> dict[str, torch.Tensor]:
 
 def write(folder: Path, contents: dict[str, Any] | None = None) -> Path:
     folder.mkdir(exist_ok=True)
-    shards = [write_shard(folder, number, lengths, tensors(number)) for number, lengths in enumerate(LENGTHS)]
+    shards = [write_shard(folder, number, NUMBERS[number], lengths, tensors(number)) for number, lengths in enumerate(LENGTHS)]
     write_header(folder, contents or {"teacher": "t"}, shards)
     return folder
 
@@ -45,7 +46,7 @@ def write(folder: Path, contents: dict[str, Any] | None = None) -> Path:
 def test_rows_come_back_in_any_order_padded(tmp_path):
     cache = TeacherCache(write(tmp_path))
     assert cache.names == ["row.scores", "token.logits", "token.topk_ids"] and cache.contents == {"teacher": "t"}
-    found = cache.outputs(cache.names, [3, 0, 3, 1], 5)
+    found = cache.outputs(cache.names, [8, 2, 8, 5], 5)
     second, first = tensors(1), tensors(0)
     assert found["token.logits"].shape == (4, 5, 2) and found["token.logits"].dtype == torch.bfloat16
     assert torch.equal(found["token.logits"][0, :4], second["token.logits"][2:6])
@@ -56,7 +57,15 @@ def test_rows_come_back_in_any_order_padded(tmp_path):
     assert ids == [[102, 103, 104, 105, -1], [0, 1, 2, -1, -1], [102, 103, 104, 105, -1], [3, -1, -1, -1, -1]]
     scores = [second["row.scores"][1], first["row.scores"][0], second["row.scores"][1], first["row.scores"][1]]
     assert torch.equal(found["row.scores"], torch.stack(scores))
-    assert list(cache.outputs(["row.scores"], [0], 5)) == ["row.scores"]
+    assert list(cache.outputs(["row.scores"], [2], 5)) == ["row.scores"]
+
+
+def test_a_row_that_is_not_there_is_named(tmp_path):
+    cache = TeacherCache(write(tmp_path))
+    assert cache.has([2, 3, 9, 10, 0]).tolist() == [True, False, True, False, False]
+    for missing in (3, 10, 0):
+        with pytest.raises(ValueError, match=f"The teacher cache {tmp_path} has no row {missing}"):
+            cache.outputs(["row.scores"], [2, missing], 5)
 
 
 def test_the_same_tensors_are_the_same_bytes(tmp_path):
@@ -78,7 +87,7 @@ def test_a_shard_is_finished_if_its_content_is_what_its_name_says(tmp_path):
     other = path.with_name(f"shard-00000-{'0' * 16}.safetensors")
     other.write_bytes(b"mine")
     os.mkfifo(path.with_name("shard-00000-pipe.safetensors"))
-    assert write_shard(tmp_path, 0, LENGTHS[0], tensors(0)) == finished_shard(tmp_path, 0, LENGTHS[0]) == shard
+    assert write_shard(tmp_path, 0, NUMBERS[0], LENGTHS[0], tensors(0)) == finished_shard(tmp_path, 0, LENGTHS[0]) == shard
     assert other.read_bytes() == b"mine"
 
 
@@ -119,7 +128,7 @@ DAMAGE = {
     ),
     "pipe": (lambda folder, shard: pipe(folder / HEADER), r"it is no regular file: '.*header\.json'"),
     "shard-pipe": (lambda folder, shard: pipe(shard), "Shard .*{name} of the teacher cache is no regular file"),
-    "format": (lambda folder, shard: (folder / HEADER).write_text('{"format": 9, "sha256": ""}'), "has format 9 and .* reads format 2"),
+    "format": (lambda folder, shard: (folder / HEADER).write_text('{"format": 9, "sha256": ""}'), "has format 9 and .* reads format 3"),
     "unfinished": (unfinish, "is not finished. Run the `fastkd cache` command that wrote it again"),
     "no-header": (lambda folder, shard: (folder / HEADER).unlink(), "holds no header.json"),
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd.train.batches import BatchOrder, counter_generator, counter_torch_generator
+from fastkd.train.batches import BatchOrder, counter_generator, counter_torch_generator, total_steps
 
 LENGTHS = np.random.Generator(np.random.PCG64(0)).integers(1, 257, size=1003)
 
@@ -84,6 +84,20 @@ def test_drop_last_leaves_out_rows_of_any_length():
         assert len(seen) == 1000
         left_out |= set(range(len(LENGTHS))) - seen
     assert len(left_out) > 40 and np.median(LENGTHS[sorted(left_out)]) < 200
+
+
+def test_the_rows_of_the_first_batches_are_those_that_come_first():
+    order = BatchOrder(LENGTHS, 8, seed=1)
+    for count in (1, 7, order.batches_per_epoch - 1):
+        expected = sorted(np.concatenate([order.batch(index) for index in range(count)]))
+        assert order.rows_of_first(count).tolist() == expected and len(expected) < len(LENGTHS)
+    for count in (order.batches_per_epoch, 10 * order.batches_per_epoch):
+        assert np.array_equal(order.rows_of_first(count), np.arange(len(LENGTHS)))
+
+
+def test_steps_are_those_asked_for_or_those_of_the_epochs():
+    assert total_steps(7, 3.0, 100, 4) == 7
+    assert total_steps(-1, 3.0, 103, 4) == 75 and total_steps(-1, 0.5, 103, 4) == 13 and total_steps(-1, 2.0, 3, 4) == 2
 
 
 def test_order_is_the_same_on_every_machine():

@@ -46,6 +46,7 @@ def test_the_header_says_what_the_cache_is_of(tmp_path):
     tensors = load_file(folder / header["shards"][0]["file"])
     tokens = int(tensors["lengths"].sum())
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
+        "numbers": (torch.int64, (7,)),
         "lengths": (torch.int32, (7,)),
         "token.topk_ids": (torch.int32, (tokens, 5)),
         "token.topk_logprobs": (torch.float16, (tokens, 5)),
@@ -148,7 +149,7 @@ def test_ranks_write_the_same_bytes_together(tmp_path, monkeypatch):
 
 
 def test_the_command_says_what_it_wrote(tmp_path, capsys):
-    config = glmd(tmp_path)
+    config = glmd(tmp_path, max_steps=-1)
     (tmp_path / "run.yaml").write_text(to_yaml(read_config(config)))
     arguments = ["cache", str(tmp_path / "run.yaml"), "--stage", "pretrain", "--output", str(tmp_path / "c")]
     assert main([*arguments, "--kind", "topk", "--k", "4", "--options.temperature", "3"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 
+import fastkd
 from fastkd.cli.main import main
-from fastkd.models.teacher_cache import HEADER, read_header
+from fastkd.models.teacher_cache import HEADER, TeacherCache, read_header
 from fastkd.train.cache import CachePlan, write_cache
 from fastkd.train.config import read_config
+from fastkd.train.loop import StageTrainer
 from fastkd.train.schema import to_yaml
 from tests import runs
-from tests.caches import glmd, glmd_tasks, kd, ted_text, write
+from tests.caches import cached, glmd, glmd_tasks, kd, ted_text, write
 
 
 def planned(config: dict[str, Any], stage: str = "pretrain", **options: Any) -> tuple[CachePlan, Any]:
@@ -67,18 +70,60 @@ def read_header_tokens(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("settings", "share"),
+    ("settings", "rows"),
     [
-        ({"max_steps": 2}, 8 / 31),
-        ({"max_steps": 2, "gradient_accumulation_steps": 2}, 16 / 31),
-        ({"max_steps": 100}, 1),
-        ({"max_steps": -1}, 1),
-        ({"max_steps": -1, "num_train_epochs": 0.5}, 0.5),
+        ({"max_steps": 2}, 7),  # of 4 rows, and of the 3 that are left over
+        ({"max_steps": 2, "gradient_accumulation_steps": 2}, 15),
+        ({"max_steps": 100}, 31),
+        ({"max_steps": -1}, 31),
+        ({"max_steps": -1, "num_train_epochs": 0.5}, 15),
     ],
 )
-def test_the_share_of_rows_that_the_run_reads_is_said(tmp_path: Path, settings: dict[str, Any], share: float) -> None:
-    plan, _ = planned({**glmd(tmp_path), **settings})
-    assert plan.read == pytest.approx(share)
+def test_the_rows_that_the_run_reads_are_counted_and_written_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], rows: int
+) -> None:
+    config = {**glmd(tmp_path), **settings}
+    plan, done = planned(config)
+    assert (plan.rows, plan.read, plan.available, plan.processes) == (rows, rows, 31, 1)
+    assert (plan.tokens, done.rows, done.tokens) == (done.new_tokens, rows, done.new_tokens)
+    cache, read = TeacherCache(tmp_path / "caches" / "pretrain"), set()
+    outputs = TeacherCache.outputs
+
+    def noted(self: TeacherCache, names: Any, numbers: Any, width: int) -> Any:
+        read.update(map(int, numbers))
+        return outputs(self, names, numbers, width)
+
+    monkeypatch.setattr(TeacherCache, "outputs", noted)
+    fastkd.distill(cached(config))
+    assert read == {number for number in range(31) if cache.has([number])[0]} and len(read) == rows
+
+
+def test_a_run_that_may_skip_rows_reads_any(tmp_path: Path) -> None:
+    """Others come in the place of those that are skipped."""
+    plan, done = planned({**glmd(tmp_path), "max_steps": 2, "non_finite": "skip"})
+    assert plan.read == done.rows == 31
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"max_steps": 3}, "max_steps (2 there, 3 here)"),
+        ({"per_device_train_batch_size": 5}, "per_device_train_batch_size (4 there, 5 here)"),
+        ({"seed": 1}, "seed (0 there, 1 here)"),
+    ],
+)
+def test_a_run_that_reads_other_rows_is_refused_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], phrase: str
+) -> None:
+    config = {**glmd(tmp_path), "max_steps": 2}
+    planned(config)
+    with pytest.raises(ValueError, match=re.escape(f"is a teacher cache of something else: {phrase}")):
+        planned({**config, **settings})
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_step", lambda *_: pytest.fail("a step was taken"))
+        with pytest.raises(ValueError, match=f"holds 7 of 31 training rows, and not all of the .* reads: {re.escape(phrase)}"):
+            fastkd.distill(cached({**config, **settings}))
+    fastkd.distill(cached({**config, "max_steps": 1}))
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -111,12 +156,12 @@ def test_the_command_says_it_all_before_it_writes(tmp_path: Path, monkeypatch: p
         free(patch, 2**10)
         assert main(arguments) == 2
     said = capsys.readouterr()
-    assert f"{tmp_path / 'c'}: 31 rows, 974 tokens as topk, k 64, bfloat16: about 0.4 MiB of 0.0 GiB of free disk, and" in said.out
-    assert "--kind dense has the whole one" in said.out and "reads 25.8% of all rows" in said.out
+    assert f"{tmp_path / 'c'}: 7 rows, 224 tokens as topk, k 64, bfloat16: about 0.1 MiB of 0.0 GiB of free disk, and" in said.out
+    assert "--kind dense has the whole one" in said.out and "reads 7 of 31 rows on 1 process; --max_steps -1 writes all" in said.out
     assert "so it does not fit" in said.err
     assert main([*arguments, "--yes", "--kind", "dense"]) == 0
     said = capsys.readouterr()
-    assert "974 tokens as dense, bfloat16: about" in said.out and "has the whole one" not in said.out
+    assert "224 tokens as dense, bfloat16: about" in said.out and "has the whole one" not in said.out
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "header"])

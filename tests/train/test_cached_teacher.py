@@ -9,8 +9,10 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastkd
@@ -18,6 +20,8 @@ from fastkd.methods.registry import build_stage
 from fastkd.models.teacher_cache import HEADER, read_header
 from fastkd.train import run_models
 from fastkd.train.batches import counter_torch_generator
+from fastkd.train.cached_teacher import rows_read
+from fastkd.train.config import StageArguments
 from fastkd.train.loop import StageTrainer
 from tests import runs, tiny
 from tests.caches import cached, crild, glmd, glmd_tasks, kd, learners, losses, ted_task, ted_text, write
@@ -39,6 +43,15 @@ CASES = {
 }
 
 
+def test_more_processes_read_more_rows():
+    rows: Any = SimpleNamespace(train=SimpleNamespace(lengths=np.arange(1, 101)))
+    arguments = StageArguments(max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    read = [set(rows_read(rows, arguments, 0, processes)) for processes in (1, 2, 5)]
+    assert list(map(len, read)) == [24, 48, 100] and read[0] < read[1] < read[2]
+    assert len(rows_read(rows, replace(arguments, fp16=True), 0, 1)) == 100  # its scaler leaves out steps
+    assert set(rows_read(rows, arguments, 1, 1)) != read[0]
+
+
 def refused(*arguments: Any, **options: Any) -> None:
     raise AssertionError("this was not to happen")
 
@@ -53,7 +66,7 @@ def test_a_cached_teacher_gives_the_losses_of_the_online_one(tmp_path, monkeypat
         fastkd.distill({**config, "output_dir": str(tmp_path / "online")})
     for name in config["stages"]:
         if name in learners(config):
-            write(config, name)
+            write(config, name, whole=False)
         else:
             fastkd.distill(cached(config), only_stage=name)
     teachers = {config["teacher_model_name_or_path"], str(tmp_path / "run" / "teacher" / "teacher")}
@@ -177,7 +190,7 @@ FOREIGN = {
     "unmasked": (change("options", "mask_probability", to=0.0), r"run: options.mask_probability \(0.15 there, 0.0 here\)\. Write"),
     "temperature": (change("options", "temperature", to=3.0), r"at temperature 2.0, and options.temperature is 3.0\..*--kind dense"),
     "divergence": (change("options", "divergence", to="reverse_kl"), "options.divergence is reverse_kl.*--kind dense"),
-    "format": (header(format=0), r"has format 0 and this fastkd reads format 2\..*write the cache again"),
+    "format": (header(format=0), r"has format 0 and this fastkd reads format 3\..*write the cache again"),
     "header": (header(k=6), r"was changed after it was written: its sha256 is \w+, and it says \w+"),
     "folder": (change("stages", "pretrain", "teacher", "path", to="/no/where"), "/no/where holds no header.json.*fastkd cache"),
     "path": (change("stages", "pretrain", "teacher", "path", to=None), "teacher.path is not set, and kind is cache"),

@@ -1,4 +1,4 @@
-"""Floor 6, beside the command line: one script a claim, installed as `fastkd.benchmarks`; `fastkd bench` runs them.
+"""One script a claim, installed as `fastkd.benchmarks`; `fastkd bench` runs them.
 
 Each claim is measured beside whatever it has to beat, interleaved in one run; its figures go to a JSON file with the environment they
 were measured in, and tables and plots are drawn from those files alone (`report.py`). Nothing here imports torch before a claim runs.

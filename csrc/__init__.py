@@ -1,1 +1,1 @@
-"""Floor 1: C++ and CUDA sources, installed as `fastkd.csrc` so that they can be compiled where they are used."""
+"""C++ and CUDA sources, installed as `fastkd.csrc` so that they can be compiled where they are used."""

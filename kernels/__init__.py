@@ -1,1 +1,1 @@
-"""Floor 1: Triton kernels, installed as `fastkd.kernels`."""
+"""Triton kernels, installed as `fastkd.kernels`."""

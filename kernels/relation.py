@@ -1,4 +1,4 @@
-"""Floor 1: the Triton relation kernels. Queries and keys of two models in, the divergence of their softmaxes and its gradients out.
+"""Triton relation kernels: queries and keys of two models in, the divergence of their softmaxes and its gradients out.
 
 No score ever leaves a program. `relation_rows_kernel` serves a tile of query rows of one (batch, head) pair: it streams the keys of
 both models, with maxima and sums online, and leaves them to `relation_gradient_kernel`. That serves a tile of query rows and streams

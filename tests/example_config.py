@@ -1,4 +1,4 @@
-"""A config with every kind of field that a config may have, and what the tests of its room ask of it."""
+"""A config with every kind of field that a config may have, and what the tests ask of it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

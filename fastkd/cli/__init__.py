@@ -1,1 +1,1 @@
-"""Floor 6: arguments, help, exit codes and tables."""
+"""The command line: arguments, help, exit codes and tables."""

@@ -1,1 +1,1 @@
-"""Floor 5, integrations: other people's training loops over fastkd's objectives; each is imported when it is asked for."""
+"""Other people's training loops over fastkd's objectives; each is imported when it is asked for."""

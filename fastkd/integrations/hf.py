@@ -1,4 +1,4 @@
-"""Floor 5, integrations: fastkd under transformers' Trainer, with its arguments, callbacks, launchers and checkpoints.
+"""`KDTrainer`: fastkd under transformers' Trainer, with its arguments, callbacks, launchers and checkpoints.
 
 `KDTrainer` is Trainer with an objective for its loss; `patch_head` is for those who keep Trainer, or a loop of their own, as it is.
 What Trainer promises holds, and no more: `fastkd train` has the checkpoints that are never half, and resumes bit for bit.

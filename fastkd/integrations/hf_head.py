@@ -1,4 +1,4 @@
-"""Floor 5, integrations: the fused loss in place of the one that a transformers language model computes from its labels."""
+"""The fused loss in place of the one that a transformers language model computes from its labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 5, integrations: what transformers' Trainer handles, models and collated dicts, as fastkd's models and batches."""
+"""Convert what transformers' Trainer handles, models and collated dicts, to fastkd's models and batches."""
 
 from __future__ import annotations
 

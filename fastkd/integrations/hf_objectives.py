@@ -1,4 +1,4 @@
-"""Floor 5, integrations: the objectives that KDTrainer makes by a method's name."""
+"""The objectives that KDTrainer makes by a method's name."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Floor 4: the objectives, each readable top to bottom; knows nothing of optimizers, files or ranks."""
+"""The objectives, each readable top to bottom; knows nothing of optimizers, files or ranks."""

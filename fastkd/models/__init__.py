@@ -1,1 +1,1 @@
-"""Floor 3: transformers models: loading, the LM head, students on a kept vocabulary."""
+"""Transformers models: loading, the LM head, students on a kept vocabulary."""

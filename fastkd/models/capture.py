@@ -1,4 +1,4 @@
-"""Floor 3: hidden states and Q, K, V of chosen layers, read while a transformers model runs its own forward with its own kernels.
+"""Hidden states and Q, K, V of chosen layers, read while a transformers model runs its own forward with its own kernels.
 
 Hidden states come from forward hooks. Q, K and V come from the attention interface of transformers: as an attention module starts, its
 config is exchanged for one that names the function below as the kernel, and that function puts the config back before it calls the

@@ -1,4 +1,4 @@
-"""Floor 3: the task-aware filters of TED (arXiv:2210.01351) and the heads by which its first stage trains them.
+"""The task-aware filters of TED (arXiv:2210.01351) and the heads by which its first stage trains them.
 
 A filter is a small map of a layer's hidden state, one a chosen layer. Filters stand beside a model and never inside it: whoever
 captures the state gives it to them, and a saved model knows nothing of them.

@@ -1,4 +1,4 @@
-"""Floor 3: which student layer learns from which teacher layer, as data that is checked before anything runs."""
+"""Layer maps: which student layer learns from which teacher layer, as data that is checked before anything runs."""
 
 from collections.abc import Sequence
 

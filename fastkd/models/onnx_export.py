@@ -1,4 +1,4 @@
-"""Models room: an encoder student as an ONNX file, held against torch on batches of other shapes. Needs the extra `onnx`."""
+"""An encoder student as an ONNX file, held against torch on batches of other shapes. Needs the extra `onnx`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Floor 3, a frozen teacher's outputs on disk: written once by `fastkd cache`, read in place of the teacher.
+"""A frozen teacher's outputs on disk: written once by `fastkd cache`, read in place of the teacher.
 
-A cache is a folder. Shard n, `shard-<n>-<sha256>.safetensors`, holds consecutive rows: their `lengths` (R,), tensors `token.*` with one
-entry a token, row after row and without padding, and tensors `row.*` with one entry a row. A row is what a model reads as one: a text,
-or one candidate of an example. Shards are renamed into place when they are whole, with their own hash in the name, so one that is there
-is finished. `header.json` says what the cache is of; it is sealed by its own hash, and lists the shards when all are written.
+A cache is a folder. Shard n, `shard-<n>-<sha256>.safetensors`, holds rows in rising order: their `numbers` and `lengths` (R,), tensors
+`token.*` with one entry a token, row after row and without padding, and tensors `row.*` with one entry a row. A row is what a model
+reads as one: a text, or one candidate of an example. Shards are renamed into place when they are whole, with their own hash in the
+name, so one that is there is finished. `header.json` says what the cache is of; it is sealed by its own hash, and lists the shards when
+all are written.
 """
 
 from __future__ import annotations

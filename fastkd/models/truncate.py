@@ -1,4 +1,4 @@
-"""Floor 3: a student made of some of a model's layers."""
+"""A student made of some of a model's layers."""
 
 import copy
 from collections.abc import Sequence

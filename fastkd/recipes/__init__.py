@@ -1,4 +1,4 @@
-"""Floor 5, recipes: what the authors of every method set for every task, as YAML files that `fastkd train` knows by name.
+"""Recipes: the authors' settings of every method and task, as YAML files that `fastkd train` knows by name.
 
 A recipe is METHOD/TASK.yaml in this folder. The first line of its comment says what is distilled, the next ones say where its figures
 are from.

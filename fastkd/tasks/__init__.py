@@ -1,1 +1,1 @@
-"""Floor 1: rows of text, tokenised corpora, task examples and metrics."""
+"""Rows of text, tokenised corpora, task examples and metrics."""

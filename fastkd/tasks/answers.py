@@ -1,4 +1,4 @@
-"""Floor 1, labelled tasks: extractive question answering, from contexts to windows and from the windows' scores to answers.
+"""Extractive question answering, from contexts to windows and from the windows' scores to answers.
 
 As in transformers' run_qa example, after BERT's (Devlin et al., arXiv:1810.04805): a context that does not fit into a row is read in
 windows that overlap, and the classification token stands for "no answer here".

@@ -1,4 +1,4 @@
-"""Floor 1, rows: what becomes of a row that cannot be used, because its text is null, say."""
+"""Refuse or skip a row that cannot be used, because its text is null, say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 1, task examples: rows of a `ClozeTask` -> token ids and the positions to score -> padded batches.
+"""Rows of a `ClozeTask` -> token ids and the positions to score -> padded batches.
 
 Used by the task stages of GLMD, which need inputs and scores but no labels. A text is tokenized as a whole, and character
 offsets then tell which tokens are the answer's and which a column's: the ids are the tokenizer's own for that text, whatever

@@ -1,4 +1,4 @@
-"""Floor 1, task examples: `ClozeTask`, how the rows of a task become cloze questions, and the template they are put into.
+"""`ClozeTask`: how the rows of a task become cloze questions, and the template they are put into.
 
 Three kinds of task:
 

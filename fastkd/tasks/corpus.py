@@ -1,4 +1,4 @@
-"""Floor 1, rows of text: opens any corpus of the unlabeled stage as one re-iterable stream of strings."""
+"""Open any corpus of the unlabeled stage as one re-iterable stream of strings."""
 
 from __future__ import annotations
 

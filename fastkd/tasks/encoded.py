@@ -1,4 +1,4 @@
-"""Floor 1, labelled tasks: a split of a `TaskDataset` -> rows of token ids -> padded batches, and scores -> predictions."""
+"""A split of a `TaskDataset` -> rows of token ids -> padded batches, and scores -> predictions."""
 
 from __future__ import annotations
 

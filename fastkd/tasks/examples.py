@@ -1,4 +1,4 @@
-"""Floor 1, task examples: loads the rows of a task's data set, wherever it is."""
+"""Load the rows of a task's data set, wherever it is."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Floor 1, labelled tasks: GLUE, SuperGLUE and SQuAD, a table of what their columns mean, and the loader of them all.
+"""GLUE, SuperGLUE and SQuAD: a table of what their columns mean, and the loader of them all.
 
 Columns, class names and their order, and splits are those of the hub's data sets (nyu-mll/glue, aps/super_glue, rajpurkar/squad
 and squad_v2); metrics are the benchmarks' own (Wang et al., arXiv:1804.07461 and arXiv:1905.00537; Rajpurkar et al.,

@@ -1,4 +1,4 @@
-"""Floor 1, labelled tasks: the examples of one task in their splits, as plain text, with what the answers are scored by.
+"""Examples of one labelled task in their splits, as plain text, with what the answers are scored by.
 
 Nothing here knows where the rows come from (`glue.py`, `own_task.py` and `stdlib_tasks.py` do) nor how a tokenizer will read them.
 """

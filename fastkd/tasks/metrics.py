@@ -1,4 +1,4 @@
-"""Floor 1: what tasks are scored by: classes, values, and the texts of answers.
+"""Scores of tasks: classes, values, and the texts of answers.
 
 Written once in numpy and plain Python; every score is a plain float. Classes are 1-D integer array-likes of equal length,
 values 1-D real ones, answers sequences of text.

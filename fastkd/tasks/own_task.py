@@ -1,4 +1,4 @@
-"""Floor 1, labelled tasks: own labelled rows, a class or a value for each text or pair of texts.
+"""Own labelled rows, a class or a value for each text or pair of texts.
 
 Labels are values (regression) where that is asked for, or where all of them are numbers and one is written as a float: 4.5, or 4.0 in a
 column of floats. All other labels are names of classes, whole numbers too. Classes are sorted, by value where all of their names are

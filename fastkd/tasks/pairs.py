@@ -1,4 +1,4 @@
-"""Floor 1, labelled tasks: texts and pairs of texts without labels, for a stage that only compares what two models make of them."""
+"""Texts and pairs of texts without labels, for a stage that only compares what two models make of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 1: random choices that follow from a key alone, the same on every platform and version of Python and NumPy."""
+"""Random choices that follow from a key alone, the same on every platform and version of Python and NumPy."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Floor 1, rows: finds what a path names, be it files, a folder or a hub dataset, and opens it with ``datasets``.
+"""Find what a path names, be it files, a folder or a hub dataset, and open it with ``datasets``.
 
 What is on disk is known by its content: the hashes of its files in their order. Their names, places and times decide nothing, and rows
 come from the content that was hashed or not at all.

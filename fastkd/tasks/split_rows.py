@@ -1,4 +1,4 @@
-"""Floor 1, rows: the rows of one split of a labelled data set in the hub's columns, wherever a copy of it is."""
+"""The rows of one split of a labelled data set in the hub's columns, wherever a copy of it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 1, rows of text: the Python standard library's own sources and documentation as a corpus.
+"""The Python standard library's own sources and documentation as a corpus.
 
 Real text of about 9 MB that every machine already has: no network, no download, no licence question.
 """

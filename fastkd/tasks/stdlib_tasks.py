@@ -1,4 +1,4 @@
-"""Floor 1, labelled tasks: three real ones made from the Python standard library's own sources, for use without a network.
+"""Three real labelled tasks made from the Python standard library's own sources, for use without a network.
 
 * `which_module`: from which package of the library does this function come? (classification)
 * `docstring_matches`: does this docstring belong to this function, or to another one of the same file? (binary pairs)

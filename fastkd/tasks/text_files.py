@@ -1,4 +1,4 @@
-"""Floor 1, rows of text: cuts plain text files into documents, without holding a large file in memory."""
+"""Cut plain text files into documents, without holding a large file in memory."""
 
 from __future__ import annotations
 

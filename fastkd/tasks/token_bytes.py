@@ -1,4 +1,4 @@
-"""Floor 1, rows of ids: how much text every id of a tokenised corpus covers, the unit in which tokenizers compare."""
+"""Count the bytes of text behind every id of a tokenised corpus, the unit in which tokenizers compare."""
 
 from __future__ import annotations
 

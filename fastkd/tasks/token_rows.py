@@ -1,4 +1,4 @@
-"""Floor 1, rows of ids: from texts to the tokenizer's encodings, and from rows to padded tensors; what the encoders of tasks share."""
+"""Encode texts as rows of ids and pad rows to tensors; what the encoders of tasks share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 1, rows of ids: an unfinished token cache on disk, which the next process goes on with after any interruption."""
+"""An unfinished token cache on disk, which the next process goes on with after any interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 1, rows of ids: a corpus tokenised once, cached on disk and read by index (exact resume is a row number)."""
+"""Tokenise a corpus once, cache it on disk and read it by index (exact resume is a row number)."""
 
 from __future__ import annotations
 

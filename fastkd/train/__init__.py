@@ -1,1 +1,1 @@
-"""Floor 5: steps, stages, checkpoints, signals and logs; knows not which method runs."""
+"""Steps, stages, checkpoints, signals and logs; knows not which method runs."""

@@ -1,4 +1,4 @@
-"""Floor 5, train: which rows form which micro-batch, and random generators, both pure functions of counters.
+"""Order of training rows in micro-batches, and random generators, both pure functions of counters.
 
 Nothing here has a state to save: a run that resumes asks for the next micro-batch's number.
 """

@@ -1,4 +1,4 @@
-"""Floor 5, train: the frozen teacher of a stage, run once over the training rows, its outputs written as a cache. Resumable."""
+"""Run the frozen teacher of a stage once over the training rows and write its outputs as a cache. Resumable."""
 
 from __future__ import annotations
 

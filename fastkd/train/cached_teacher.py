@@ -1,4 +1,4 @@
-"""Floor 5, train: what a teacher cache is of, and whether that is what a stage needs."""
+"""Match a teacher cache with a stage: what the cache is of, and whether that is what the stage needs."""
 
 from __future__ import annotations
 

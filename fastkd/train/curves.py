@@ -1,4 +1,4 @@
-"""Floor 5, train: curves of runs, and scores side by side, as a PNG; needs matplotlib, which is an extra."""
+"""Curves of runs, and scores side by side, as a PNG; needs matplotlib, which is an extra."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""Floor 5, train: what distilling one model into another would need of memory, and how fast it would go here.
+"""Estimate what distilling one model into another needs of memory, and how fast it goes on this machine.
 
 `fastkd doctor` shows it. Shapes decide both, so no weight is loaded: memory is counted on models without any (the meta device), and
 speed is measured on random ones. Nothing is downloaded.

@@ -1,4 +1,4 @@
-"""Floor 5, train: finished models beside each other: a student, its teacher and baselines, on a labelled task or on text.
+"""Score finished models beside each other: a student, its teacher and baselines, on a labelled task or on text.
 
 Models go by name in one mapping, the student as "student" and its teacher, if there is one, as "teacher". Every model has its own
 scores; with a teacher every other one is also compared with it.

@@ -1,4 +1,4 @@
-"""Floor 5, train: the run's log (one JSON object a line), the progress bar, and the memory figure."""
+"""The run's log (one JSON object a line), the progress bar, and the memory figure."""
 
 from __future__ import annotations
 

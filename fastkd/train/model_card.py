@@ -1,4 +1,4 @@
-"""Floor 5, train: the model card (README.md) of an exported student. It tells what was recorded or measured, and nothing else."""
+"""The model card (README.md) of an exported student. It tells what was recorded or measured, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 5, train: the student on many devices by torch's own engines: whole on every rank (DDP), or in pieces (FSDP2).
+"""The student on many devices by torch's own engines: whole on every rank (DDP), or in pieces (FSDP2).
 
 The engines see one module, `StudentSide`, whose forward is everything that the student does in a step, the LM head's loss included,
 which the head's own forward computes. So their hooks always fire, and wherever a weight is used it is whole and plain.

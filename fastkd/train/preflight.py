@@ -1,4 +1,4 @@
-"""Floor 5, train: what a stage needs of memory and of the disk, said before its first step and refused where it cannot be had."""
+"""Estimate what a stage needs of memory and disk before its first step, and refuse one that cannot have it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 5, train: where the time of optimizer steps goes, traced by torch.profiler for a few of them.
+"""Attribute the time of optimizer steps, traced by torch.profiler for a few of them.
 
 Every operation belongs to the nearest of these around it: the loop's own sections, the two backbones (their modules' forwards), and
 fastkd's operators. An operation of a backward pass belongs where its forward did. Times are an operation's own, without what it calls;

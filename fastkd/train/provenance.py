@@ -1,4 +1,4 @@
-"""Floor 5, train: what made a model, in a file in its own folder, for its model card and for whoever finds the folder.
+"""Record what made a model, in a file in its own folder, for its model card and for whoever finds the folder.
 
 The folder may be published, so what lies on this machine is told by the last part of its path, and what a run made there by those
 from the run's folder on; `run.json` has the whole ones.

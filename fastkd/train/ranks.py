@@ -1,4 +1,4 @@
-"""Floor 5, train: the processes of one run, as torchrun starts them; without torchrun there is one.
+"""The processes of one run, as torchrun starts them; without torchrun there is one.
 
 What ranks tell each other on the host goes through gloo as numbers and JSON, never as pickled objects.
 """

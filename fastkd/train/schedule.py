@@ -1,4 +1,4 @@
-"""Floor 5, train: the learning rate of a step, as a pure function of the step."""
+"""The learning rate of a step, as a pure function of the step."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Floor 5. Turns config dataclasses into YAML, flags, help and documentation; knows no config in particular and no tensors.
+"""Turn config dataclasses into YAML, flags, help and documentation, whatever the config; no tensors here.
 
 A config is a dataclass whose fields each carry a docstring, a string literal right below the field. That docstring, the
 annotation and the default are the only source of everything a person reads or types. Annotations may be built from `bool`,

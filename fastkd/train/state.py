@@ -1,4 +1,4 @@
-"""Floor 5, train: the state of modules and optimizers as named tensors, which is how checkpoints hold it.
+"""The state of modules and optimizers as named tensors, which is how checkpoints hold it.
 
 Random generators have no state here: whatever is drawn in a step is drawn from counters (see `batches.py`).
 """

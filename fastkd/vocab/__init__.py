@@ -1,1 +1,1 @@
-"""Floor 2: vocabulary counts, maps and pruned tokenizers; knows nothing of models or batches."""
+"""Vocabulary counts, maps and pruned tokenizers; knows nothing of models or batches."""

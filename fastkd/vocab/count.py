@@ -1,4 +1,4 @@
-"""Room `vocab`, floor 2: how often every token id occurs in a corpus; pruned vocabularies are chosen by it."""
+"""Count how often every token id occurs in a corpus; pruned vocabularies are chosen by it."""
 
 from __future__ import annotations
 

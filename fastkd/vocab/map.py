@@ -1,4 +1,4 @@
-"""Room `vocab`, floor 2: `VocabMap`, a student's pruned vocabulary and the way between its slots and the teacher's ids.
+"""`VocabMap`, a student's pruned vocabulary and the way between its slots and the teacher's ids.
 
 Vocabulary pruning after GLMD (arXiv:2306.06625): keep the most frequent ids of a corpus, and let every other id be read
 as the kept id most similar to it. A *slot* is an id of the pruned vocabulary.

@@ -1,4 +1,4 @@
-"""Room `vocab`, floor 2: which kept token stands in for a dropped one; in GLMD, the one with the most similar embedding."""
+"""Choose the kept token that stands in for a dropped one; in GLMD, the one with the most similar embedding."""
 
 import math
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Room `vocab`, floor 2: how its records reach the disk.
+"""Durable records of the vocabulary: counts, maps and stand-ins as sealed files.
 
 A record is named tensors plus a little JSON-able metadata, kept in one directory as two files: `<kind>.json`, the manifest,
 and `<kind>-<sha256>.safetensors`. The tensors file has its own hash in its name and the manifest is renamed into place

@@ -1,4 +1,4 @@
-"""Vocab room: rewrite a Hugging Face fast tokenizer so that it knows only a kept set of ids, renumbered to slots.
+"""Rewrite a Hugging Face fast tokenizer so that it knows only a kept set of ids, renumbered to slots.
 
 The result is saved by `save_pretrained` and opened by plain `AutoTokenizer.from_pretrained`, without fastkd.
 

@@ -1,4 +1,4 @@
-"""Vocab room: what a `tokenizer.json` (the backend of a Hugging Face fast tokenizer) says, and how to renumber it.
+"""Read a `tokenizer.json`, the backend of a Hugging Face fast tokenizer, and renumber it.
 
 Everything fastkd knows about that format is here; `tokenizer.py` decides what to keep.
 """

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch):
-    """No wish of the room's: these tests have their own."""
+    """Override the common fixture: these tests have their own."""
     monkeypatch.delenv("FASTKD_BACKEND", raising=False)
     monkeypatch.setattr(backends, "_preferred", "auto")
 

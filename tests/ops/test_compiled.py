@@ -28,7 +28,7 @@ SOMEBODY = 54321
 
 @pytest.fixture(autouse=True)
 def backend() -> None:
-    """In place of the room's: no kernel runs here but in processes of their own."""
+    """Override the common fixture: no kernel runs here but in processes of their own."""
 
 
 # What the class does, with a library of a few bytes.

@@ -30,7 +30,7 @@ from tests.row_kinds import CPU, DENSE, KINDS, make_call
 
 @pytest.fixture(autouse=True)
 def backend() -> None:
-    """In place of the room's: which kernel runs is said here."""
+    """Override the common fixture: which kernel runs is said here."""
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.row_kinds import ALIGNED, CPU, DENSE, FULL, KINDS, SPARSE, make_call
 
 @pytest.fixture(autouse=True)
 def backend() -> None:
-    """In place of the room's: which kernel runs is said here."""
+    """Override the common fixture: which kernel runs is said here."""
 
 
 @pytest.fixture

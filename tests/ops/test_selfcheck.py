@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {"vocabulary": 301, "student_hidden": 24, "teacher_hidde
 
 @pytest.fixture(autouse=True)
 def backend() -> None:
-    """In place of the room's: every check names its backend."""
+    """Override the common fixture: every check names its backend."""
 
 
 def problem(dtype: str = "float32", **changed: Any) -> Problem:

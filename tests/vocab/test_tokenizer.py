@@ -1,4 +1,4 @@
-"""Vocab room: pruned tokenizers keep the contract of `fastkd.vocab.tokenizer`, and refuse what cannot work."""
+"""Pruned tokenizers keep the contract of `fastkd.vocab.tokenizer`, and refuse what cannot work."""
 
 import logging
 import random

@@ -1,4 +1,4 @@
-"""Vocab room: what a pruned tokenizer carries over, and what it does once it is saved and opened again."""
+"""Pruned tokenizers: what they carry over, and what they do once they are saved and opened again."""
 
 import json
 import subprocess

@@ -172,6 +172,9 @@ class LinearGradients:
 
         valid: (n,) which of the tokens were counted; None: all.
         """
+        # No logits are made any more: the memory of the last may be that of the rounded sums.
+        for logits in (self.buffer, self.source.buffer):
+            logits.untyped_storage().resize_(0)
         made = dict(self.made)
         if self.first:  # no tokens at all
             for gradient in made.values():

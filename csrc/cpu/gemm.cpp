@@ -1,6 +1,8 @@
-// Products of 16-bit matrices on the CPU whose sums and result are in float32: MKL's, which torch's MKL builds carry.
+// Products of 16-bit matrices on the CPU whose sums and result are in float32: MKL's, which torch's MKL builds carry, or our own.
 //
 // The names below are weak references: in a build of torch without MKL they are null and `has_mm_16bit` says so.
+
+#include "gemm.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -44,10 +46,10 @@ Operand operand(const at::Tensor& matrix) {
 
 bool has_mm_16bit() { return cblas_gemm_bf16bf16f32 && cblas_gemm_f16f16f32; }
 
-// out (M, N) float32, row by row = a (M, K) b (K, N), both bfloat16 or both float16; accumulate: +=.
-void mm_16bit_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+// out (M, N) float32, row by row = a (M, K) b (K, N), both bfloat16 or both float16; accumulate: +=. own: by `bf16_gemm`, else by MKL.
+void mm_16bit_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate, bool own) {
   const at::ScalarType type = a.scalar_type();
-  TORCH_CHECK(has_mm_16bit(), "mm_16bit_ needs a build of torch with MKL");
+  TORCH_CHECK(own ? type == at::kBFloat16 && has_bf16_gemm() : has_mm_16bit(), "mm_16bit_ has no product of ", type, " here");
   TORCH_CHECK((type == at::kBFloat16 || type == at::kHalf) && b.scalar_type() == type && out.scalar_type() == at::kFloat,
               "mm_16bit_ takes two bfloat16 or two float16 matrices into float32, got ", type, ", ", b.scalar_type(), " into ",
               out.scalar_type());
@@ -63,6 +65,14 @@ void mm_16bit_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, 
   const int64_t out_stride = m == 1 ? n : out.stride(0);
   TORCH_CHECK((n == 1 || out.stride(1) == 1) && out_stride >= n, "mm_16bit_ writes rows of stride 1, got strides ", out.strides());
   const Operand left = operand(a), right = operand(b);
+  if (own) {
+    const auto strided = [](const Operand& x, bool by_outer) {
+      return Operand16{static_cast<const uint16_t*>(x.data), by_outer ? x.stride : 1, by_outer ? 1 : x.stride};
+    };
+    bf16_gemm(m, n, k, strided(left, left.order == as_it_is), strided(right, right.order == transposed), out.mutable_data_ptr<float>(),
+              out_stride, accumulate);
+    return;
+  }
   Gemm* gemm = type == at::kHalf ? cblas_gemm_f16f16f32 : cblas_gemm_bf16bf16f32;
   gemm(row_major, left.order, right.order, checked_int(m), checked_int(n), checked_int(k), 1.0f, left.data, left.stride, right.data,
        right.stride, accumulate ? 1.0f : 0.0f, out.mutable_data_ptr<float>(), checked_int(out_stride));

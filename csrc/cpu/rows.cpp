@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "gemm.h"
 #include "logits.h"
 
 namespace {
@@ -453,7 +454,7 @@ void slot_logits_(at::Tensor raw, Optional bias, at::Tensor order, at::Tensor en
                   double softcap, double temperature);
 // csrc/cpu/gemm.cpp
 bool has_mm_16bit();
-void mm_16bit_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate);
+void mm_16bit_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate, bool own);
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
@@ -463,5 +464,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("choose_variant", &choose_variant);
   module.def("slot_logits_", &slot_logits_, without_gil);
   module.def("has_mm_16bit", &has_mm_16bit);
+  module.def("has_bf16_gemm", &has_bf16_gemm);
   module.def("mm_16bit_", &mm_16bit_, without_gil);
 }

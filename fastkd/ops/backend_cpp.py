@@ -76,7 +76,7 @@ def mm_16bit_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
     Products are exact and sums in float32. a and b have unit stride along one dimension (transposed views do), out along its rows.
     """
-    extension(build=True).mm_16bit_(out, a, b, accumulate)
+    extension(build=True).mm_16bit_(out, a, b, accumulate, multiplier(a.dtype) == "fastkd")
 
 
 def slot_logits_(
@@ -105,15 +105,25 @@ def slot_logits_(
 
 
 def sixteen_bit_dtypes() -> frozenset[torch.dtype]:
-    """The dtypes that are better multiplied as they are here than upcast; none where torch has no MKL or nothing is compiled.
+    """The dtypes that are multiplied as they are here, because that is faster than upcasting them; none where nothing is compiled.
 
-    What decides is whether the CPU has tiles (AMX) for a dtype, and no clock: equal machines are to give equal bits. Without them MKL
-    needs 1.2 times (bfloat16) to 1.8 times (float16) as long as for float32 on an EPYC with AVX512-BF16, and 1.7 times on a Xeon.
+    What decides is what the CPU has, and no clock: equal machines are to give equal bits.
+    """
+    return frozenset(dtype for dtype in _HAS_TILES if multiplier(dtype) is not None)
+
+
+def multiplier(dtype: torch.dtype) -> str | None:
+    """Whose product of 16-bit matrices is faster than that of upcast ones: "mkl", where the CPU has tiles (AMX), or "fastkd"; or None.
+
+    Without tiles MKL needs 1.2 times (bfloat16) to 1.8 times (float16) as long as for float32 on an EPYC with AVX512-BF16, and 1.7
+    times on a Xeon. `csrc/cpu/gemm_bf16.cpp` is for those: their vectors multiply bfloat16 twice as fast as float32.
     """
     module = extension(build=False)
-    if module is None or not module.has_mm_16bit():
-        return frozenset()
-    return frozenset(dtype for dtype, has_tiles in _HAS_TILES.items() if has_tiles())
+    if module is None or dtype not in _HAS_TILES:
+        return None
+    if module.has_mm_16bit() and _HAS_TILES[dtype]():
+        return "mkl"
+    return "fastkd" if dtype == torch.bfloat16 and module.variant() == "avx512" and module.has_bf16_gemm() else None
 
 
 def is_built() -> bool:

@@ -94,7 +94,9 @@ def arithmetic(device: torch.device) -> str:
     if device.type != "cpu":
         return name
     variant = f" {backend_cpp.extension(build=False).variant()}" if name == "cpp" else ""
-    return f"{name}{variant} on {torch.backends.cpu.get_cpu_capability()}"
+    multiplier = backend_cpp.multiplier(torch.bfloat16)
+    products = f", bfloat16 by {multiplier}" if multiplier else ""
+    return f"{name}{variant} on {torch.backends.cpu.get_cpu_capability()}{products}"
 
 
 def sample_call(device: torch.device, vocabulary: int = 4096) -> RowCall:

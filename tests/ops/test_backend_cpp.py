@@ -48,19 +48,34 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False
     return lying.T if transposed else lying
 
 
+def tiles(monkeypatch: pytest.MonkeyPatch, *dtypes: torch.dtype) -> None:
+    """Let the CPU have tiles (AMX) for these and no others."""
+    monkeypatch.setattr(cpp, "_HAS_TILES", {dtype: lambda has=dtype in dtypes: has for dtype in NARROW})
+
+
+def has_own_product() -> bool:
+    """Whether this machine has AVX512-BF16, and may use it."""
+    module = cpp.extension(build=True)
+    return module.variant() == "avx512" and module.has_bf16_gemm()
+
+
 @needs_mkl
-@pytest.mark.parametrize("has_tiles", [(False, False), (True, False), (True, True)], ids=str)
-def test_mkl_serves_the_dtypes_that_the_cpu_has_tiles_for(monkeypatch, has_tiles):
+@pytest.mark.parametrize("with_tiles", [(), (torch.bfloat16,), (torch.bfloat16, torch.float16)], ids=str)
+def test_mkl_serves_the_dtypes_that_the_cpu_has_tiles_for_and_fastkd_bfloat16_by_avx512(monkeypatch, with_tiles):
     """Nothing that could differ between two runs on one machine, as a clock would, chooses the arithmetic."""
-    monkeypatch.setattr(cpp, "_HAS_TILES", {dtype: lambda has=has: has for dtype, has in zip(NARROW, has_tiles, strict=True)})
-    assert cpp.sixteen_bit_dtypes() == {dtype for dtype, has in zip(NARROW, has_tiles, strict=True) if has}
+    tiles(monkeypatch, *with_tiles)
+    own = "fastkd" if has_own_product() else None
+    assert cpp.multiplier(torch.bfloat16) == ("mkl" if torch.bfloat16 in with_tiles else own)
+    assert cpp.multiplier(torch.float16) == ("mkl" if torch.float16 in with_tiles else None)
+    assert cpp.multiplier(torch.float32) is None
+    assert cpp.sixteen_bit_dtypes() == {dtype for dtype in NARROW if cpp.multiplier(dtype)}
 
 
 @needs_mkl
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("has_tiles", [False, True])
 def test_heads_give_the_same_loss_upcast_or_as_they_are(monkeypatch, dtype, has_tiles):
-    monkeypatch.setattr(cpp, "_HAS_TILES", dict.fromkeys(NARROW, lambda: has_tiles))
+    tiles(monkeypatch, *(NARROW if has_tiles else ()))
     student, head, teacher, teacher_head = matrix(9, 16, dtype), matrix(203, 16, dtype), matrix(9, 24, dtype), matrix(203, 24, dtype)
     leaves = student.requires_grad_(), head.requires_grad_()
     loss = fastkd.linear_kl_div(*leaves, teacher, teacher_head)
@@ -71,14 +86,23 @@ def test_heads_give_the_same_loss_upcast_or_as_they_are(monkeypatch, dtype, has_
         assert_close(made, gradient, 5e-3)
 
 
+PRODUCTS = {"mkl bfloat16": torch.bfloat16, "mkl float16": torch.float16, "fastkd bfloat16": torch.bfloat16}
+# The last two are more than one of the blocks by which fastkd's product goes, along each side.
+SHAPES = [(5, 7, 33), (1, 64, 17), (16, 1, 9), (1, 1, 1), (1, 9, 1), (9, 5, 1), (64, 96, 127), (300, 387, 33), (15, 769, 4099)]
+
+
 @needs_mkl
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("shape", [(5, 7, 33), (1, 64, 17), (16, 1, 9), (1, 1, 1), (1, 9, 1), (9, 5, 1), (64, 96, 127)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)], ids=str)
-@pytest.mark.parametrize("dtype", NARROW)
-def test_products_are_exact(dtype, transposed, shape, accumulate):
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_are_exact(monkeypatch, product, transposed, shape, accumulate):
     """out is strided and holds NaN, which only accumulation may read."""
-    m, k, n = shape
+    (m, k, n), dtype, is_own = shape, PRODUCTS[product], product.startswith("fastkd")
+    if is_own and not has_own_product():
+        pytest.skip("no AVX512-BF16, or FASTKD_CPU_VARIANT leaves it out")
+    tiles(monkeypatch, *(() if is_own else NARROW))
+    assert cpp.multiplier(dtype) == product.split()[0]
     for padding in (0, 3):
         a, b = matrix(m, k, dtype, transposed[0], padding), matrix(k, n, dtype, transposed[1], padding)
         wide = torch.full((m, n + 2 * padding), 9.0)

@@ -57,9 +57,10 @@ class BatchOrder:
         if index < 0:
             raise IndexError(f"index={index}: micro-batches are counted from 0.")
         epoch, position = divmod(index, self.batches_per_epoch)
-        if self._cached[0] != epoch:
-            self._cached = (epoch, *self._epoch_order(epoch))
-        _, rows, batches = self._cached
+        cached = self._cached  # read once: another thread may ask for another epoch meanwhile
+        if cached[0] != epoch:
+            cached = self._cached = (epoch, *self._epoch_order(epoch))
+        _, rows, batches = cached
         start = batches[position] * self.batch_size
         return rows[start : start + self.batch_size].copy()
 

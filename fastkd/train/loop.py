@@ -24,6 +24,7 @@ from .checkpoint import CheckpointWriter, checkpoint_identity, load_checkpoint, 
 from .config import StageArguments
 from .log import LOG_FILE, Progress, RunLog, peak_memory_mb
 from .parallel import Engine, gradient_norm
+from .prefetch import MicroBatch, Prefetch
 from .profile import BETWEEN, StepProfiler, section
 from .ranks import Ranks
 from .schedule import learning_rate_factor, resolve_warmup
@@ -96,9 +97,8 @@ class StageTrainer:
         self.micro_batches = arguments.gradient_accumulation_steps * self.ranks.world_size
         """Micro-batches of an optimizer step over all ranks, which take them in turn."""
         steps_per_epoch = max(1, self.order.batches_per_epoch // self.micro_batches)
-        self.total_steps = total_steps(
-            arguments.max_steps, arguments.num_train_epochs, self.order.batches_per_epoch, self.micro_batches
-        )
+        epochs = arguments.num_train_epochs
+        self.total_steps = total_steps(arguments.max_steps, epochs, self.order.batches_per_epoch, self.micro_batches)
         at_once = arguments.max_steps > 0
         self.eval_steps = arguments.eval_steps or (self.total_steps if at_once else min(steps_per_epoch, self.total_steps))
         self.save_steps = arguments.save_steps or self.eval_steps
@@ -141,6 +141,7 @@ class StageTrainer:
             ) as lines,
             StepProfiler(self.arguments.profile_steps if ranks.is_main else 0, self.folder / "profile", stage.objective) as profiler,
             contextlib.closing(self.writer),
+            contextlib.closing(Prefetch(self._micro_batch)) as batches,
         ):
             try:
                 if stage.evaluate_first and self.at.evaluated_step < 0:
@@ -148,7 +149,7 @@ class StageTrainer:
                 while self.at.step < self.total_steps:
                     with section(BETWEEN):
                         self._catch_up(lines, flag)
-                    bar.update(self._step(lines, flag))
+                    bar.update(self._step(batches, lines, flag))
                     profiler.step()
                 with section(BETWEEN):
                     self._catch_up(lines, flag)
@@ -170,25 +171,25 @@ class StageTrainer:
             events=stage.events,
         )
 
-    def _step(self, lines: RunLog, flag: SignalFlag) -> bool:
+    def _step(self, prefetch: Prefetch, lines: RunLog, flag: SignalFlag) -> bool:
         """One optimizer step, or none where it would not be finite; it counts once it is complete, so a signal may stop it anywhere."""
         arguments, objective, ranks, at = self.arguments, self.stage.objective, self.ranks, self.at
         started = time.perf_counter()
         indices = self._own_micro_batches()
         with section("data"):
-            batches = [self._micro_batch(i) for i in indices]
+            batches = prefetch.take(indices, self._own_micro_batches(ahead=1) if at.step + 1 < self.total_steps else ())
             denominator, tokens = self._counts(batches, flag)
         objective.terms.clear()
         objective.begin_step(self._position())
         losses = []
-        for index, batch in zip(indices, batches, strict=True):
+        for index, made in zip(indices, batches, strict=True):
             if ranks.world_size == 1:
                 flag.poll()
             last = index == indices[-1]
             seed_global_generators(self.seed, index, _DROPOUT)
             with self.engine.micro_batch(last=last):
                 with self.autocast():
-                    loss = self.engine(objective, batch.to(ranks.device), denominator)
+                    loss = self.engine(objective, made.batch, denominator)
                 self.engine.backward(self.scaler.scale(loss), last=last)
             losses.append(loss.detach())
         with section("optimizer"):
@@ -263,25 +264,25 @@ class StageTrainer:
         at.skipped += 1
         lines.write({"step": at.step + 1, "skipped": at.skipped, "loss": loss, "grad_norm": norm, "rows": rows})
 
-    def _counts(self, batches: Sequence[Any], flag: SignalFlag) -> tuple[Any, int]:
+    def _counts(self, batches: Sequence[MicroBatch], flag: SignalFlag) -> tuple[Any, int]:
         """The step's denominator and tokens over all ranks, who also hear here of each other's signals."""
-        weight = sum(self.stage.objective.weight(batch) for batch in batches)
-        tokens = int(sum(batch.attention_mask.sum() for batch in batches))
+        weight, tokens = sum(made.weight for made in batches), sum(made.tokens for made in batches)
         mark, tokens_sum, *weights = self.ranks.sum(np.array([flag.mark, tokens, *np.atleast_1d(weight)]))
         flag.heed(mark)
         # Where nothing counts all sums are zero, whatever they are divided by.
         sums = [float(value) or 1.0 for value in weights]
         return np.array(sums) if isinstance(weight, np.ndarray) else sums[0], int(tokens_sum)
 
-    def _own_micro_batches(self) -> range:
-        """The numbers of this rank's micro-batches in the coming optimizer step."""
-        first = (self.at.step + self.at.skipped) * self.micro_batches + self.ranks.rank
+    def _own_micro_batches(self, ahead: int = 0) -> range:
+        """The numbers of this rank's micro-batches in the coming optimizer step, or in one that many steps ahead of it."""
+        first = (self.at.step + self.at.skipped + ahead) * self.micro_batches + self.ranks.rank
         return range(first, first + self.micro_batches, self.ranks.world_size)
 
-    def _micro_batch(self, index: int) -> Any:
+    def _micro_batch(self, index: int) -> MicroBatch:
         """Rows and whatever is drawn for them follow from the seed and the micro-batch's number alone."""
-        generator = counter_torch_generator(self.seed, index)
-        return self.stage.objective.prepare(self.stage.make_batch(self.order.batch(index), generator), generator)  # type: ignore[arg-type]
+        generator, objective = counter_torch_generator(self.seed, index), self.stage.objective
+        batch = objective.prepare(self.stage.make_batch(self.order.batch(index), generator), generator)  # type: ignore[arg-type]
+        return MicroBatch(batch.to(self.ranks.device), objective.weight(batch), int(batch.attention_mask.sum()))
 
     def _rate_factor(self) -> float:
         return learning_rate_factor(

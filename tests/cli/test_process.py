@@ -136,6 +136,7 @@ def interrupted(self, folder, **options):
     os.kill(os.getpid(), signal.{name})
     raise AssertionError("it went on")
 
+signal.signal(signal.{name}, signal.default_int_handler if "{name}" == "SIGINT" else signal.SIG_DFL)  # nohup ignores one
 PreTrainedTokenizerBase.save_pretrained = interrupted
 sys.exit(main(sys.argv[1:]))
 """

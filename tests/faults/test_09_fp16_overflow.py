@@ -6,13 +6,11 @@ taken have the learning rates of an undisturbed run. A scale that is still being
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import fastkd
 from fastkd.train import run as driver
@@ -29,16 +27,16 @@ def overflow(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
     build = driver.build_stage
 
     def build_overflowing(spec: Any, inputs: Any) -> Any:
-        stage, made = build(spec, inputs), -1
+        stage, run = build(spec, inputs), -1
 
-        def make_batch(rows: Any, generator: torch.Generator) -> Any:
-            nonlocal made
-            made += 1
-            return stage.make_batch(rows, generator)
+        def count(*_: Any) -> None:
+            nonlocal run
+            run += 1
 
+        stage.objective.register_forward_pre_hook(count)
         weight = next(p for p in stage.objective.parameters() if p.requires_grad)
-        weight.register_hook(lambda gradient: gradient * math.inf if made in batches else gradient)
-        return dataclasses.replace(stage, make_batch=make_batch)
+        weight.register_hook(lambda gradient: gradient * math.inf if run in batches else gradient)
+        return stage
 
     patch.setattr(driver, "build_stage", build_overflowing)
 

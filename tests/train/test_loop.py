@@ -46,12 +46,14 @@ class Regression(Objective):
         torch.manual_seed(0)
         self.student = nn.Sequential(nn.Linear(WIDTH, 8), nn.Dropout(dropout), nn.LayerNorm(8), nn.Linear(8, 1))
         self.calls = 0
+        self.on_batch: Callable[[int], None] = lambda number: None
         self.broken_at = -1
 
     def weight(self, batch: ToyBatch) -> float:
         return float(batch.attention_mask.sum())
 
     def forward(self, batch: ToyBatch, denominator: float) -> Tensor:
+        self.on_batch(self.calls)
         self.calls += 1
         inputs = batch.input_ids.float() * batch.attention_mask
         error = self.student(inputs + batch.noise).squeeze(-1) - inputs.sum(-1)
@@ -78,12 +80,10 @@ class Toy:
         rows = torch.from_numpy(generator.integers(1, 5, (ROWS, WIDTH)))
         self.objective = Regression(dropout)
         self.evaluations = 0
-        self.on_batch: Callable[[int], None] = lambda number: None
         self.on_evaluation: Callable[[int], None] = lambda number: None
         self.batches = 0
 
         def make_batch(indices: Sequence[int], rng: torch.Generator) -> ToyBatch:
-            self.on_batch(self.batches)
             self.batches += 1
             mask = (torch.arange(WIDTH) < torch.tensor(lengths[indices])[:, None]).long()
             return ToyBatch(rows[indices], mask, noise * torch.randn(len(indices), WIDTH, generator=rng))
@@ -255,7 +255,7 @@ def test_a_non_finite_loss_updates_nothing(tmp_path):
         if number == 4:
             before.update(toy.weights())
 
-    toy.on_batch = remember
+    toy.objective.on_batch = remember
     with pytest.raises(NonFiniteError) as refusal:
         toy.run()
     assert same_bits(toy.weights(), before)
@@ -304,13 +304,14 @@ def at(moment: int, act: Callable[[], None]) -> Callable[[int], None]:
 def test_stopped_at_any_micro_batch_ends_alike(tmp_path, batch, act, error):
     whole, first, second = (Toy(tmp_path / name, **INTERRUPTED) for name in ("whole", "stopped", "stopped"))
     expected = whole.run()
-    first.on_batch = at(batch, act)
+    first.objective.on_batch = at(batch, act)
     with pytest.raises(error):
         first.run()
+    finished = (batch + 1) // 2  # the signal is heeded at the next micro-batch
     if act is terminate:  # nothing is lost: what is saved is the last finished step
-        assert list_checkpoints(first.folder)[0].name == f"checkpoint-{batch // 2}"
+        assert list_checkpoints(first.folder)[0].name == f"checkpoint-{finished}"
     resumed = second.run()
-    assert second.batches == 18 - (batch // 2 * 2 if act is terminate else batch // 4 * 4)
+    assert second.batches == 18 - (finished * 2 if act is terminate else batch // 4 * 4)
     assert same_end(whole, second, (expected, resumed))
 
 
@@ -368,7 +369,7 @@ def test_what_is_written_in_the_background_is_of_the_step_it_was_asked_at(tmp_pa
         return save_checkpoint(output_dir, step, *arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", late)
-    toy.on_batch = lambda number: further.set() if number == 5 else None
+    toy.objective.on_batch = lambda number: further.set() if number == 5 else None
     toy.run()
     for name in ("checkpoint-3", "checkpoint-6"):
         found, expected = (load_checkpoint(tmp_path / run / name)[0] for run in ("late", "whole"))

@@ -111,7 +111,7 @@ def test_a_stop_changes_no_bit_of_it(tmp_path: Path) -> None:
         if number == 5:
             raise InterruptedError
 
-    stopped.on_batch = stop
+    stopped.objective.on_batch = stop
     with pytest.raises(InterruptedError):
         stopped.run()
     resumed = Toy(tmp_path / "stopped", bias_correction=False, save_steps=2)

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import record_function
 
 import fastkd
-from fastkd.train import loop, profile
+from fastkd.train import loop, prefetch, profile
 from fastkd.train.profile import SECTIONS, SHARES_FILE, TRACE_FILE, section, section_seconds
 from tests import runs
 
@@ -119,7 +119,7 @@ def test_an_operation_is_found_in_its_section(
         return bool(model.training)
 
     if done == "batches":
-        probed(loop.StageTrainer, "_micro_batch")
+        probed(prefetch.Prefetch, "take")
     elif done == "student forward":
         probed(BertEncoder, "forward", is_student, through(_ProbedForward))
     elif done == "student backward":

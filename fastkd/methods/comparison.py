@@ -148,8 +148,7 @@ def distance(
 
     Both distributions are over the ids `kept`, those that both models have rows for; a model without a map is restricted to them.
     """
-    heads = [head_rows(model, kept if model.vocab_map is None else slice(model.vocabulary)) for model in (student, teacher)]
-    (student_weight, student_bias), (teacher_weight, teacher_bias) = heads
+    (student_weight, student_bias), (teacher_weight, teacher_bias) = head_rows(student, kept), head_rows(teacher, kept)
     _, stats = linear_kl_div(
         student_states,
         student_weight,

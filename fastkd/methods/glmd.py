@@ -8,8 +8,8 @@ Three stages, exactly one loss in each (the authors' code: github.com/aitsc/GLMK
                                                                                   which are scored before the first step
 
 Teacher and student see the same ids at the same positions and nothing else is matched: width, depth and architecture are free. The
-student may keep a part of the vocabulary: it reads every dropped id as its stand-in, and the teacher's softmax is taken over the kept
-rows alone, which are gathered once.
+student may keep a part of the vocabulary: it reads every dropped id as its stand-in. The teacher's softmax is taken over the kept rows
+alone, which are gathered once, or by `teacher_mass` over all of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ..models.cloze_scores import check_label_words, choice_scores, verbalizer_scores
 from ..models.language_model import LanguageModel
+from ..models.load import vocabulary_rows
 from ..models.task_model import TaskModel
 from ..models.teacher_cache import CachedTeacher
-from ..ops.checks import check_temperature
+from ..ops.checks import check_choice, check_temperature
 from ..ops.divergence import Divergence
+from ..ops.options import TEACHER_MASSES
 from ..tasks.cloze import ClozeBatch
 from ..tasks.cloze_task import ClozeTask
 from .language_modeling import check_mask_probability
@@ -48,6 +50,9 @@ class GLMDOptions:
     for long runs. Task scores are always compared at temperature 1."""
     divergence: str = "forward_kl"
     """Divergence of word prediction; the authors' is forward_kl."""
+    teacher_mass: Literal["renormalize", "full", "slots"] = "renormalize"
+    """What the teacher says of ids that the student dropped: renormalize, nothing, as in the authors' code; full, that they are likely,
+    and the student's kept ids are compared with less than one; slots, what their stand-ins are taught beside their own probability."""
     mask_probability: float = 0.15
     """Share of tokens masked in an encoder's pretrain inputs; the loss covers masked and unmasked positions alike."""
 
@@ -55,25 +60,30 @@ class GLMDOptions:
         Divergence.parse(self.divergence)
         check_mask_probability(self.mask_probability)
         check_temperature(self.temperature)
+        check_choice("teacher_mass", self.teacher_mass, TEACHER_MASSES)
 
 
 class WordPrediction(Objective):
     """T^2 mean over positions of KL(softmax(z_t[K] / T) || softmax(z_s / T)), at every position that holds a token.
 
-    K are the student's kept ids. strict: the mean is over tokens. paper: it is over all positions, pads (whose term is zero) included,
-    and the copies that fill short lists of choices count as rows.
+    K are the student's kept ids; with another `teacher_mass` see `linear_kl_div`, whose slots are those of the student. strict: the
+    mean is over tokens. paper: it is over all positions, pads (whose term is zero) included, and the copies that fill short lists of
+    choices count as rows.
     """
 
     student: LanguageModel
     teacher: LanguageModel
 
-    def __init__(self, student: LanguageModel, teacher: LanguageModel | CachedTeacher, options: GLMDOptions) -> None:
-        """The teacher's rows behind the student's ids are gathered here.
+    def __init__(
+        self, student: LanguageModel, teacher: LanguageModel | CachedTeacher, options: GLMDOptions, tokens: int | None = None
+    ) -> None:
+        """The teacher's rows that are compared are gathered here.
 
         Args:
             student: trained, perhaps on a kept vocabulary.
             teacher: frozen, with a row for each of those ids; or what stands for a cache.
             options: the method's.
+            tokens: ids that there are, for another `teacher_mass` than renormalize; None: as many as the teacher has.
 
         Raises:
             ValueError: a teacher that is not frozen, or has fewer rows.
@@ -81,7 +91,8 @@ class WordPrediction(Objective):
         super().__init__()
         self.student = student
         self.options = options
-        self.learn_from(teacher, Lesson(words=student.kept))
+        self.tokens = min(tokens or vocabulary_rows(teacher), vocabulary_rows(teacher))
+        self.learn_from(teacher, Lesson(words=compared_words(options, student.kept, self.tokens)))
 
     def weight(self, batch: Any) -> float:
         """How many positions are compared; paper: how many the batch has."""
@@ -112,11 +123,27 @@ class WordPrediction(Objective):
                 temperature=options.temperature,
                 mask=self.mask(batch),
                 denominator=denominator,
+                **self._dropped(),
                 **student.logit_options("student"),
             )
             return loss
 
         return student(batch.input_ids, batch.attention_mask, at_head)
+
+    def _dropped(self) -> dict[str, Any]:
+        """What `linear_kl_div` is told of ids that the student dropped, where the teacher speaks of them."""
+        student, mass = self.student, self.options.teacher_mass
+        if student.vocab_map is None or mass == "renormalize":
+            return {}
+        slots = student.id_to_slot[: self.tokens]
+        if mass == "slots":
+            return {"teacher_mass": mass, "vocab_slots": slots}
+        return {"teacher_mass": mass, "vocab_index": student.vocab_map.kept_ids.to(slots.device)}
+
+
+def compared_words(options: GLMDOptions, kept: slice | Tensor, tokens: int) -> slice | Tensor:
+    """Rows of the teacher's head that word prediction reads: those behind the student's, or of all `tokens` ids."""
+    return kept if options.teacher_mass == "renormalize" or isinstance(kept, slice) else slice(tokens)
 
 
 @dataclass(frozen=True, eq=False)

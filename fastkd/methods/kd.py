@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.language_model import LanguageModel
+from ..models.load import vocabulary_rows
 from ..models.teacher_cache import CachedTeacher
 from ..ops.checks import check_temperature
 from ..ops.divergence import Divergence
@@ -69,7 +70,7 @@ class KnowledgeDistillation(Objective):
         super().__init__()
         self.student = student
         self.options = options
-        self.tokens = min(tokens, teacher.vocabulary) if isinstance(teacher, LanguageModel) else tokens
+        self.tokens = min(tokens, vocabulary_rows(teacher))
         self.learn_from(teacher, Lesson(words=slice(self.tokens)))
         if student.vocab_map is not None:
             ids = torch.bincount(student.vocab_map.id_to_slot[: self.tokens], minlength=student.vocabulary)

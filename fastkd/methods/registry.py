@@ -21,7 +21,7 @@ from . import crild, ted
 from .cached import CachedLesson
 from .crild import CRILDOptions, IntermediateLayerDistillation, LogitDistillation
 from .finetune import FineTuneOptions, FineTuning
-from .glmd import ClozeScores, GLMDOptions, TaskScores, WordPrediction
+from .glmd import ClozeScores, GLMDOptions, TaskScores, WordPrediction, compared_words
 from .kd import KDOptions, KnowledgeDistillation
 from .language_modeling import LanguageModeling, LanguageModelingOptions
 from .objective import Objective, Stage
@@ -179,7 +179,7 @@ def _taught(make_batch: MakeBatch, cached: CachedLesson, rows: Rows) -> MakeBatc
 
 def _word_prediction(inputs: StageInputs) -> Objective:
     assert isinstance(inputs.student, LanguageModel) and isinstance(inputs.teacher, LanguageModel | CachedTeacher)
-    return WordPrediction(inputs.student, inputs.teacher, inputs.options)
+    return WordPrediction(inputs.student, inputs.teacher, inputs.options, known_ids(inputs.teacher, inputs.tokenizer))
 
 
 def _task_scores(inputs: StageInputs) -> TaskScores:
@@ -196,7 +196,7 @@ def _label_words(task: ClozeTask, tokenizer: Any) -> Tensor | None:
 
 def _knowledge_distillation(inputs: StageInputs) -> Objective:
     assert isinstance(inputs.student, LanguageModel) and isinstance(inputs.teacher, LanguageModel | CachedTeacher)
-    return KnowledgeDistillation(inputs.student, inputs.teacher, inputs.options, known_ids(inputs.teacher.model, inputs.tokenizer))
+    return KnowledgeDistillation(inputs.student, inputs.teacher, inputs.options, known_ids(inputs.teacher, inputs.tokenizer))
 
 
 def _hard_labels(inputs: StageInputs) -> Objective:
@@ -233,7 +233,7 @@ def _task_aware(inputs: StageInputs) -> Objective:
 
 
 def _word_lesson(inputs: LessonInputs) -> Lesson:
-    return Lesson(words=inputs.kept)
+    return Lesson(words=compared_words(inputs.options, inputs.kept, inputs.num_words))
 
 
 def _all_words_lesson(inputs: LessonInputs) -> Lesson:

@@ -251,11 +251,19 @@ def head_rows(teacher: LanguageModel, rows: slice | Tensor) -> tuple[Tensor, Ten
         rows: the first n, as a slice, or (n,) int64 ids.
 
     Raises:
-        ValueError: the head has fewer rows than n.
+        ValueError: the head has fewer rows than n, or the teacher's own vocabulary map drops some of the ids.
     """
     weight, bias = teacher.head.weight, teacher.head.bias
     count = rows.stop if isinstance(rows, slice) else len(rows)
-    if len(weight) < count:
+    if (own := teacher.vocab_map) is not None:
+        ids = torch.arange(own.vocab_size)[:count] if isinstance(rows, slice) else rows.cpu()
+        if len(ids) < count or not own.is_kept.cpu()[ids].all():
+            raise ValueError(
+                f"The teacher keeps {own.num_kept} of {own.vocab_size} ids, and the student compares others too, of which it says "
+                "nothing. Let the student keep ids of the teacher's alone, or take a teacher with the whole vocabulary."
+            )
+        rows = own.id_to_slot.cpu()[ids]
+    elif len(weight) < count:
         raise ValueError(f"The teacher has {len(weight)} vocabulary rows, the student {count}; give the student a map.")
     index: Any = rows.to(weight.device) if isinstance(rows, Tensor) else rows
     return weight[index], None if bias is None else bias[index]

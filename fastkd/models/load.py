@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .task_model import TaskModel
+    from .teacher_cache import CachedTeacher
 
 log = logging.getLogger("fastkd")
 _WORDS = "words"
@@ -262,18 +263,17 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
     )
 
 
-def known_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many ids, from 0 on, both the tokenizer and the transformers `model` (which may be without weights) have."""
-    rows: int = model.get_input_embeddings().weight.shape[0]
-    return min(num_ids(tokenizer), rows)
+def known_ids(model: LanguageModel | TaskModel | CachedTeacher, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids, from 0 on, both the tokenizer and the model have."""
+    return min(num_ids(tokenizer), vocabulary_rows(model))
 
 
-def vocabulary_rows(model: LanguageModel | TaskModel) -> int:
+def vocabulary_rows(model: LanguageModel | TaskModel | CachedTeacher) -> int:
     """How many ids the model has a row for: slots count for all ids behind them."""
     if model.vocab_map is not None:
         return model.vocab_map.vocab_size
-    rows: int = model.model.get_input_embeddings().weight.shape[0]
-    return rows
+    embeddings: Any = model.model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 def check_padded_vocabulary(model: LanguageModel | TaskModel, tokenizer: PreTrainedTokenizerBase, role: str, largest_id: int) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..sealed import Damaged, content_sha256, file_sha256, read_json
 from ..store import write_bytes_atomic, write_json_atomic
 from .folder import model_folder, weight_files
-from .load import is_decoder, load_config
+from .load import is_decoder, load_config, load_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +59,7 @@ class CachedTeacher:
         with torch.device("meta"):
             self.model: PreTrainedModel = AutoModel.from_config(load_config(name_or_path))
         self.causal = is_decoder(self.model.config)
+        self.vocab_map = load_map(name_or_path)
 
 
 def model_hashes(name_or_path: str) -> tuple[str | None, str]:

@@ -151,7 +151,7 @@ def _prepared(
     check_row_length(model, -(-rows.longest // 8) * 8, "teacher")
     kept = run.models.kept(spec, model, folder / VOCAB_MAP_FOLDER)
     compared = () if spec.check_models is None else spec.check_models(*run.models.skeletons(arguments), options)
-    lesson = lesson_of(spec, LessonInputs(options, rows, run.tokenizer, kept, known_ids(model.model, run.tokenizer), compared))
+    lesson = lesson_of(spec, LessonInputs(options, rows, run.tokenizer, kept, known_ids(model, run.tokenizer), compared))
     kind = kind or smallest_kind(lesson, options, k)
     form = CacheForm(kind, DTYPES[dtype], k, options.temperature if kind == "topk" else 1.0)
     check_form(form, lesson, options)

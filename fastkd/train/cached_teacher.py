@@ -59,7 +59,8 @@ def check_cacheable(spec: StageSpec) -> None:
 def smallest_kind(lesson: Lesson, options: Any, k: int) -> Kind:
     """The kind of cache that is smallest among those that the stage can use."""
     is_forward = Divergence.parse(getattr(options, "divergence", "forward_kl")) == Divergence.parse("forward_kl")
-    return "topk" if lesson.words is not None and len(row_ids(lesson.words)) > k and is_forward else "dense"
+    has_whole = getattr(options, "teacher_mass", "renormalize") != "renormalize"
+    return "topk" if lesson.words is not None and len(row_ids(lesson.words)) > k and is_forward and not has_whole else "dense"
 
 
 def check_form(form: CacheForm, lesson: Lesson, options: Any) -> None:
@@ -72,6 +73,9 @@ def check_form(form: CacheForm, lesson: Lesson, options: Any) -> None:
     divergence = getattr(options, "divergence", "forward_kl")
     if Divergence.parse(divergence) != Divergence.parse("forward_kl"):
         raise ValueError(f"options.divergence is {divergence}, and of a top-k cache only forward_kl is known; take --kind dense.")
+    mass = getattr(options, "teacher_mass", "renormalize")
+    if mass != "renormalize":
+        raise ValueError(f"options.teacher_mass is {mass}, which needs the teacher's logits of all ids; take --kind dense.")
     if form.temperature != options.temperature:
         raise ValueError(
             f"The teacher cache holds the largest log-probabilities at temperature {form.temperature}, and options.temperature is "

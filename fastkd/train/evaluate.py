@@ -152,7 +152,7 @@ def evaluate_on_text(models: Mapping[str, str], text: TextData, *, batch_size: i
             check_padded_vocabulary(each.model, tokenizer, name, largest_id(TextRows(rows, None), each.model, tokenizer))
             check_row_length(each.model, int(rows.lengths.max()), name, "--max_length")
             each.model.to(_device(use_cpu))
-        kept = slice(min(known_ids(each.model.model, tokenizer) for each in judged.values())) if fold is None else fold.kept_ids
+        kept = slice(min(known_ids(each.model, tokenizer) for each in judged.values())) if fold is None else fold.kept_ids
         batches = _batches(rows, corpus, text, tokenizer, batch_size, causal=first.causal)
         asked = judge(judged, batches, teacher=TEACHER if TEACHER in judged else None, fold=fold, kept=kept)
     results = {name: {**_described(models[name], each.model), **each.summary(asked)} for name, each in judged.items()}

@@ -366,7 +366,7 @@ class Run:
         spec, options, cache = planned.spec, planned.options, self.teacher_caches[planned.spec.name]
         kept = student.kept if isinstance(student, LanguageModel) else slice(0)
         compared = () if spec.check_models is None else spec.check_models(student.model, teacher.model, options)
-        lesson = lesson_of(spec, LessonInputs(options, rows, self.tokenizer, kept, known_ids(teacher.model, self.tokenizer), compared))
+        lesson = lesson_of(spec, LessonInputs(options, rows, self.tokenizer, kept, known_ids(teacher, self.tokenizer), compared))
         contents = {
             **lesson_contents(lesson, rows, student, options, self.config.seed),
             **settings_contents(planned.arguments, planned.data, self.models.vocabulary_inputs()),

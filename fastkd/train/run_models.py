@@ -95,7 +95,7 @@ class RunModels:
         if source is not None and (own := load_map(source)) is not None:
             return own.kept_ids
         vocab_map = self._vocab_map(teacher, map_folder) if isinstance(teacher, LanguageModel) else None
-        return slice(known_ids(teacher.model, self.tokenizer)) if vocab_map is None else vocab_map.kept_ids
+        return slice(known_ids(teacher, self.tokenizer)) if vocab_map is None else vocab_map.kept_ids
 
     def vocabulary_inputs(self) -> dict[str, Any] | None:
         """What the vocabulary map of the run is made of, JSON-able; None without one."""
@@ -222,7 +222,7 @@ class RunModels:
         if named is not None and named.vocab_map is not None:
             return named
         vocab_map = self._vocab_map(teacher or named, self.output_dir / VOCAB_MAP_FOLDER)
-        rows = num_ids(self.tokenizer) if teacher is None else known_ids(teacher.model, self.tokenizer)
+        rows = num_ids(self.tokenizer) if teacher is None else known_ids(teacher, self.tokenizer)
         if named is None:
             base = teacher.model.config if teacher is not None else base_config(config.student, self.tokenizer)
             return build_student(base, {**config.student, **arguments.dropout}, vocab_map, seed=config.seed, vocabulary=rows)

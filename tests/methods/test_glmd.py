@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from fastkd.methods.glmd import GLMDOptions, TaskScores, WordPrediction
+from fastkd.methods.kd import KDOptions, KnowledgeDistillation
 from fastkd.models.language_model import LanguageModel
+from fastkd.models.prune import prune_model
 from fastkd.models.task_model import TaskModel
 from fastkd.tasks.cloze import Example, collate
 from fastkd.tasks.cloze_task import ClozeTask
@@ -120,6 +122,53 @@ def test_trap_4_the_sum_over_the_vocabulary_is_not_divided_by_it():
     log_p = teacher(batch.input_ids, batch.attention_mask)[keep][:, student.vocab_map.kept_ids].log_softmax(-1)
     batch_mean = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     assert_close(loss, batch_mean, 1e-12)
+
+
+@pytest.mark.parametrize("mass", ["full", "slots"])
+def test_the_teacher_may_speak_of_dropped_ids(mass):
+    """full: KL over the kept ids of a p that sums to less than one; slots: every kept id is taught its stand-ins' mass too."""
+    student, teacher = models()
+    batch = text_batch()
+    objective = WordPrediction(student, teacher, GLMDOptions(temperature=2.0, teacher_mass=mass))
+    loss = objective(batch, objective.weight(batch))
+    vocab_map = student.vocab_map
+    keep = batch.attention_mask.bool()
+    log_q = (student(batch.input_ids, batch.attention_mask)[keep] / 2).log_softmax(-1)
+    p = (teacher(batch.input_ids, batch.attention_mask)[keep] / 2).softmax(-1)
+    p = p[:, vocab_map.kept_ids] if mass == "full" else torch.zeros_like(log_q).index_add(1, vocab_map.id_to_slot, p)
+    expected = 4 * (p * (p.log() - log_q)).sum(-1).mean()
+    assert_close(loss, expected, 1e-9)
+    assert_close(*(torch.autograd.grad(x, student.head.weight)[0] for x in (loss, expected)), 1e-9)
+    plain = WordPrediction(student, teacher, GLMDOptions(temperature=2.0))
+    assert abs(plain(batch, plain.weight(batch)) - loss) > 1e-3
+
+
+@pytest.mark.parametrize("mass", ["renormalize", "full", "slots"])
+def test_a_student_with_all_ids_has_none_that_are_dropped(mass):
+    torch.manual_seed(3)
+    student, teacher = LanguageModel(tiny.bert(ROWS).double()), models()[1]
+    losses = []
+    for options in (GLMDOptions(temperature=2.0, teacher_mass=mass), GLMDOptions(temperature=2.0)):
+        objective = WordPrediction(student, teacher, options)
+        losses.append(objective(text_batch(), 7.0))
+    assert torch.equal(*losses)
+
+
+def test_a_teacher_on_a_kept_vocabulary_teaches_its_own_ids_and_no_others():
+    """Its rows are slots: they are found by its map, and not by the ids themselves."""
+    student, teacher = models()
+    small = prune_model(teacher.model, student.vocab_map).eval().requires_grad_(False)
+    batch = text_batch()
+    objective = WordPrediction(student, small, GLMDOptions(temperature=2.0))
+    log_q, log_p = (
+        (model(batch.input_ids, batch.attention_mask)[batch.attention_mask.bool()] / 2).log_softmax(-1) for model in (student, small)
+    )
+    assert_close(objective(batch, objective.weight(batch)), 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(), 1e-9)
+    kept = student.vocab_map.num_kept
+    with pytest.raises(ValueError, match=f"teacher keeps {kept} of {ROWS} ids, and the student compares others too"):
+        WordPrediction(LanguageModel(tiny.bert(ROWS).double()), small, GLMDOptions())
+    with pytest.raises(ValueError, match=f"teacher keeps {kept} of {ROWS} ids"):
+        KnowledgeDistillation(student, small, KDOptions(), ROWS)
 
 
 def task_scores(model: LanguageModel, batch) -> torch.Tensor:

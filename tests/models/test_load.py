@@ -317,4 +317,4 @@ def test_an_id_without_a_row_is_refused_where_it_occurs(caplog: pytest.LogCaptur
     with caplog.at_level("INFO", "fastkd"):
         check_padded_vocabulary(LanguageModel(tiny.llama(704)), tokenizer, "teacher", 699)
     assert len(caplog.records) == 1 and "704 rows for 700 ids" in caplog.text
-    assert (known_ids(model.model, tokenizer), known_ids(tiny.llama(704), tokenizer)) == (699, 700)
+    assert (known_ids(model, tokenizer), known_ids(LanguageModel(tiny.llama(704)), tokenizer)) == (699, 700)

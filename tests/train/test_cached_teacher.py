@@ -29,6 +29,8 @@ from tests.caches import cached, crild, glmd, glmd_tasks, kd, learners, losses, 
 CASES = {
     "glmd-decoder": lambda folder: glmd(folder),
     "glmd-encoder-masked": lambda folder: glmd(folder, runs.bert_teacher),
+    "glmd-full-mass": lambda folder: glmd(folder, options={"temperature": 2.0, "teacher_mass": "full"}),
+    "glmd-slots": lambda folder: glmd(folder, runs.bert_teacher, options={"temperature": 2.0, "teacher_mass": "slots"}),
     "glmd-verbalizer": lambda folder: glmd_tasks(folder, runs.bert_teacher, "verbalizer"),
     "glmd-choices-paper": lambda folder: glmd_tasks(folder, runs.llama_teacher, "choices", preset="paper"),
     "kd-pruned": lambda folder: kd(folder, runs.llama_teacher),

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from . import backend_cpp
 from .backends import choose, replace_failed, wished
-from .checks import check_index_values, check_slot_values, check_token_values, check_topk_ids, check_topk_masses, compute_dtype
+from .checks import check_index_values, check_slot_values, check_token_values, compute_dtype
 from .given_logits import GivenLogits
 from .grad_filter import GradFilter
 from .gradient_in_forward import Inputs, Results, pack, register, unpack
 from .linear_logits import LinearGradients, LinearLogits, gradient_dtype
+from .listed_logits import ListedLogits
 from .options import LossOptions
-from .plan import Plan, plan_chunks
+from .plan import Plan, plan_chunks, plan_lists
 from .row_call import RowCall, RowOutputs, TopK
 from .teacher_mass import SLOT_TOKENS, SlotLogits, dropped_rows, given_rest, head_rest
 from .token_weights import TokenWeights, token_weights
+from .topk_lists import dense_logits, read_lists, write_list_statistics
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class LossStats:
     Entropies are those of the tempered distributions; `top1_agreement` is 1 where both models rank the same token first. With
     `grad_filter`, `columns_kept` is the share of the vocabulary that the token's chunk kept, and `dropped_mass` the share of the L1
     norm of the token's logit gradient in the columns that were replaced by their mean; both are zero where no gradient was made.
+
+    Of a top-k teacher, `listed_mass` is the student's mass on the token's list at the temperature of the loss, and `topk_overlap` the
+    share of the list that is among the student's own as many largest logits. With student_support="listed" there are the entropies
+    and the agreement of the two distributions over the list instead.
     """
 
     divergence: Tensor | None = None
@@ -42,6 +48,8 @@ class LossStats:
     top1_agreement: Tensor | None = None
     columns_kept: Tensor | None = None
     dropped_mass: Tensor | None = None
+    listed_mass: Tensor | None = None
+    topk_overlap: Tensor | None = None
 
 
 _STATISTICS = tuple(field.name for field in fields(LossStats))
@@ -83,7 +91,8 @@ def fused_loss(
         return loss
     known = {"divergence": bool(teacher), "cross_entropy": labels is not None}
     if options.statistics == "all":
-        known |= dict.fromkeys(("student_entropy", "teacher_entropy", "top1_agreement"), options.divergence is not None)
+        known |= dict.fromkeys(_ENTROPIES, options.has_dense_teacher)
+        known |= dict.fromkeys(_OF_LISTS, options.tail is not None and not options.is_listed)
         known |= dict.fromkeys(("columns_kept", "dropped_mass"), options.grad_filter is not None)
     rows = dict(zip(_STATISTICS, statistics.detach().view(len(_STATISTICS), *leading), strict=True))
     return loss, LossStats(**{name: rows[name] for name, is_known in known.items() if is_known})
@@ -100,9 +109,9 @@ class _Pass:
     tokens: int
     weights: TokenWeights
     plan: Plan
-    student: LinearLogits | GivenLogits
+    student: LinearLogits | GivenLogits | ListedLogits
     teacher: _Teacher
-    gradients: LinearGradients | GivenLogits
+    gradients: LinearGradients | GivenLogits | ListedLogits
     """Takes the gradient of the student's logits, where one is made."""
     statistics: dict[str, Tensor]
     """By the names of `LossStats`, (n,) each."""
@@ -110,13 +119,16 @@ class _Pass:
     def call(self, part: slice, logits: Tensor, gradient: Tensor | None) -> RowCall:
         """The row kernel's call for `part`, of which the student's `logits` are given and the teacher's are made here."""
         weights, teacher, statistics = self.weights, self.teacher, self.statistics
-        dense = None if isinstance(teacher, TopK) else teacher
+        dense, rows = None if isinstance(teacher, TopK) else teacher, self.options.rows
+        if isinstance(teacher, TopK) and self.options.statistics == "all":
+            told = (statistics[name][part] for name in _OF_LISTS)
+            write_list_statistics(logits, self.student.bias, rows.student, rows.temperature, teacher.ids[part], *told)
         wanted = {"divergence": teacher is not None, "cross_entropy": weights.labels is not None}
         wanted |= dict.fromkeys(_ENTROPIES, dense is not None and self.options.statistics == "all")
         return RowCall(
             student=logits,
             teacher=teacher[part] if isinstance(teacher, TopK) else None if dense is None else dense.logits(part),
-            options=self.options.rows,
+            options=rows,
             outputs=RowOutputs(**{name: statistics[name][part] for name, is_wanted in wanted.items() if is_wanted}),
             row_weight=weights.token[part],
             labels=None if weights.labels is None else weights.labels[part],
@@ -130,10 +142,11 @@ class _Pass:
 
 
 _ENTROPIES = ("student_entropy", "teacher_entropy", "top1_agreement")
+_OF_LISTS = ("listed_mass", "topk_overlap")
 
 
 def _make(student: list[Tensor], constants: list[Tensor], upstream: Tensor | None, needs_grad: list[bool], call: str) -> Results:
-    """Make the pass; statistics are (7, N) in the order of `LossStats`."""
+    """Make the pass; statistics are (S, N) in the order of `LossStats`."""
     inputs = unpack(student, constants, upstream, needs_grad, call)
     work = _prepare(inputs)
     plan, run = work.plan, None
@@ -169,9 +182,15 @@ def _prepare(inputs: Inputs) -> _Pass:
         weights = weights.times(inputs.upstream.to(dtype), linear="logits" not in student)
     plan = _plan(inputs, options, weights.token.numel(), vocabulary, dtype)
     statistics = dict(zip(_STATISTICS, own.new_zeros(len(_STATISTICS), plan.tokens, dtype=dtype), strict=True))
-    source: LinearLogits | GivenLogits
-    gradients: LinearGradients | GivenLogits
-    if "logits" in student:
+    source: LinearLogits | GivenLogits | ListedLogits
+    gradients: LinearGradients | GivenLogits | ListedLogits
+    teacher: _Teacher = None
+    if "topk_ids" in constants:
+        teacher = lists = read_lists(constants, weights.valid, vocabulary, options, dtype)
+    if options.is_listed:
+        source = gradients = ListedLogits(student, lists.ids, weights.valid, plan.forward_tokens, dtype, options, inputs.needs_grad)
+        teacher = GivenLogits(dense_logits(lists, options.temperature, dtype), None, plan.teacher_tokens)
+    elif "logits" in student:
         source = gradients = GivenLogits(own, weights.valid, plan.forward_tokens, needs_grad=inputs.makes_gradients)
     else:
         bias = student.get("bias")
@@ -181,7 +200,8 @@ def _prepare(inputs: Inputs) -> _Pass:
             told = (statistics["columns_kept"], statistics["dropped_mass"]) if options.statistics == "all" else None
             grad_filter = GradFilter(options.grad_filter, told)
         gradients = LinearGradients(source, plan, inputs.needs_grad, grad_filter)
-    teacher = _teacher(constants, weights.valid, plan, dtype, options)
+    if teacher is None:
+        teacher = _dense_teacher(constants, weights.valid, plan, dtype, options)
     return _Pass(options, tokens, weights, plan, source, teacher, gradients, statistics)
 
 
@@ -207,6 +227,11 @@ def _plan(inputs: Inputs, options: LossOptions, tokens: int, vocabulary: int, dt
     weight = inputs.student.get("weight")
     own = next(iter(inputs.student.values()))
     operand = options.operand or own.dtype
+    if options.is_listed:
+        # A token's rows of the head, and its logits before and after they are finished.
+        entries, width = inputs.constants["topk_ids"].shape[1], own.shape[1]
+        sizes = {"chunk_size": options.chunk_size, "memory_budget": options.memory_budget}
+        return plan_lists(tokens, entries, entries * (width + 2) * dtype.itemsize, device=own.device, **sizes)
     return plan_chunks(
         tokens,
         vocabulary,
@@ -214,20 +239,16 @@ def _plan(inputs: Inputs, options: LossOptions, tokens: int, vocabulary: int, dt
         element_size=dtype.itemsize,
         gradient_size=min(operand.itemsize, dtype.itemsize),
         hidden_size=0 if weight is None or not inputs.needs_grad["weight"] else weight.shape[1],
-        has_teacher=options.divergence is not None,
+        has_teacher=options.has_dense_teacher,
         chunk_size=options.chunk_size,
         memory_budget=options.memory_budget,
     )
 
 
-def _teacher(constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions) -> _Teacher:
-    """The teacher over the student's vocabulary: what it lists, its slots, the rows that `vocab_index` names, or the first V."""
-    if "topk_ids" in constants:
-        check_topk_ids(constants["topk_ids"], plan.vocabulary)
-        known = [constants[name] for name in ("topk_ids", "topk_logprobs", "tail_logprob") if name in constants]
-        known = [x if valid is None else x.index_select(0, valid) for x in known]
-        check_topk_masses(*known)
-        return TopK(*known)
+def _dense_teacher(
+    constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions
+) -> LinearLogits | GivenLogits | SlotLogits | None:
+    """The teacher over the student's vocabulary: its slots, the rows that `vocab_index` names, or the first V; None: there is none."""
     if "vocab_slots" in constants:
         return _slots(constants, valid, plan, dtype, options)
     index, vocabulary = constants.get("vocab_index"), plan.vocabulary

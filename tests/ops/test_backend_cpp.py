@@ -16,7 +16,7 @@ from torch import Tensor
 import fastkd
 from fastkd.ops import backend_cpp as cpp
 from fastkd.ops.divergence import Divergence
-from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, TopK
+from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions
 from tests.near_certainty import GAPS, check_near_certainty
 from tests.oracle import assert_close
 from tests.row_kernels import DIVERGENCES, DTYPES, TOLERANCE, assert_outputs, check, make_logits, make_outputs, oracle
@@ -231,8 +231,6 @@ def test_what_it_does_not_take_is_said(backend, monkeypatch):
     call = make_call(*(x.float() for x in make_logits(3, 8)))
     assert cpp.why_not(call) is None
     assert cpp.why_not(replace(call, student=call.student.to("meta"))) == "it runs on the CPU, and the logits are on meta."
-    listed = TopK(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1))
-    assert cpp.why_not(replace(call, teacher=listed)) == "it has no kernel for a top-k teacher."
     monkeypatch.setattr(cpp, "_library", SimpleNamespace(get=lambda *, build: None))
     assert cpp.why_not(call) == "it is not compiled: run `python -m fastkd.ops.backend_cpp`, which needs a C++20 compiler."
     assert cpp.why_not(call, build=True) is None

@@ -116,7 +116,6 @@ BAD = {
     "tail shape": ({"tail_logprob": LOG_TAIL[:3]}, ValueError, "tail_logprob has shape"),
     "requires grad": ({"topk_logprobs": LOG_P.clone().requires_grad_()}, ValueError, "requires a gradient"),
     "device": ({"topk_logprobs": LOG_P.to("meta")}, ValueError, "on meta"),
-    "backend": ({"backend": "cpp"}, ValueError, "no kernel for a top-k teacher"),
 }
 
 

@@ -1,0 +1,72 @@
+"""A top-k teacher's lists as the losses take them, and what is told of them beside the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .backend_torch import blocks, transformed
+from .checks import check_topk_ids, check_topk_masses
+from .options import LossOptions
+from .row_call import LogitTransform, TopK
+from .topk_events import split_logits
+
+
+def read_lists(
+    constants: Mapping[str, Tensor], valid: Tensor | None, vocabulary: int, options: LossOptions, dtype: torch.dtype
+) -> TopK:
+    """The lists of the tokens that count, checked, at the temperature of the loss.
+
+    Args:
+        constants: "topk_ids" (N, K), "topk_logprobs" (N, K) and perhaps "tail_logprob" (N,).
+        valid: (n,) the tokens that count; None: all.
+        vocabulary: of the student.
+        options: of which the temperatures are read.
+        dtype: of log-probabilities that are brought to another temperature; others stay what they are.
+    """
+    check_topk_ids(constants["topk_ids"], vocabulary)
+    known = [constants[name] for name in ("topk_ids", "topk_logprobs", "tail_logprob") if name in constants]
+    lists = TopK(*known if valid is None else (x.index_select(0, valid) for x in known))
+    check_topk_masses(lists.ids, lists.log_probabilities, lists.log_tail)
+    made_at = options.topk_temperature or options.temperature
+    if made_at == options.temperature:
+        return lists
+    # Without its constant, which renormalising takes out.
+    return TopK(lists.ids, lists.log_probabilities.to(dtype) * (made_at / options.temperature))
+
+
+def dense_logits(lists: TopK, temperature: float, dtype: torch.dtype) -> Tensor:
+    """The teacher's logits over its list (n, K), -inf where an entry is missing: a softmax of them at `temperature` renormalises it."""
+    return (lists.log_probabilities.to(dtype) * temperature).masked_fill_(lists.ids < 0, -torch.inf)
+
+
+def write_list_statistics(
+    raw: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    temperature: float,
+    ids: Tensor,
+    listed_mass: Tensor,
+    topk_overlap: Tensor,
+) -> None:
+    """Fill (C,) the student's mass on the list, and the share of the list that is among the student's own as many largest logits.
+
+    raw: (C, V) as the head's GEMM wrote it; bias: (V,) or None; transform: makes logits of both; ids: (C, K).
+    """
+    for block in blocks(raw):
+        logits = transformed(raw[block], bias, transform, listed_mass.dtype)
+        listed, _ = split_logits(logits, ids[block])
+        listed_mass[block] = ((listed / temperature).logsumexp(-1) - (logits / temperature).logsumexp(-1)).exp()
+        topk_overlap[block] = overlap(listed, ids[block] >= 0, logits.topk(min(listed.shape[-1], logits.shape[-1])).values)
+
+
+def overlap(listed: Tensor, is_listed: Tensor, largest: Tensor) -> Tensor:
+    """The share (C,) of the listed logits that are no smaller than the last of the student's as many largest; zero of an empty list.
+
+    listed, is_listed: (C, K) and which entries are not missing; largest: (C, K or all) of all logits, in descending order.
+    """
+    count = is_listed.sum(-1)
+    last = largest.gather(1, (count - 1).clamp_min(0)[:, None])
+    return ((listed >= last) & is_listed).sum(-1).to(listed.dtype) / count.clamp_min(1)

@@ -56,8 +56,9 @@ SIGNATURES = {
     "relation_kl": "(student_q, student_k, teacher_q, teacher_k, *, key_mask=None, query_mask=None, targets=(), form='kl', "
     "reduction='mean', chunk_size=None, memory_budget=None, backend='auto')",
     "topk_kl_div": "(student_hidden, student_weight, topk_ids, topk_logprobs, tail_logprob=None, *, student_bias=None, tail='bucket', "
-    f"divergence='forward_kl', student_support='full', temperature=1.0, topk_temperature=None, mask=None, {LABELS}, student_softcap=None, student_logit_scale=1.0, {ROW_OPTIONS}, return_stats=False, "
-    "grad_filter=None)",
+    "divergence='forward_kl', student_support='full', temperature=1.0, topk_temperature=None, "
+    f"mask=None, {LABELS}, student_softcap=None, student_logit_scale=1.0, {ROW_OPTIONS}, return_stats=False, "
+    "grad_filter=None, group=None)",
     "Divergence": "(kind, mixing=None)",
     "Divergence.jsd": "(beta)",
     "Divergence.skew_kl": "(alpha)",

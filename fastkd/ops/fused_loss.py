@@ -19,13 +19,12 @@ from .given_logits import GivenLogits
 from .grad_filter import GradFilter
 from .gradient_in_forward import Inputs, Results, pack, register, unpack
 from .linear_logits import LinearGradients, LinearLogits, gradient_dtype
-from .listed_logits import ListedLogits
 from .options import LossOptions
-from .plan import Plan, plan_chunks, plan_lists
+from .plan import Plan, plan_chunks
 from .row_call import RowCall, RowOutputs, TopK
 from .teacher_mass import SLOT_TOKENS, SlotLogits, dropped_rows, given_rest, head_rest
 from .token_weights import TokenWeights, token_weights
-from .topk_lists import dense_logits, read_lists, write_list_statistics
+from .topk_lists import read_lists, write_list_statistics
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def fused_loss(
     known = {"divergence": bool(teacher), "cross_entropy": labels is not None}
     if options.statistics == "all":
         known |= dict.fromkeys(_ENTROPIES, options.has_dense_teacher)
-        known |= dict.fromkeys(_OF_LISTS, options.tail is not None and not options.is_listed)
+        known |= dict.fromkeys(_OF_LISTS, options.tail is not None)
         known |= dict.fromkeys(("columns_kept", "dropped_mass"), options.grad_filter is not None)
     rows = dict(zip(_STATISTICS, statistics.detach().view(len(_STATISTICS), *leading), strict=True))
     return loss, LossStats(**{name: rows[name] for name, is_known in known.items() if is_known})
@@ -109,9 +108,9 @@ class _Pass:
     tokens: int
     weights: TokenWeights
     plan: Plan
-    student: LinearLogits | GivenLogits | ListedLogits
+    student: LinearLogits | GivenLogits
     teacher: _Teacher
-    gradients: LinearGradients | GivenLogits | ListedLogits
+    gradients: LinearGradients | GivenLogits
     """Takes the gradient of the student's logits, where one is made."""
     statistics: dict[str, Tensor]
     """By the names of `LossStats`, (n,) each."""
@@ -182,15 +181,9 @@ def _prepare(inputs: Inputs) -> _Pass:
         weights = weights.times(inputs.upstream.to(dtype), linear="logits" not in student)
     plan = _plan(inputs, options, weights.token.numel(), vocabulary, dtype)
     statistics = dict(zip(_STATISTICS, own.new_zeros(len(_STATISTICS), plan.tokens, dtype=dtype), strict=True))
-    source: LinearLogits | GivenLogits | ListedLogits
-    gradients: LinearGradients | GivenLogits | ListedLogits
-    teacher: _Teacher = None
-    if "topk_ids" in constants:
-        teacher = lists = read_lists(constants, weights.valid, vocabulary, options, dtype)
-    if options.is_listed:
-        source = gradients = ListedLogits(student, lists.ids, weights.valid, plan.forward_tokens, dtype, options, inputs.needs_grad)
-        teacher = GivenLogits(dense_logits(lists, options.temperature, dtype), None, plan.teacher_tokens)
-    elif "logits" in student:
+    source: LinearLogits | GivenLogits
+    gradients: LinearGradients | GivenLogits
+    if "logits" in student:
         source = gradients = GivenLogits(own, weights.valid, plan.forward_tokens, needs_grad=inputs.makes_gradients)
     else:
         bias = student.get("bias")
@@ -200,8 +193,7 @@ def _prepare(inputs: Inputs) -> _Pass:
             told = (statistics["columns_kept"], statistics["dropped_mass"]) if options.statistics == "all" else None
             grad_filter = GradFilter(options.grad_filter, told)
         gradients = LinearGradients(source, plan, inputs.needs_grad, grad_filter)
-    if teacher is None:
-        teacher = _dense_teacher(constants, weights.valid, plan, dtype, options)
+    teacher = _teacher(constants, weights.valid, plan, dtype, options)
     return _Pass(options, tokens, weights, plan, source, teacher, gradients, statistics)
 
 
@@ -227,11 +219,6 @@ def _plan(inputs: Inputs, options: LossOptions, tokens: int, vocabulary: int, dt
     weight = inputs.student.get("weight")
     own = next(iter(inputs.student.values()))
     operand = options.operand or own.dtype
-    if options.is_listed:
-        # A token's rows of the head, and its logits before and after they are finished.
-        entries, width = inputs.constants["topk_ids"].shape[1], own.shape[1]
-        sizes = {"chunk_size": options.chunk_size, "memory_budget": options.memory_budget}
-        return plan_lists(tokens, entries, entries * (width + 2) * dtype.itemsize, device=own.device, **sizes)
     return plan_chunks(
         tokens,
         vocabulary,
@@ -245,10 +232,10 @@ def _plan(inputs: Inputs, options: LossOptions, tokens: int, vocabulary: int, dt
     )
 
 
-def _dense_teacher(
-    constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions
-) -> LinearLogits | GivenLogits | SlotLogits | None:
-    """The teacher over the student's vocabulary: its slots, the rows that `vocab_index` names, or the first V; None: there is none."""
+def _teacher(constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions) -> _Teacher:
+    """The teacher over the student's vocabulary: what it lists, its slots, the rows that `vocab_index` names, or the first V."""
+    if "topk_ids" in constants:
+        return read_lists(constants, valid, plan.vocabulary, options)
     if "vocab_slots" in constants:
         return _slots(constants, valid, plan, dtype, options)
     index, vocabulary = constants.get("vocab_index"), plan.vocabulary

@@ -30,7 +30,6 @@ class LossOptions:
     divergence: str | None = None
     mixing: float | None = None
     tail: str | None = None
-    student_support: str = "full"
     topk_temperature: float | None = None
     teacher_mass: str = "renormalize"
     temperature: float = 1.0
@@ -72,8 +71,7 @@ class LossOptions:
             divergence=None if self.divergence is None else Divergence(self.divergence, self.mixing),
             tail=self.tail or "bucket",
             temperature=self.temperature,
-            # Logits that were gathered are finished.
-            student=LogitTransform() if self.is_listed else self.student_transform,
+            student=self.student_transform,
             # The logits of slots are finished.
             teacher=LogitTransform() if self.teacher_mass == "slots" else self.teacher_transform,
         )
@@ -84,14 +82,9 @@ class LossOptions:
         return LogitTransform(self.student_logit_scale, self.student_softcap)
 
     @property
-    def is_listed(self) -> bool:
-        """Whether both models are compared over a top-k teacher's list alone, as if it were the vocabulary."""
-        return self.tail is not None and self.student_support == "listed"
-
-    @property
     def has_dense_teacher(self) -> bool:
         """Whether the teacher has a logit for each of the student's."""
-        return self.divergence is not None and (self.tail is None or self.is_listed)
+        return self.divergence is not None and self.tail is None
 
     @property
     def teacher_transform(self) -> LogitTransform:

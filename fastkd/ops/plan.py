@@ -147,15 +147,6 @@ def plan_chunks(
     return Plan(tokens, vocabulary, backward, forward, teacher, device.type != "cuda", alive if tokens else 0, dense)
 
 
-def plan_lists(
-    tokens: int, entries: int, token_bytes: int, *, device: torch.device, chunk_size: int | None, memory_budget: int | None
-) -> Plan:
-    """Plan logits of `entries` columns, of `token_bytes` that are alive for every token: as many tokens as the budget holds, or one."""
-    fitting = chunk_size or (memory_budget or default_budget(device)) // max(token_bytes, 1)
-    at_a_time = max(min(fitting, tokens), 1)
-    return Plan(tokens, entries, at_a_time, at_a_time, at_a_time, True, at_a_time * token_bytes if tokens else 0, tokens * token_bytes)
-
-
 def _gpu_part(budget: int, token_bytes: int, gradient_bytes: int) -> int:
     """Tokens of a forward part: two tiles where they leave the budget as many for the gradient again, else one."""
     part = 2 * GPU_TILE

@@ -28,10 +28,10 @@ def teacher_events(teacher: TopK, tail: str, dtype: torch.dtype) -> Tensor:
 def split_logits(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The logits at `ids` (C, K), -inf where an entry is missing, and all others: (C, V), -inf at the listed ids.
 
-    logits: (C, V) of whole rows, or of a shard whose ids are given as its own columns.
+    logits: (C, V) of whole rows; or of a shard, with ids as its own columns and below zero where they are other shards'.
     """
     is_listed = ids >= 0
-    # On a GPU nobody has checked the ids; `is_unknown` says which rows have others.
+    # On a GPU nobody has checked the ids.
     index = ids.clamp(0, max(logits.shape[-1] - 1, 0))
     listed = logits.gather(1, index).masked_fill(~is_listed, -torch.inf)
     # As a minimum, so that a missing entry, which stands at column 0, leaves what is there.
@@ -56,10 +56,11 @@ def spread_(others: Tensor, log_rest: Tensor, ids: Tensor, gradient: Tensor) -> 
     Args:
         others: (C, V), overwritten.
         log_rest: (C,) their log-sum-exp, or that of all shards.
-        ids: (C, K).
+        ids: (C, K) as for `split_logits`.
         gradient: (C, K + 1) of the events.
     """
     # q / q_tail is a softmax of its own, however small q_tail is. Where nothing is left beside the list, exp(-inf) is the zero wanted.
     shares = others.sub_(log_rest.clamp_min(torch.finfo(others.dtype).min)[:, None]).exp_().mul_(gradient[:, -1:])
-    # A missing entry has p = q = 0 and adds nothing at column 0.
-    return shares.scatter_add_(1, ids.clamp(0, max(others.shape[-1] - 1, 0)), gradient[:, :-1])
+    # A missing entry adds nothing at column 0.
+    listed = gradient[:, :-1].masked_fill(ids < 0, 0.0)
+    return shares.scatter_add_(1, ids.clamp(0, max(others.shape[-1] - 1, 0)), listed)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,11 @@ from .checks import check_denominator, check_plain, check_tail, check_teacher, c
 from .divergence import Divergence
 from .fused_loss import LossStats, fused_loss
 from .linear_logits import check_head
+from .listed_logits import listed_logits
 from .options import LossOptions, autocast_dtype, divergence_options, statistics_option
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def topk_kl_div(
@@ -41,6 +46,7 @@ def topk_kl_div(
     backend: str = "auto",
     return_stats: bool | Literal["losses"] = False,
     grad_filter: float | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """T^2 D(teacher, student) per token, of what is known of the teacher, reduced over tokens.
 
@@ -84,6 +90,12 @@ def topk_kl_div(
         return_stats: also return `LossStats`: the student's mass on the list and its overlap with the student's own largest, or with
             "listed" the entropies and the agreement of the distributions over the list; "losses": neither, nor what grad_filter did.
         grad_filter: approximate, off by default; as in `linear_kl_div`. Not with "listed".
+        group: the head is split by vocabulary rows over its processes, as in `linear_kl_div`: each passes the same hidden states,
+            lists, mask and labels, and its own rows of weight and bias. Ids and labels are positions in the shards as they stand one
+            behind the other, in the order of ranks. A chunk of tokens takes two all-reduces, of 1 and of K + 1 numbers a token (K + 3
+            with labels); the overlap, if it is asked for, an all-gather of K. "listed" takes one all-reduce of K numbers a token in
+            all, and with labels those of every chunk, too. Backward takes that of the hidden states' gradient. Not with grad_filter
+            or compiled backends; under `torch.compile` the graph breaks here.
 
     Returns:
         The loss, () or with reduction="none" (...), in float32 (float64 for float64 states); with return_stats the pair of it and
@@ -92,7 +104,7 @@ def topk_kl_div(
     Raises:
         ValueError, TypeError: before any work, naming the argument, what it got and what would do.
     """
-    leading = check_head("student_", student_hidden, student_weight, student_bias)
+    leading = check_head("student_", student_hidden, student_weight, student_bias, is_shard=group is not None)
     device = student_hidden.device
     kind = Divergence.parse(divergence)
     check_tail(tail, tail_logprob is not None, kind, student_support, temperature, topk_temperature)
@@ -118,7 +130,6 @@ def topk_kl_div(
     options = LossOptions(
         **divergence_options(kind),
         tail=tail,
-        student_support=student_support,
         temperature=temperature,
         topk_temperature=topk_temperature,
         label_weight=label_weight,
@@ -141,15 +152,73 @@ def topk_kl_div(
         "topk_logprobs": topk_logprobs.reshape(-1, topk_ids.shape[-1]),
         "tail_logprob": None if tail_logprob is None else tail_logprob.reshape(-1),
     }
-    if not options.is_listed or labels is None:
-        return fused_loss(student, teacher, options, leading, mask=mask, labels=labels, denominator=denominator)
+    call: dict[str, Any] = {"leading": leading, "group": group, "mask": mask, "denominator": denominator}
+    if student_support == "full":
+        return _over_vocabulary(student, teacher, options, labels=labels, **call)
+    loss = _over_lists(student, teacher, options, **call)
+    if labels is None:
+        return loss
     # A label may be any id, and needs the logits of all.
-    of_labels = replace(options, divergence=None, mixing=None, tail=None, statistics=options.statistics and "losses")
-    divergence_part = fused_loss(student, teacher, replace(options, label_weight=0.0), leading, mask=mask, denominator=denominator)
-    label_part = fused_loss(student, {}, of_labels, leading, mask=mask, labels=labels, denominator=denominator)
-    if isinstance(divergence_part, tuple):
-        assert isinstance(label_part, tuple)
-        stats = replace(divergence_part[1], cross_entropy=label_part[1].cross_entropy)
-        return divergence_part[0] + label_part[0], stats
-    assert not isinstance(label_part, tuple)
-    return divergence_part + label_part
+    of_labels = replace(options, divergence=None, mixing=None, statistics=options.statistics and "losses")
+    return _sum(loss, _over_vocabulary(student, teacher, of_labels, labels=labels, **call))
+
+
+_Tensors = Mapping[str, Tensor | None]
+_Loss = Tensor | tuple[Tensor, LossStats]
+
+
+def _over_vocabulary(
+    student: _Tensors,
+    teacher: _Tensors,
+    options: LossOptions,
+    *,
+    leading: torch.Size,
+    group: ProcessGroup | None,
+    **tokens: Tensor | None,
+) -> _Loss:
+    """The loss by logits of the whole vocabulary; without a divergence that of the labels alone."""
+    if group is None:
+        return fused_loss(student, teacher if options.divergence else {}, options, leading, **tokens)
+    # Imports torch.distributed and torch._dynamo, for which nobody else should wait.
+    from .vocab_parallel import check_group
+    from .vocab_parallel_topk import topk_vocab_parallel_loss
+
+    check_group(group, None, options)
+    return topk_vocab_parallel_loss(student, teacher, options, leading, group, **tokens)
+
+
+def _over_lists(
+    student: _Tensors,
+    teacher: _Tensors,
+    options: LossOptions,
+    *,
+    leading: torch.Size,
+    group: ProcessGroup | None,
+    mask: Tensor | None,
+    denominator: Tensor | None,
+) -> _Loss:
+    """The divergence of both models' distributions over the lists, as if each list were the vocabulary."""
+    ids, log_probabilities = teacher["topk_ids"], teacher["topk_logprobs"]
+    assert ids is not None and log_probabilities is not None
+    if group is None:
+        logits = listed_logits(student, ids, log_probabilities, mask, options)
+    else:
+        from .vocab_parallel import check_group
+        from .vocab_parallel_topk import sharded_listed_logits
+
+        check_group(group, None, options)
+        logits = sharded_listed_logits(student, ids, log_probabilities, mask, options, group)
+    made_at = options.topk_temperature or options.temperature
+    teacher_logits = (log_probabilities.to(logits.dtype) * made_at).masked_fill(ids < 0, -torch.inf)
+    # The logits are finished.
+    of_lists = replace(options, tail=None, topk_temperature=None, student_softcap=None, student_logit_scale=1.0, operand_dtype=None)
+    of_lists = replace(of_lists, label_weight=0.0)
+    return fused_loss({"logits": logits}, {"teacher_logits": teacher_logits}, of_lists, leading, mask=mask, denominator=denominator)
+
+
+def _sum(divergence: _Loss, labels: _Loss) -> _Loss:
+    """Both parts of a loss, each with or without its statistics, as one."""
+    if isinstance(divergence, tuple) and isinstance(labels, tuple):
+        return divergence[0] + labels[0], replace(divergence[1], cross_entropy=labels[1].cross_entropy)
+    assert not isinstance(divergence, tuple) and not isinstance(labels, tuple)
+    return divergence + labels

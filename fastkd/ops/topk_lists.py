@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from .backend_torch import blocks, transformed
-from .checks import check_topk_ids, check_topk_masses
+from .checks import check_topk_ids, check_topk_masses, compute_dtype
 from .options import LossOptions
 from .row_call import LogitTransform, TopK
 from .topk_events import split_logits
 
 
-def read_lists(
-    constants: Mapping[str, Tensor], valid: Tensor | None, vocabulary: int, options: LossOptions, dtype: torch.dtype
-) -> TopK:
+def read_lists(constants: Mapping[str, Tensor], valid: Tensor | None, vocabulary: int, options: LossOptions) -> TopK:
     """The lists of the tokens that count, checked, at the temperature of the loss.
 
     Args:
@@ -24,22 +21,17 @@ def read_lists(
         valid: (n,) the tokens that count; None: all.
         vocabulary: of the student.
         options: of which the temperatures are read.
-        dtype: of log-probabilities that are brought to another temperature; others stay what they are.
     """
     check_topk_ids(constants["topk_ids"], vocabulary)
     known = [constants[name] for name in ("topk_ids", "topk_logprobs", "tail_logprob") if name in constants]
     lists = TopK(*known if valid is None else (x.index_select(0, valid) for x in known))
     check_topk_masses(lists.ids, lists.log_probabilities, lists.log_tail)
-    made_at = options.topk_temperature or options.temperature
-    if made_at == options.temperature:
+    made_at = options.topk_temperature
+    if made_at is None or made_at == options.temperature:
         return lists
-    # Without its constant, which renormalising takes out.
-    return TopK(lists.ids, lists.log_probabilities.to(dtype) * (made_at / options.temperature))
-
-
-def dense_logits(lists: TopK, temperature: float, dtype: torch.dtype) -> Tensor:
-    """The teacher's logits over its list (n, K), -inf where an entry is missing: a softmax of them at `temperature` renormalises it."""
-    return (lists.log_probabilities.to(dtype) * temperature).masked_fill_(lists.ids < 0, -torch.inf)
+    # Renormalising takes out the constant.
+    log_probabilities = lists.log_probabilities.to(compute_dtype(lists.log_probabilities))
+    return TopK(lists.ids, log_probabilities * (made_at / options.temperature))
 
 
 def write_list_statistics(

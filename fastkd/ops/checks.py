@@ -339,7 +339,7 @@ def check_tail(
     check_choice("student_support", student_support, SUPPORTS)
     if student_support == "listed" and tail != "renormalize":
         raise ValueError(
-            f"student_support='listed' compares two distributions over the list, and tail={tail!r} does not renormalise the teacher's; "
+            f"student_support='listed' compares two distributions over the list, and tail={tail!r} does not renormalize the teacher's; "
             "pass tail='renormalize'."
         )
     if topk_temperature is not None:

@@ -106,28 +106,33 @@ def _make(student: list[Tensor], constants: list[Tensor], upstream: Tensor | Non
     tokens, valid = len(constants[0]), counted(inputs.constants.get("mask"))
     lists = read_lists(inputs.constants, valid, inputs.student["weight"].shape[0], options)
     rows = GatheredRows(inputs.student, lists.ids, valid, options)
-    transform, nothing = options.student_transform, rows.hidden.new_empty(0)
+    transform = options.student_transform
     if upstream is None:
         logits = finished(rows.products(), lists.ids, transform)
         if valid is not None:
             logits = logits.new_zeros(tokens, logits.shape[1]).index_copy_(0, valid, logits)
-        return logits, nothing, nothing, [nothing for _ in student]
+        return logits, _nothing(logits), _nothing(logits), [_nothing(logits) for _ in student]
     gradient = upstream.clone() if valid is None else upstream.index_select(0, valid)
     # Only a soft-cap's slope is read off the logits.
     gradient = chain_(gradient, gradient if transform.softcap is None else transform.apply(rows.products()), transform)
     kept = gradient_dtype(rows.weight, rows.operand, rows.dtype)
     made = spread_gradients(rows.gradients(gradient, inputs.needs_grad), valid, tokens, kept)
-    return nothing, nothing, nothing, [made[name] for name in inputs.student]
+    return _nothing(gradient), _nothing(gradient), _nothing(gradient), [made[name] for name in inputs.student]
 
 
 def _fake(student: list[Tensor], constants: list[Tensor], upstream: Tensor | None, needs_grad: list[bool], call: str) -> Results:
     inputs = unpack(student, constants, upstream, needs_grad, call)
     options, hidden = LossOptions.from_text(inputs.options), inputs.student["hidden"]
-    dtype, nothing = compute_dtype(hidden), hidden.new_empty(0)
+    dtype = compute_dtype(hidden)
     kept = gradient_dtype(hidden, options.operand or hidden.dtype, dtype)
     gradients = [x.new_empty(x.shape if inputs.needs_grad[name] else 0, dtype=kept) for name, x in inputs.student.items()]
-    logits = hidden.new_empty(constants[0].shape, dtype=dtype) if upstream is None else nothing
-    return logits, nothing, nothing, gradients
+    logits = hidden.new_empty(constants[0].shape if upstream is None else 0, dtype=dtype)
+    return logits, _nothing(logits), _nothing(logits), gradients
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """An empty tensor; an operator's results may not share one."""
+    return like.new_empty(0)
 
 
 _operator = register("listed_logits", _make, _fake)

@@ -160,6 +160,8 @@ def topk_kl_div(
         return loss
     # A label may be any id, and needs the logits of all.
     of_labels = replace(options, divergence=None, mixing=None, statistics=options.statistics and "losses")
+    if label_weight == 0:
+        student = {name: None if x is None else x.detach() for name, x in student.items()}
     return _sum(loss, _over_vocabulary(student, teacher, of_labels, labels=labels, **call))
 
 

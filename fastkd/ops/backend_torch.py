@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .divergence import balance_, value_and_coefficient, weighted
 from .row_call import LogitTransform, RowCall, TopK
-from .topk_events import divergence_of_events, split_logits, spread_, teacher_events
+from .topk_events import divergence_of_events, listed_of, others_of, spread_, teacher_events
 
 _CPU_BLOCK_ELEMENTS = 1 << 18
 GPU_BLOCK_ELEMENTS = 1 << 23
@@ -120,7 +120,8 @@ def _topk_block(call: RowCall, block: slice, student: Tensor) -> Tensor | None:
     assert isinstance(call.teacher, TopK) and call.options.divergence is not None and call.outputs.divergence is not None
     teacher, temperature = call.teacher[block], call.options.temperature
     logits = student if temperature == 1.0 else student / temperature
-    listed, others = split_logits(logits - logits.amax(-1, keepdim=True), teacher.ids)
+    logits = logits - logits.amax(-1, keepdim=True)
+    listed, others = listed_of(logits, teacher.ids), others_of(logits, teacher.ids)
     # The unlisted mass is a sum of its own, where 1 - sum_S q would cancel to nothing.
     log_rest = others.logsumexp(-1)
     log_q = torch.cat((listed, log_rest[:, None]), -1).log_softmax(-1)

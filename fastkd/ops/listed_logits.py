@@ -69,10 +69,11 @@ class GatheredRows:
         """What the head's GEMM and bias would give at the ids, (n, K)."""
         out = torch.empty(self.ids.shape, dtype=self.dtype, device=self.ids.device)
         for part, missing, index, rows in self._parts():
-            z = torch.bmm(rows, self.hidden[part, :, None])[..., 0]
+            # Into what is there: torch.autocast lets such products be.
+            torch.bmm(rows, self.hidden[part, :, None], out=out[part, :, None])
             if self.bias is not None:
-                z += self.bias.index_select(0, index).to(self.dtype).view_as(z)
-            out[part] = z.masked_fill_(missing, 0.0)
+                out[part] += self.bias.index_select(0, index).to(self.dtype).view(missing.shape)
+            out[part].masked_fill_(missing, 0.0)
         return out
 
     def gradients(self, upstream: Tensor, needs_grad: Mapping[str, bool]) -> dict[str, Tensor]:
@@ -85,7 +86,7 @@ class GatheredRows:
         for part, missing, index, rows in self._parts():
             gradient = upstream[part].masked_fill(missing, 0.0)
             if needs_grad["hidden"]:
-                made["hidden"][part] = torch.bmm(gradient[:, None], rows)[:, 0]
+                torch.bmm(gradient[:, None], rows, out=made["hidden"][part, None])
             if needs_grad["weight"]:
                 torch.mul(gradient[..., None], self.hidden[part, None], out=rows)
                 made["weight"].index_add_(0, index, rows.flatten(0, 1))

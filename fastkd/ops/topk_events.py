@@ -25,18 +25,24 @@ def teacher_events(teacher: TopK, tail: str, dtype: torch.dtype) -> Tensor:
     return torch.cat((log_p, log_tail[:, None]), -1)
 
 
-def split_logits(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits at `ids` (C, K), -inf where an entry is missing, and all others: (C, V), -inf at the listed ids.
+def listed_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """The logits at `ids` (C, K), -inf where an entry is missing.
 
     logits: (C, V) of whole rows; or of a shard, with ids as its own columns and below zero where they are other shards'.
     """
-    is_listed = ids >= 0
-    # On a GPU nobody has checked the ids.
-    index = ids.clamp(0, max(logits.shape[-1] - 1, 0))
-    listed = logits.gather(1, index).masked_fill(~is_listed, -torch.inf)
+    return logits.gather(1, _columns(ids, logits)).masked_fill(ids < 0, -torch.inf)
+
+
+def others_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """A copy of the logits (C, V), -inf at the listed ids (C, K), which are as for `listed_of`."""
     # As a minimum, so that a missing entry, which stands at column 0, leaves what is there.
-    limit = listed.new_full((), torch.inf).masked_fill(is_listed, -torch.inf)
-    return listed, logits.scatter_reduce(1, index, limit, "amin")
+    limit = logits.new_full((), torch.inf).masked_fill(ids >= 0, -torch.inf)
+    return logits.scatter_reduce(1, _columns(ids, logits), limit, "amin")
+
+
+def _columns(ids: Tensor, logits: Tensor) -> Tensor:
+    """Where to read and write for ids (C, K): a missing entry stands at column 0. On a GPU nobody has checked the ids."""
+    return ids.clamp(0, max(logits.shape[-1] - 1, 0))
 
 
 def divergence_of_events(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,16 +57,15 @@ def divergence_of_events(divergence: Divergence, log_p: Tensor, log_q: Tensor) -
 
 
 def spread_(others: Tensor, log_rest: Tensor, ids: Tensor, gradient: Tensor) -> Tensor:
-    """Turn the unlisted logits, as `split_logits` gives them, into the gradient of all logits (C, V).
+    """Turn the unlisted logits, as `others_of` gives them, into the gradient of all logits (C, V).
 
     Args:
         others: (C, V), overwritten.
         log_rest: (C,) their log-sum-exp, or that of all shards.
-        ids: (C, K) as for `split_logits`.
+        ids: (C, K) as for `listed_of`.
         gradient: (C, K + 1) of the events.
     """
     # q / q_tail is a softmax of its own, however small q_tail is. Where nothing is left beside the list, exp(-inf) is the zero wanted.
     shares = others.sub_(log_rest.clamp_min(torch.finfo(others.dtype).min)[:, None]).exp_().mul_(gradient[:, -1:])
     # A missing entry adds nothing at column 0.
-    listed = gradient[:, :-1].masked_fill(ids < 0, 0.0)
-    return shares.scatter_add_(1, ids.clamp(0, max(others.shape[-1] - 1, 0)), listed)
+    return shares.scatter_add_(1, _columns(ids, others), gradient[:, :-1].masked_fill(ids < 0, 0.0))

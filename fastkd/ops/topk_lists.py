@@ -10,7 +10,7 @@ from .backend_torch import blocks, transformed
 from .checks import check_topk_ids, check_topk_masses, compute_dtype
 from .options import LossOptions
 from .row_call import LogitTransform, TopK
-from .topk_events import split_logits
+from .topk_events import listed_of
 
 
 def read_lists(constants: Mapping[str, Tensor], valid: Tensor | None, vocabulary: int, options: LossOptions) -> TopK:
@@ -49,7 +49,7 @@ def write_list_statistics(
     """
     for block in blocks(raw):
         logits = transformed(raw[block], bias, transform, listed_mass.dtype)
-        listed, _ = split_logits(logits, ids[block])
+        listed = listed_of(logits, ids[block])
         listed_mass[block] = ((listed / temperature).logsumexp(-1) - (logits / temperature).logsumexp(-1)).exp()
         topk_overlap[block] = overlap(listed, ids[block] >= 0, logits.topk(min(listed.shape[-1], logits.shape[-1])).values)
 

@@ -24,7 +24,7 @@ from .options import LossOptions
 from .plan import plan_chunks
 from .row_call import RowOptions, TopK
 from .token_weights import TokenWeights, counted
-from .topk_events import divergence_of_events, split_logits, spread_, teacher_events
+from .topk_events import divergence_of_events, listed_of, others_of, spread_, teacher_events
 from .topk_lists import overlap, read_lists
 from .vocab_parallel import Shard, ShardedTeacher, agree, uncompiled, vocab_parallel_loss
 
@@ -119,7 +119,7 @@ def _rows(
 def _reduce(rows: _Rows, norms: Norms, labels: Tensor | None, losses: Tensor, group: dist.ProcessGroup) -> None:
     temperature, largest = rows.options.temperature, norms.others_max
     for block, logits in rows.blocks():
-        largest[block] = split_logits(logits, rows.own_ids[block])[1].amax(-1)
+        largest[block] = others_of(logits, rows.own_ids[block]).amax(-1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     # Where nothing is unlisted, the distance of -inf to it still is.
     largest.clamp_min_(torch.finfo(largest.dtype).min)
@@ -128,9 +128,9 @@ def _reduce(rows: _Rows, norms: Norms, labels: Tensor | None, losses: Tensor, gr
     entries = rows.own_ids.shape[1]
     sums = largest.new_zeros(entries + (1 if labels is None else 3), len(largest))
     for block, logits in rows.blocks():
-        listed, others = split_logits(logits, rows.own_ids[block])
-        sums[:entries, block] = listed.masked_fill_(rows.own_ids[block] < 0, 0.0).T
-        others.sub_(largest[block, None])
+        ids = rows.own_ids[block]
+        sums[:entries, block] = listed_of(logits, ids).masked_fill_(ids < 0, 0.0).T
+        others = others_of(logits, ids).sub_(largest[block, None])
         sums[entries, block] = (others / temperature).exp().sum(-1)
         if labels is not None:
             label_logits = logits.gather(1, labels[block].clamp_min(0)[:, None])[:, 0]
@@ -174,8 +174,7 @@ def _write_gradient(
     of_events.mul_((temperature * row_weight)[:, None])
     for block, logits in rows.blocks():
         ids = rows.own_ids[block]
-        _, others = split_logits(logits, ids)
-        others.sub_(norms.others_max[block, None]).div_(temperature)
+        others = others_of(logits, ids).sub_(norms.others_max[block, None]).div_(temperature)
         total = spread_(others, norms.others_log_sum[block], ids, of_events[block])
         if labels is not None and label_weight is not None:
             shares = (logits - largest[block, None]).sub_(norms.label_log_sum[block, None]).exp_()

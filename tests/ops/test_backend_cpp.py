@@ -16,10 +16,20 @@ from torch import Tensor
 import fastkd
 from fastkd.ops import backend_cpp as cpp
 from fastkd.ops.divergence import Divergence
-from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions
+from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, TopK
 from tests.near_certainty import GAPS, check_near_certainty
 from tests.oracle import assert_close
-from tests.row_kernels import DIVERGENCES, DTYPES, TOLERANCE, assert_outputs, check, make_logits, make_outputs, oracle
+from tests.row_kernels import (
+    DIVERGENCES,
+    DTYPES,
+    TOLERANCE,
+    assert_outputs,
+    check,
+    make_logits,
+    make_outputs,
+    oracle,
+    topk_divergence,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
@@ -27,7 +37,7 @@ NARROW = [torch.bfloat16, torch.float16]
 LONG = 2500  # more than two of the blocks that forward KL goes by
 
 
-def make_call(student: Tensor, teacher: Tensor, **settings) -> RowCall:
+def make_call(student: Tensor, teacher: Tensor | TopK, **settings) -> RowCall:
     """Forward KL of these very logits, in float32, with weights of one."""
     outputs = make_outputs(len(student), torch.float32, has_teacher=True, has_labels=False, statistics=False)
     defaults = {"options": RowOptions(), "outputs": outputs, "row_weight": torch.ones(len(student))}
@@ -181,6 +191,29 @@ def test_every_variant_is_exact(variant, divergence, dtype, place):
         labels, weight = torch.tensor([vocabulary - 1, -1, 0]), torch.tensor([1.0, 1.0, 0.5])
         capped = RowOptions(plain.divergence, 2.0, LogitTransform(1.5, 6.0), LogitTransform(-0.7, 30.0))
         check(cpp.run, student, teacher, capped, place, statistics=True, labels=labels, label_weight=weight)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_variant_is_exact_for_lists(variant, divergence):
+    for vocabulary in (2, 33, 2049):
+        student, teacher = make_logits(3, vocabulary)
+        log_p, ids = (teacher / 2.0).log_softmax(-1).topk(2)
+        log_tail = (teacher / 2.0).log_softmax(-1).scatter(1, ids, -torch.inf).logsumexp(-1)
+        options = RowOptions(Divergence.parse(divergence), 2.0, LogitTransform(1.5, 6.0))
+        logits = student.float().requires_grad_()
+        labels, weight = torch.tensor([vocabulary - 1, -1, 0]), torch.tensor([1.0, 1.0, 0.5])
+        outputs = make_outputs(3, torch.float32, has_teacher=True, has_labels=True, statistics=False)
+        settings = {"options": options, "outputs": outputs, "labels": labels, "label_weight": weight}
+        gradient = torch.empty(3, vocabulary)
+        lists = TopK(ids, log_p.float(), log_tail.float())
+        cpp.run(make_call(logits.detach().clone(), lists, **settings, gradient=gradient))
+        exact = options.student.apply(logits.double())
+        values = topk_divergence(exact, lists, "bucket", options.divergence, temperature=2.0)
+        cross_entropy = torch.nn.functional.cross_entropy(exact, labels, ignore_index=-1, reduction="none")
+        (truth,) = torch.autograd.grad(values.sum() + weight.double() @ cross_entropy, logits)
+        assert_close(gradient, truth, TOLERANCE[torch.float32])
+        expected = {"divergence": values.detach(), "cross_entropy": cross_entropy.detach()}
+        assert_outputs(outputs, expected, logits, None, options, torch.float32)
 
 
 @pytest.mark.parametrize("gap", GAPS)

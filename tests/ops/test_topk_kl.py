@@ -238,6 +238,21 @@ def test_a_compiler_takes_it_whole(loss, reduction):
     assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("loss", [{"divergence": "jsd(0.3)"}, {**LISTED, "divergence": "jsd(0.3)"}], ids=["bucket", "listed"])
+def test_autocast_rounds_operands_and_no_logits(loss):
+    student, lists = make_student(torch.float32), make_lists(5, dtype=torch.float32)
+    exact = {name: x.detach().bfloat16().double().requires_grad_() for name, x in student.items()}
+    exact["student_bias"] = student["student_bias"].detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = fastkd.topk_kl_div(**student, **lists, **loss)
+    truth = fastkd.reference.topk_kl_div(**exact, **lists, **loss)
+    assert value.dtype == torch.float32
+    assert_close(value, truth, 2e-6)
+    pairs = (torch.autograd.grad(x, [y[n] for n in NAMES]) for x, y in ((value, student), (truth, exact)))
+    for name, gradient, true_gradient in zip(NAMES, *pairs, strict=True):
+        assert_close(gradient, true_gradient, 5e-3 if loss.get("tail") is None else 2e-5, name)
+
+
 @pytest.mark.parametrize("loss", [{"divergence": "reverse_kl"}, {**LISTED, "divergence": "reverse_kl"}], ids=["bucket", "listed"])
 def test_a_masked_token_may_hold_anything(loss):
     found = []

@@ -123,7 +123,7 @@ def compare(pair: Pair) -> dict[str, Any]:
 def sparse(student: Tensor, teacher: TopK, tail: str) -> tuple[Tensor, Tensor]:
     """Each token's loss, and its gradient with respect to the student's logits."""
     loss, gradient = student.new_empty(len(student)), torch.empty_like(student)
-    options = RowOptions(divergence=None, tail=tail)
+    options = RowOptions(tail=tail)
     outputs, ones = RowOutputs(divergence=loss), torch.ones_like(loss)
     backend_torch.run(RowCall(student=student, teacher=teacher, options=options, outputs=outputs, row_weight=ones, gradient=gradient))
     return loss, gradient

@@ -64,10 +64,7 @@ def kl_div(
         return loss
     statistics = {"divergence": values, "cross_entropy": cross_entropy}
     if return_stats is True:
-        nothing = torch.zeros_like(log_q)  # the entropy is -KL(p || 1)
-        entropy = -_kl(log_p, nothing) - (0.0 if log_rest is None else _kl(log_rest, torch.zeros_like(log_rest)))
-        statistics |= {"student_entropy": -_kl(log_q, nothing), "teacher_entropy": entropy}
-        statistics["top1_agreement"] = (log_q.argmax(-1) == log_p.argmax(-1)).to(values.dtype)
+        statistics |= _dense_statistics(log_p, log_q, log_rest)
     return loss, _stats(weight, **statistics)
 
 
@@ -120,7 +117,10 @@ def topk_kl_div(
     *,
     student_bias: Tensor | None = None,
     tail: str = "bucket",
+    divergence: str | Divergence = "forward_kl",
+    student_support: str = "full",
     temperature: float = 1.0,
+    topk_temperature: float | None = None,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: float = 0.0,
@@ -135,29 +135,52 @@ def topk_kl_div(
     return_stats: bool | Literal["losses"] = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """What `fastkd.topk_kl_div` computes, from hidden states (..., H), a head (V, H), and ids and log-probabilities (..., K)."""
-    check_tail(tail, tail_logprob is not None)
+    kind = Divergence.parse(divergence)
+    check_tail(tail, tail_logprob is not None, kind, student_support, temperature, topk_temperature)
     logits = _transformed(linear(_kept(student_hidden, mask), student_weight, student_bias), student_logit_scale, student_softcap)
-    log_q = torch.log_softmax(logits / temperature, -1)
-    log_p = topk_logprobs.detach().to(log_q.dtype).masked_fill(topk_ids < 0, -math.inf)
+    is_missing = topk_ids < 0
+    log_p = topk_logprobs.detach().to(logits.dtype) * ((topk_temperature or temperature) / temperature)
+    log_p = log_p.masked_fill(is_missing, -math.inf)
     if tail == "renormalize":
         log_p = torch.log_softmax(log_p, -1)
-    values = _kl(_kept(log_p, mask, instead=-math.inf), log_q.gather(-1, topk_ids.clamp_min(0)))
-    if tail == "bucket":
-        assert tail_logprob is not None
-        log_p_tail = _kept(tail_logprob.detach().to(log_q.dtype)[..., None], mask, instead=-math.inf)
-        # A missing entry stands behind the vocabulary. Where there is no tail to compare, all of q stands for it.
-        places = torch.where(topk_ids < 0, log_q.shape[-1], topk_ids)
-        listed = log_q.new_zeros(*log_q.shape[:-1], log_q.shape[-1] + 1).scatter(-1, places, 1.0)[..., :-1] > 0
-        log_q_tail = log_q.masked_fill(listed & (log_p_tail.exp() > 0), -math.inf).logsumexp(-1, keepdim=True)
-        values = values + _kl(log_p_tail, log_q_tail)
-    values = temperature**2 * values
+    log_q = torch.log_softmax(logits / temperature, -1)
+    listed = log_q.gather(-1, topk_ids.clamp_min(0)).masked_fill(is_missing, -math.inf)
+    if student_support == "listed":
+        log_q_of_events = torch.log_softmax(_kept(listed, mask), -1)
+    else:
+        # The last event is any other id; a missing entry stands behind the vocabulary.
+        places = torch.where(is_missing, log_q.shape[-1], topk_ids)
+        is_listed = log_q.new_zeros(*log_q.shape[:-1], log_q.shape[-1] + 1).scatter(-1, places, 1.0)[..., :-1] > 0
+        others = log_q.masked_fill(is_listed, -math.inf)
+        nothing = (others == -math.inf).all(-1, keepdim=True)
+        log_q_tail = others.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True).masked_fill(nothing, -math.inf)
+        log_q_of_events = torch.cat((listed, log_q_tail), -1)
+        log_p_tail = torch.full_like(log_q_tail, -math.inf)
+        if tail == "bucket":
+            assert tail_logprob is not None
+            log_p_tail = tail_logprob.detach().to(logits.dtype)[..., None]
+        log_p = torch.cat((log_p, log_p_tail), -1)
+    if mask is not None:
+        log_p = torch.where((mask == 0)[..., None], log_q_of_events.detach(), log_p)
+    values = temperature**2 * _divergence(kind, log_p, log_q_of_events)
     weight = _weight(values, mask)
     terms, cross_entropy = [(values, weight)], None
     if labels is not None:
         cross_entropy, labelled = _cross_entropy(logits, labels, ignore_index)
         terms.append((label_weight * cross_entropy, weight * labelled))
     loss = _reduced(terms, reduction, denominator)
-    return (loss, _stats(weight, divergence=values, cross_entropy=cross_entropy)) if return_stats else loss
+    if not return_stats:
+        return loss
+    statistics = {"divergence": values, "cross_entropy": cross_entropy}
+    if return_stats is True and student_support == "listed":
+        statistics |= _dense_statistics(log_p, log_q_of_events)
+    elif return_stats is True:
+        count = (~is_missing).sum(-1, keepdim=True)
+        order = logits.argsort(-1, descending=True)
+        own = torch.zeros_like(is_listed).scatter(-1, order, torch.arange(logits.shape[-1], device=logits.device) < count)
+        statistics["listed_mass"] = (log_q.exp() * is_listed).sum(-1)
+        statistics["topk_overlap"] = (own & is_listed).sum(-1).to(values.dtype) / count.clamp_min(1)[..., 0]
+    return loss, _stats(weight, **statistics)
 
 
 def projected_mse(
@@ -280,6 +303,14 @@ def _divergence(divergence: Divergence, log_p: Tensor, log_q: Tensor, log_rest: 
     if divergence.kind == "jsd":
         return own * _kl(log_p, log_m) + (1 - own) * _kl(log_q, log_m)
     return _kl(first, log_m)
+
+
+def _dense_statistics(log_p: Tensor, log_q: Tensor, log_rest: Tensor | None = None) -> dict[str, Tensor]:
+    """Entropies and agreement (...) of log-probabilities (..., V); `log_rest` (..., 1) as `_divergence` takes it."""
+    nothing = torch.zeros_like(log_q)  # the entropy is -KL(p || 1)
+    entropy = -_kl(log_p, nothing) - (0.0 if log_rest is None else _kl(log_rest, torch.zeros_like(log_rest)))
+    agreement = (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q.dtype)
+    return {"student_entropy": -_kl(log_q, nothing), "teacher_entropy": entropy, "top1_agreement": agreement}
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -128,18 +128,23 @@ def row_variant(
 
 
 def topk_variants() -> Iterator[Variant]:
-    """The other tails, and around the commonest what else a call can change."""
+    """The other tails and divergences, and around the commonest what else a call can change."""
     for tail in topk.TAILS[1:]:
         yield topk_variant(tail)
+    for kind in rows.KINDS[2:]:
+        yield topk_variant("bucket", kind=kind)
     yield topk_variant("bucket", block_k=topk.LONGEST_LIST, labels=True, softcap=True, bias=True)
+    yield topk_variant("bucket", kind="skew_rkl", block_k=topk.LONGEST_LIST, labels=True, softcap=True, bias=True)
     yield topk_variant("bucket", gradient=None)
     yield topk_variant("bucket", aligned=False)
     yield topk_variant("bucket", logits="fp64", gradient="fp64", block_k=topk.LONGEST_LIST)
+    yield topk_variant("bucket", kind="skew_rkl", logits="fp64", gradient="fp64", block_k=topk.LONGEST_LIST)
 
 
 def topk_variant(
     tail: str,
     *,
+    kind: str = "forward_kl",
     logits: str = "fp32",
     gradient: str | None = "bf16",
     block_k: int = 64,
@@ -159,12 +164,13 @@ def topk_variant(
     if labels:
         types["labels"] = "*i64"
     switches = {"labels": labels, "softcap": softcap, "bias": bias, "unaligned": not aligned}
+    other = [kind] if kind != "forward_kl" else []
     vector = 16 // _BYTES[logits] if aligned else 1
     return Variant(
-        name=" ".join(["topk", tail, f"K{block_k}", f"{logits}>{gradient}", *(name for name, on in switches.items() if on)]),
+        name=" ".join(["topk", tail, *other, f"K{block_k}", f"{logits}>{gradient}", *(name for name, on in switches.items() if on)]),
         kernel=topk.topk_divergence_kernel,
         types=types,
-        constants={"TAIL": tail, "SOFTCAP": softcap, "BLOCK_K": block_k, "VECTOR": vector, "BLOCK": topk.BLOCK},
+        constants={"KIND": kind, "TAIL": tail, "SOFTCAP": softcap, "BLOCK_K": block_k, "VECTOR": vector, "BLOCK": topk.BLOCK},
         options=topk.launch_options(block_k, arithmetic == "fp64"),
         element_bytes=_BYTES[logits] + bias * _BYTES[arithmetic] if arithmetic == "fp32" else 0,
         vector=vector,

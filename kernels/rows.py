@@ -104,7 +104,7 @@ def _probabilities(s, t, row):
 
 
 @triton.jit
-def _value_and_coefficient(p, q, log_ratio, mixing, KIND: tl.constexpr):
+def value_and_coefficient(p, q, log_ratio, mixing, KIND: tl.constexpr):
     """An entry's part of D(p, q), and its c = dD / d log q with log q treated as free. `log_ratio` is log p - log q.
 
     A mixture enters by softplus(x) with x the log of its odds, so that neither probability can underflow and nothing of the size of
@@ -167,7 +167,7 @@ def _divergence(
     if KIND == "tvd":
         p = tl.where(columns == peak, q, p)
         differences += lane_sum(q - p)
-    value, coefficient = _value_and_coefficient(p, q, log_ratio, mixing, KIND)
+    value, coefficient = value_and_coefficient(p, q, log_ratio, mixing, KIND)
     return values + lane_sum(value), coefficients + lane_sum(coefficient), differences
 
 
@@ -200,7 +200,7 @@ def _gradient(
     if KIND != "none":
         t = read_logits(teacher, columns, vocabulary, TEACHER_SOFTCAP, MASKED)
         p, q, log_ratio = _probabilities(s, t, row)
-        _, coefficient = _value_and_coefficient(p, q, log_ratio, mixing, KIND)
+        _, coefficient = value_and_coefficient(p, q, log_ratio, mixing, KIND)
         slope = factor * (coefficient - q * coefficient_sum)
     if HAS_LABEL_WEIGHT:
         slope += label_share * tl.exp2((s - student_largest) * LOG2E) - tl.where(columns == label, label_factor, 0.0)

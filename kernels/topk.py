@@ -1,6 +1,6 @@
 """The Triton row kernel of a sparse teacher: one row of student logits against K listed log-probabilities and a tail.
 
-`fastkd/ops/backend_torch.py` states the mathematics. One program serves one row:
+`fastkd/ops/topk_events.py` states the mathematics. One program serves one row:
 
 0. the K listed logits are gathered into registers, before anything is written;
 1. from the last block to the first: maximum and sum of exponentials, online and lane by lane, of the logits that are NOT listed. Their
@@ -33,8 +33,8 @@ from .row_math import (
     softcap_slope,
     tile_columns,
     vector_size,
-    weighted,
 )
+from .rows import value_and_coefficient
 
 TAILS = ("bucket", "renormalize", "zero")
 """What stands for the tokens that are not listed."""
@@ -150,8 +150,10 @@ def topk_divergence_kernel(
     vocabulary: tl.int32,
     entries: tl.int32,
     temperature: tl.float64,
+    mixing: tl.float64,
     scale: tl.float64,
     softcap: tl.float64,
+    KIND: tl.constexpr,
     TAIL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -165,6 +167,8 @@ def topk_divergence_kernel(
     temperature = tl.full((), temperature, DTYPE)
     inverse_temperature = 1.0 / temperature
     exponent = inverse_temperature * LOG2E
+    own = tl.full((), mixing, DTYPE)
+    mixing = (own, tl.log(own), tl.log(1.0 - own))
     scale = tl.full((), scale, DTYPE)
     softcap = tl.full((), softcap, DTYPE)
 
@@ -219,20 +223,20 @@ def topk_divergence_kernel(
     listed_shift = (listed - largest) * inverse_temperature
     listed_exp = tl.exp2(listed_shift * LOG2E)
     normaliser = tl.sum(listed_exp, axis=0) + rest_sum * tl.exp2(rest_shift * LOG2E)
+    q = listed_exp / normaliser
     q_tail = rest_sum * tl.exp2(rest_shift * LOG2E) / normaliser
     if TAIL == "renormalize":
         shifted = log_p - tl.max(log_p, axis=0)
         log_p = shifted - tl.log(tl.sum(tl.exp(shifted), axis=0))
-    p = tl.exp(log_p)
-    value = tl.sum(weighted(p, log_p - (listed_shift - tl.log(normaliser))), axis=0)
-    mass = tl.sum(p, axis=0)
-    p_tail = tl.zeros((), DTYPE)
+    log_p_tail = tl.full((), float("-inf"), DTYPE)
     if TAIL == "bucket":
         log_p_tail = tl.load(log_tail + row).to(DTYPE)
-        p_tail = tl.exp(log_p_tail)
-        value += weighted(p_tail, log_p_tail - (rest_shift + tl.log(rest_sum / normaliser)))
-        mass += p_tail
-    tl.store(divergence_out + row, temperature * temperature * value)
+    # The K + 1 events.
+    value, coefficient = value_and_coefficient(tl.exp(log_p), q, log_p - (listed_shift - tl.log(normaliser)), mixing, KIND)
+    log_ratio = log_p_tail - (rest_shift + tl.log(rest_sum / normaliser))
+    value_tail, coefficient_tail = value_and_coefficient(tl.exp(log_p_tail), q_tail, log_ratio, mixing, KIND)
+    coefficient_sum = tl.sum(coefficient, axis=0) + coefficient_tail
+    tl.store(divergence_out + row, temperature * temperature * (tl.sum(value, axis=0) + value_tail))
     label_factor = 0.0
     label_share = 0.0
     if HAS_LABELS:
@@ -248,9 +252,9 @@ def topk_divergence_kernel(
         gradient = row_begin(gradient, gradient_stride, VECTOR)
         # T^2 from the loss, 1/T from z/T.
         factor = temperature * tl.load(row_weight + row) * scale
-        slope = mass * listed_exp / normaliser - p
+        slope = coefficient - q * coefficient_sum
         # The terms add up to zero over the row: what would cancel is minus the sum of the others.
-        rest_slope = tl.where(q_tail > 0.5, -tl.sum(slope, axis=0), mass * q_tail - p_tail)
+        rest_slope = tl.where(q_tail > 0.5, -tl.sum(slope, axis=0), coefficient_tail - q_tail * coefficient_sum)
         is_certain = normaliser < 2.0
         is_listed_peak = listed_largest >= rest_largest
         peak = vocabulary
@@ -301,6 +305,7 @@ def topk_divergence(
     log_probabilities: Tensor,
     log_tail: Tensor | None,
     *,
+    kind: str,
     tail: str,
     row_weight: Tensor,
     divergence: Tensor,
@@ -308,6 +313,7 @@ def topk_divergence(
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
     student_bias: Tensor | None = None,
+    mixing: float = 0.5,
     temperature: float = 1.0,
     student_scale: float = 1.0,
     student_softcap: float | None = None,
@@ -342,8 +348,10 @@ def topk_divergence(
             student.shape[1],
             ids.shape[1],
             temperature,
+            mixing,
             student_scale,
             student_softcap or 0.0,
+            KIND=kind,
             TAIL=tail,
             SOFTCAP=student_softcap is not None,
             BLOCK_K=block_k,

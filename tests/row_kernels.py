@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -255,22 +255,26 @@ def _divergence(divergence: Divergence, p: Tensor, q: Tensor, rest: Tensor | Non
     }[divergence.kind]()
 
 
-def topk_kl_of_logits(logits: Tensor, teacher: TopK, tail: str, *, temperature: float = 1.0) -> Tensor:
-    """T^2 D per row, (C,), by plain torch from the student's transformed `logits` (C, V) in their dtype: the oracle in float64."""
-    log_q = torch.log_softmax(logits / temperature, dim=-1)
+def topk_divergence(
+    logits: Tensor, teacher: TopK, tail: str, divergence: Divergence | None = None, *, temperature: float = 1.0
+) -> Tensor:
+    """T^2 D per row, (C,), of K + 1 events, from the student's transformed `logits` (C, V) in their dtype: the oracle in float64."""
+    q = torch.softmax(logits / temperature, dim=-1)
     columns = torch.arange(logits.shape[1], device=logits.device)
-    is_tail = (columns != teacher.ids[:, :, None]).all(1)
-    q_tail = (log_q.exp() * is_tail).sum(-1)
+    is_other = (columns != teacher.ids[:, :, None]).all(1)
+    listed_q = q.gather(1, teacher.ids.clamp_min(0)).masked_fill(teacher.ids < 0, 0.0)
     p = teacher.log_probabilities.to(logits.dtype).exp().masked_fill(teacher.ids < 0, 0.0)
+    other_p = torch.zeros_like(p[:, :1])
     if tail == "renormalize":
         p = p / p.sum(-1, keepdim=True)
-    kl = _kl_terms(p, log_q.gather(1, teacher.ids.clamp_min(0))).sum(-1)
     if tail == "bucket":
         assert teacher.log_tail is not None
-        p_tail = teacher.log_tail.to(logits.dtype).exp()
-        kl = kl + _kl_terms(p_tail, q_tail.masked_fill(p_tail == 0, 1.0).log())
-    return temperature**2 * kl
+        other_p = teacher.log_tail.to(logits.dtype).exp()[:, None]
+    events = torch.cat((p, other_p), 1), torch.cat((listed_q, (q * is_other).sum(-1, keepdim=True)), 1)
+    return temperature**2 * _divergence(divergence or Divergence("forward_kl"), *events)
 
 
-def _kl_terms(p: Tensor, log_q: Tensor) -> Tensor:
-    return torch.where(p == 0, 0.0, p * (p.masked_fill(p == 0, 1.0).log() - log_q))
+def topk_cases(divergences: Sequence[str] = DIVERGENCES) -> list[tuple[str, str]]:
+    """Every (tail, divergence) that is defined."""
+    cases = [("bucket", name) for name in divergences] + [("renormalize", name) for name in divergences if name != "reverse_kl"]
+    return [*cases, ("zero", "forward_kl")]

@@ -56,8 +56,9 @@ SIGNATURES = {
     "relation_kl": "(student_q, student_k, teacher_q, teacher_k, *, key_mask=None, query_mask=None, targets=(), form='kl', "
     "reduction='mean', chunk_size=None, memory_budget=None, backend='auto')",
     "topk_kl_div": "(student_hidden, student_weight, topk_ids, topk_logprobs, tail_logprob=None, *, student_bias=None, tail='bucket', "
-    f"temperature=1.0, mask=None, {LABELS}, student_softcap=None, student_logit_scale=1.0, {ROW_OPTIONS}, return_stats=False, "
-    "grad_filter=None)",
+    "divergence='forward_kl', student_support='full', temperature=1.0, topk_temperature=None, "
+    f"mask=None, {LABELS}, student_softcap=None, student_logit_scale=1.0, {ROW_OPTIONS}, return_stats=False, "
+    "grad_filter=None, group=None)",
     "Divergence": "(kind, mixing=None)",
     "Divergence.jsd": "(beta)",
     "Divergence.skew_kl": "(alpha)",
@@ -66,7 +67,7 @@ SIGNATURES = {
     "LinearKLDivLoss": "(**options)",
     "LinearKLDivLoss.forward": "(self, student_hidden, student_weight, teacher_hidden, teacher_weight, **per_batch)",
     "LossStats": "(divergence=None, cross_entropy=None, student_entropy=None, teacher_entropy=None, top1_agreement=None, "
-    "columns_kept=None, dropped_mass=None)",
+    "columns_kept=None, dropped_mass=None, listed_mass=None, topk_overlap=None)",
     "ProjectedMSELoss": "(**options)",
     "ProjectedMSELoss.forward": "(self, student_states, student_weight, teacher_states, teacher_weight, **per_batch)",
     "RelationKLLoss": "(**options)",

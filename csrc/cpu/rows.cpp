@@ -27,6 +27,15 @@ namespace {
 
 using namespace fastkd;
 
+// What a top-k teacher lists, (rows, entries) each; `ids` is null where the teacher is dense, or there is none.
+template <typename T>
+struct Lists {
+  int64_t entries;
+  const int64_t* ids;  // below zero: no entry
+  const T *log_probabilities, *log_tail;  // log_tail null: nothing beside the list
+  bool renormalizes;
+};
+
 template <typename T>
 struct Call {
   Matrix student, teacher, gradient;  // rows of logits are scratch once read, unless `keeps_logits`
@@ -37,6 +46,7 @@ struct Call {
   Transform student_transform, teacher_transform;
   const T *student_bias, *teacher_bias;  // null: none
   const T* teacher_rest;  // null: none
+  Lists<T> lists;
   const T* row_weight;
   const int64_t* labels;  // null: no labels
   const T* label_weight;  // null: cross-entropy without gradient
@@ -91,13 +101,18 @@ INLINED T row_sum(const T* row, int64_t n) {
   return sum;
 }
 
-// log sum exp(factor * row), with `largest` the row's maximum.
+// sum exp(factor * (row - largest)), with `largest` the row's maximum.
 template <typename T>
-INLINED T log_sum_exp(const T* row, int64_t n, T largest, T factor) {
+INLINED T exp_sum(const T* row, int64_t n, T largest, T factor) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) sum += exp_of_negative(factor * (row[j] - largest));
-  return factor * largest + std::log(sum);
+  return sum;
+}
+
+template <typename T>
+INLINED T log_sum_exp(const T* row, int64_t n, T largest, T factor) {
+  return factor * largest + std::log(exp_sum(row, n, largest, factor));
 }
 
 template <typename T>
@@ -229,26 +244,32 @@ struct Slope {
   T operator()(T tempered) const { return cap == 0 ? scale : at<true>(tempered); }
 };
 
-// The gradient of a row, of which `c` are the divergence's coefficients, without the -1 at the label. Returns its sums before the slope.
-// A loop of its own for every case: the compiler makes one that computes the parts of a label and of a cap for every row.
-template <typename T, Kind kind, bool has_label, bool has_cap>
-INLINED Terms<T> gradient_row(const T* s, const T* c, T* g, int64_t n, Terms<T> weight, Terms<T> log_z, T c_sum, Slope<T> slope) {
+// The gradient of a row, of which `divergence` of a column is one part and a label's softmax the other, without its -1 at the label. Returns
+// the parts' sums before the slope.
+template <bool has_label, bool has_cap, typename T, typename Divergence>
+INLINED Terms<T> gradient_row(const T* s, T* g, int64_t n, T label_weight, T log_z_label, Slope<T> slope, Divergence divergence) {
   T of_divergence = 0, of_label = 0;
 #pragma omp simd reduction(+ : of_divergence, of_label)
   for (int64_t j = 0; j < n; ++j) {
-    T gradient = 0;
-    if constexpr (kind != none) {
-      gradient = weight.divergence * (c[j] - exp_of_negative(s[j] - log_z.divergence) * c_sum);
-      of_divergence += gradient;
-    }
+    T gradient = divergence(j);
+    of_divergence += gradient;
     if constexpr (has_label) {
-      const T q = exp_of_negative(slope.temperature * s[j] - log_z.label);
+      const T q = exp_of_negative(slope.temperature * s[j] - log_z_label);
       of_label += q;
-      gradient += weight.label * q;
+      gradient += label_weight * q;
     }
     g[j] = gradient * slope.template at<has_cap>(s[j]);
   }
-  return {of_divergence, weight.label * of_label};
+  return {of_divergence, label_weight * of_label};
+}
+
+// A loop of its own for every case: the compiler makes one that computes the parts of a label and of a cap for every row.
+template <typename T, typename Divergence>
+INLINED Terms<T> fill_gradient(const T* s, T* g, int64_t n, T label_weight, T log_z_label, Slope<T> slope, Divergence divergence) {
+  if (label_weight != 0 && slope.cap != 0) return gradient_row<true, true>(s, g, n, label_weight, log_z_label, slope, divergence);
+  if (label_weight != 0) return gradient_row<true, false>(s, g, n, label_weight, log_z_label, slope, divergence);
+  if (slope.cap != 0) return gradient_row<false, true>(s, g, n, label_weight, log_z_label, slope, divergence);
+  return gradient_row<false, false>(s, g, n, label_weight, log_z_label, slope, divergence);
 }
 
 template <typename T, Kind kind>
@@ -327,12 +348,10 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
     if (weight.label != 0) at_peak.label = weight.label * (exp_of_negative(temperature * s_peak - log_z.label) - (label == peak));
     s[peak] = nothing;
   }
-  const auto fill = [=](auto has_label, auto has_cap) __attribute__((always_inline)) {
-    return gradient_row<T, kind, has_label, has_cap>(s, t, g, n, weight, log_z, c_sum, slope);
-  };
-  constexpr std::true_type yes;
-  constexpr std::false_type no;
-  Terms<T> others = weight.label != 0 ? (slope.cap != 0 ? fill(yes, yes) : fill(yes, no)) : (slope.cap != 0 ? fill(no, yes) : fill(no, no));
+  Terms<T> others = fill_gradient(s, g, n, weight.label, log_z.label, slope, [=](int64_t j) __attribute__((always_inline)) {
+    if constexpr (kind == none) return T(0);
+    return weight.divergence * (t[j] - exp_of_negative(s[j] - log_z.divergence) * c_sum);
+  });
   if (weight.label != 0) {
     g[label] -= at_label;
     if (label != peak) others.label -= weight.label;
@@ -343,6 +362,8 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
   g[peak] = (at_peak.divergence + at_peak.label) * slope(s_peak);
 }
 
+#include "topk.h"
+
 template <typename T>
 INLINED void rows(const Call<T>& call, int64_t begin, int64_t end) {
   constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
@@ -351,9 +372,10 @@ INLINED void rows(const Call<T>& call, int64_t begin, int64_t end) {
   const T of_student = T(call.student_transform.scale) * inverse_temperature;
   const T of_teacher = T(call.teacher_transform.scale) * inverse_temperature;
   const bool is_linear = call.student_transform.softcap == 0 && call.teacher_transform.softcap == 0 && of_student > 0 && of_teacher > 0;
-  const bool may_be_simple = call.kind == forward_kl && is_linear && !call.student_entropy;
+  const bool may_be_simple = call.kind == forward_kl && call.teacher.data && is_linear && !call.student_entropy;
   const bool has_scratch = call.keeps_logits || call.student.type != type || (call.teacher.data && call.teacher.type != type);
   const auto scratch = std::make_unique_for_overwrite<T[]>(has_scratch || may_be_simple ? 2 * n : 0);
+  const auto events = std::make_unique_for_overwrite<Event<T>[]>(call.lists.entries + 1);
   const auto blocks = std::make_unique_for_overwrite<Block<T>[]>(may_be_simple ? (n + kBlock - 1) / kBlock : 0);
   const bool rounds = call.gradient.data && call.gradient.type != type;
   for (int64_t row = begin; row < end; ++row) {
@@ -374,7 +396,8 @@ INLINED void rows(const Call<T>& call, int64_t begin, int64_t end) {
         transform_row(t, n, call.teacher_transform, inverse_temperature);
       }
     }
-    if (is_simple) forward_kl_row(call, row, student, teacher, s, t, g, of_student, of_teacher, blocks.get());
+    if (call.lists.ids) topk_row(call, row, s, g, events.get());
+    else if (is_simple) forward_kl_row(call, row, student, teacher, s, t, g, of_student, of_teacher, blocks.get());
     else switch (call.kind) {
       case none: any_row<T, none>(call, row, s, t, g); break;
       case forward_kl: any_row<T, forward_kl>(call, row, s, t, g); break;
@@ -432,16 +455,18 @@ void choose_variant(const std::string& name) {
   chosen = &*found;
 }
 
-// Matrices (rows, V) with stride 1 along V; vectors (rows,) of one dtype, float or double, and labels int64.
+// Matrices (rows, V) with stride 1 along V; vectors (rows,) of one dtype, float or double, and labels int64. Of a top-k teacher `lists` are
+// ids (rows, K) int64, log-probabilities (rows, K) and the log of the others' mass (rows,), in that dtype; null: zero mass.
 void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, double mixing, double temperature, double student_scale,
                          double student_softcap, double teacher_scale, double teacher_softcap, Optional student_bias,
                          Optional teacher_bias, Optional teacher_rest, at::Tensor row_weight, Optional labels, Optional label_weight,
-                         std::vector<Optional> out, Optional gradient, bool keeps_logits) {
+                         std::vector<Optional> out, Optional gradient, bool keeps_logits, std::vector<Optional> lists, bool renormalizes) {
   const auto launch = [&]<typename T>(void (*run)(const Call<T>&, int64_t, int64_t)) {
     const Call<T> call{matrix(student, student), matrix(teacher, student), matrix(gradient, student), keeps_logits, student.size(1),
                        Kind(kind), mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap},
-                       data<T>(student_bias), data<T>(teacher_bias), data<T>(teacher_rest), data<T>(row_weight), data<int64_t>(labels),
-                       data<T>(label_weight), data<T>(out[0]), data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])};
+                       data<T>(student_bias), data<T>(teacher_bias), data<T>(teacher_rest),
+                       {lists[0] ? lists[0]->size(1) : 0, data<int64_t>(lists[0]), data<T>(lists[1]), data<T>(lists[2]), renormalizes},
+                       data<T>(row_weight), data<int64_t>(labels), data<T>(label_weight), data<T>(out[0]), data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])};
     at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
   };
   row_weight.scalar_type() == at::kFloat ? launch(chosen->of_float) : launch(chosen->of_double);

@@ -40,10 +40,15 @@ def run(call: RowCall) -> None:
     Raises:
         RuntimeError: the kernels cannot be compiled, or the call's tensors are not what `RowCall` says.
     """
-    options, out = call.options, call.outputs
+    options, out, dtype = call.options, call.outputs, call.row_weight.dtype
+    lists: list[Tensor | None] = [None, None, None]
+    if isinstance(call.teacher, TopK):
+        log_tail = call.teacher.log_tail if options.tail == "bucket" else None
+        known = (call.teacher.log_probabilities, log_tail)
+        lists = [call.teacher.ids.contiguous(), *(None if x is None else x.to(dtype).contiguous() for x in known)]
     extension(build=True).softmax_divergence_(
         call.student,
-        call.teacher,
+        None if isinstance(call.teacher, TopK) else call.teacher,
         *kind_and_mixing(options.divergence),
         options.temperature,
         *scale_and_softcap(options.student),
@@ -57,6 +62,8 @@ def run(call: RowCall) -> None:
         [out.divergence, out.cross_entropy, out.student_entropy, out.teacher_entropy, out.top1_agreement],
         call.gradient,
         call.keeps_logits,
+        lists,
+        options.tail == "renormalize",
     )
 
 
@@ -64,8 +71,6 @@ def why_not(call: RowCall, *, build: bool = False) -> str | None:
     """Why `run` cannot serve this call, or None. With `build`, that nothing is compiled yet is no reason: `run` compiles it."""
     if call.student.device.type != "cpu":
         return f"it runs on the CPU, and the logits are on {call.student.device}."
-    if isinstance(call.teacher, TopK):
-        return "it has no kernel for a top-k teacher."
     if not build and not is_built():
         return "it is not compiled: run `python -m fastkd.ops.backend_cpp`, which needs a C++20 compiler."
     return None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .divergence import balance_, value_and_coefficient, weighted
 from .row_call import LogitTransform, RowCall, TopK
+from .topk_events import divergence_of_events, listed_of, others_of, spread_, teacher_events
 
 _CPU_BLOCK_ELEMENTS = 1 << 18
 GPU_BLOCK_ELEMENTS = 1 << 23
@@ -114,59 +115,22 @@ def _cross_entropy_block(student: Tensor, labels: Tensor, out: Tensor, weight: T
 def _topk_block(call: RowCall, block: slice, student: Tensor) -> Tensor | None:
     """Write the block's T^2 D from a top-k teacher; return its part of the gradient as `_divergence_block` does.
 
-    With q = softmax(student / T), S the listed tokens, q_tail the sum of q outside of S and p_tail = exp(log_tail), D is
-
-        bucket       sum_S p (log p - log q) + p_tail (log p_tail - log q_tail)
-        renormalize  sum_S p' (log p' - log q), p' = p / sum_S p
-        zero         sum_S p (log p - log q)
-
-    "bucket" is the KL of what is known: never above the KL of the full distributions. With M the sum of all p in D (one, but for the
-    rounding of a cache, and less for "zero") dD / d(student / T) is M q - p on S and q (M - p_tail / q_tail) elsewhere, p_tail left out
-    but for "bucket". A row that lists nothing has no renormalised distribution: NaN.
+    `topk_events.py` has the mathematics.
     """
-    assert isinstance(call.teacher, TopK) and call.outputs.divergence is not None
-    teacher, tail, temperature = call.teacher[block], call.options.tail, call.options.temperature
-    is_listed = teacher.ids >= 0
-    # On a GPU nobody has checked the ids; one outside of the vocabulary gives NaN.
-    unknown = (teacher.ids >= student.shape[-1]).any(-1)
-    index = teacher.ids.clamp(0, max(student.shape[-1] - 1, 0))
+    assert isinstance(call.teacher, TopK) and call.options.divergence is not None and call.outputs.divergence is not None
+    teacher, temperature = call.teacher[block], call.options.temperature
     logits = student if temperature == 1.0 else student / temperature
     logits = logits - logits.amax(-1, keepdim=True)
-    listed = logits.gather(1, index).masked_fill_(~is_listed, -torch.inf)
-    # The unlisted logits, -inf at the listed ones: their mass is a sum of their own, where 1 - sum_S q would cancel to nothing.
-    # As a minimum, so that a missing entry, which stands at column 0, leaves what is there.
-    limit = listed.new_full((), torch.inf).masked_fill(is_listed, -torch.inf)
-    rest = logits.scatter_reduce(1, index, limit, "amin")
-    log_rest = rest.logsumexp(-1)
-    log_normaliser = torch.logaddexp(log_rest, listed.logsumexp(-1))
-    log_q = listed - log_normaliser[:, None]
-    log_p = teacher.log_probabilities.to(logits.dtype).masked_fill(~is_listed, -torch.inf)
-    if tail == "renormalize":
-        log_p = log_p.log_softmax(-1)
-    p = log_p.exp()
-    value, mass = weighted(p, log_p - log_q).sum(-1), p.sum(-1)
-    log_q_tail = log_rest - log_normaliser
-    p_tail: Tensor | None = None
-    if tail == "bucket":
-        assert teacher.log_tail is not None
-        log_p_tail = teacher.log_tail.to(logits.dtype)
-        p_tail = log_p_tail.exp()
-        value += weighted(p_tail, log_p_tail - log_q_tail)
-        mass += p_tail
-    value.masked_fill_(unknown, torch.nan)
+    listed, others = listed_of(logits, teacher.ids), others_of(logits, teacher.ids)
+    # The unlisted mass is a sum of its own, where 1 - sum_S q would cancel to nothing.
+    log_rest = others.logsumexp(-1)
+    log_q = torch.cat((listed, log_rest[:, None]), -1).log_softmax(-1)
+    value, gradient = divergence_of_events(call.options.divergence, teacher_events(teacher, call.options.tail, log_q.dtype), log_q)
+    # On a GPU nobody has checked the ids; one outside of the vocabulary gives NaN.
+    value.masked_fill_((teacher.ids >= student.shape[-1]).any(-1), torch.nan)
     torch.mul(value, temperature**2, out=call.outputs.divergence[block])
     if call.gradient is None:
         return None
-    # q (M - p_tail / q_tail) = (q / q_tail) (M q_tail - p_tail), and q / q_tail is a softmax of its own, however small q_tail is.
-    rest_gradient = mass * log_q_tail.exp()
-    if p_tail is not None:
-        rest_gradient -= p_tail
-    # Where nothing is left beside the list, exp(-inf) is the zero that is wanted.
-    shares = rest.sub_(log_rest.clamp_min(torch.finfo(rest.dtype).min)[:, None]).exp_()
-    result = shares.mul_(rest_gradient[:, None])
-    # A missing entry has p = q = 0 and adds nothing at column 0.
-    result.scatter_add_(1, index, mass[:, None] * log_q.exp() - p)
     # T^2 from the loss, 1/T from z/T.
-    # A row whose student has nothing beside the list cannot give the tail's mass away, and does not sum to zero: its loss is infinite.
-    is_certain = (-log_normaliser > _LOG_HALF) & (log_rest > -torch.inf)
-    return balance_(result.mul_(temperature).mul_(call.row_weight[block, None]), student, is_certain)
+    gradient.mul_((temperature * call.row_weight[block])[:, None])
+    return spread_(others, log_rest, teacher.ids, gradient)

@@ -19,15 +19,20 @@ def run(call: RowCall) -> None:
     if not call.student.numel():
         return
     options, out = call.options, call.outputs
+    kind = "none" if call.teacher is None or options.divergence is None else options.divergence.kind
+    mixing = 0.5 if options.divergence is None or options.divergence.mixing is None else options.divergence.mixing
     if isinstance(call.teacher, TopK):
         from ..kernels.topk import topk_divergence
 
+        assert out.divergence is not None
         topk_divergence(
             call.student,
             call.teacher.ids,
             call.teacher.log_probabilities,
             None if call.teacher.log_tail is None else call.teacher.log_tail.contiguous(),
+            kind=kind,
             tail=options.tail,
+            mixing=mixing,
             row_weight=call.row_weight,
             divergence=out.divergence,
             cross_entropy=out.cross_entropy,
@@ -45,7 +50,7 @@ def run(call: RowCall) -> None:
     softmax_divergence(
         call.student,
         call.teacher,
-        kind="none" if call.teacher is None or options.divergence is None else options.divergence.kind,
+        kind=kind,
         row_weight=call.row_weight,
         divergence=out.divergence,
         cross_entropy=out.cross_entropy,
@@ -57,7 +62,7 @@ def run(call: RowCall) -> None:
         student_bias=call.student_bias,
         teacher_bias=call.teacher_bias,
         teacher_rest=call.teacher_rest,
-        mixing=0.5 if options.divergence is None or options.divergence.mixing is None else options.divergence.mixing,
+        mixing=mixing,
         temperature=options.temperature,
         student_scale=options.student.scale,
         student_softcap=options.student.softcap,

@@ -16,12 +16,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
+    from .divergence import Divergence
     from .options import LossOptions
 
 # What a stored distribution's mass may be above one: 16-bit logarithms that were cast to float32 are off by so much.
 _MASS_ROUNDING = 0.01
 TAILS = ("bucket", "renormalize", "zero")
 """What stands for the tokens that a top-k teacher does not list; `topk_kl_div` has the formulas."""
+SUPPORTS = ("full", "listed")
+"""Where the student's softmax is taken beside a renormalised list: over its vocabulary, or over the list."""
+_INFINITE_WHERE_P_IS_ZERO = ("reverse_kl",)
 SMALLEST_TEMPERATURE = 1e-6
 LARGEST_TEMPERATURE = 32.0
 """Up to here every backend's float32 holds the KL divergence of models whose logits are some nats apart to 1e-4 of its value."""
@@ -327,9 +331,33 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def check_tail(tail: str, has_log_tail: bool) -> None:
-    """Refuse (ValueError) an unknown `tail`, and "bucket" without the log of the tail's mass."""
+def check_tail(
+    tail: str, has_log_tail: bool, divergence: Divergence, student_support: str, temperature: float, topk_temperature: float | None
+) -> None:
+    """Refuse (ValueError) an unknown `tail`, "bucket" without the log of the tail's mass, and what a tail has no loss for."""
     check_choice("tail", tail, TAILS)
+    check_choice("student_support", student_support, SUPPORTS)
+    if student_support == "listed" and tail != "renormalize":
+        raise ValueError(
+            f"student_support='listed' compares two distributions over the list, and tail={tail!r} does not renormalize the teacher's; "
+            "pass tail='renormalize'."
+        )
+    if topk_temperature is not None:
+        check_number("topk_temperature", topk_temperature)
+        if topk_temperature != temperature and tail != "renormalize":
+            raise ValueError(
+                f"topk_temperature={topk_temperature!r} is not temperature={temperature!r}, and the mass of a list at one temperature "
+                f"does not follow from that at another, which tail={tail!r} needs; use tail='renormalize', or make the lists anew."
+            )
+    if tail == "zero" and divergence.kind != "forward_kl":
+        raise ValueError(
+            f"divergence={str(divergence)!r} needs all of the teacher's mass, and tail='zero' leaves some out; use tail='bucket'."
+        )
+    if tail == "renormalize" and student_support == "full" and divergence.kind in _INFINITE_WHERE_P_IS_ZERO:
+        raise ValueError(
+            f"divergence={str(divergence)!r} is infinite where tail='renormalize' gives the ids that are not listed no mass; use "
+            "tail='bucket', or student_support='listed'."
+        )
     if tail == "bucket" and not has_log_tail:
         raise ValueError(
             "tail='bucket' needs tail_logprob, the log of the mass that the teacher does not list; or use tail='renormalize'."

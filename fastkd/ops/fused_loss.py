@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backend_cpp
 from .backends import choose, replace_failed, wished
-from .checks import check_index_values, check_slot_values, check_token_values, check_topk_ids, check_topk_masses, compute_dtype
+from .checks import check_index_values, check_slot_values, check_token_values, compute_dtype
 from .given_logits import GivenLogits
 from .grad_filter import GradFilter
 from .gradient_in_forward import Inputs, Results, pack, register, unpack
@@ -24,6 +24,7 @@ from .plan import Plan, plan_chunks
 from .row_call import RowCall, RowOutputs, TopK
 from .teacher_mass import SLOT_TOKENS, SlotLogits, dropped_rows, given_rest, head_rest
 from .token_weights import TokenWeights, token_weights
+from .topk_lists import read_lists, write_list_statistics
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class LossStats:
     Entropies are those of the tempered distributions; `top1_agreement` is 1 where both models rank the same token first. With
     `grad_filter`, `columns_kept` is the share of the vocabulary that the token's chunk kept, and `dropped_mass` the share of the L1
     norm of the token's logit gradient in the columns that were replaced by their mean; both are zero where no gradient was made.
+
+    Of a top-k teacher, `listed_mass` is the student's mass on the token's list at the temperature of the loss, and `topk_overlap` the
+    share of the list that is among the student's own as many largest logits. With student_support="listed" there are the entropies
+    and the agreement of the two distributions over the list instead.
     """
 
     divergence: Tensor | None = None
@@ -42,6 +47,8 @@ class LossStats:
     top1_agreement: Tensor | None = None
     columns_kept: Tensor | None = None
     dropped_mass: Tensor | None = None
+    listed_mass: Tensor | None = None
+    topk_overlap: Tensor | None = None
 
 
 _STATISTICS = tuple(field.name for field in fields(LossStats))
@@ -83,7 +90,8 @@ def fused_loss(
         return loss
     known = {"divergence": bool(teacher), "cross_entropy": labels is not None}
     if options.statistics == "all":
-        known |= dict.fromkeys(("student_entropy", "teacher_entropy", "top1_agreement"), options.divergence is not None)
+        known |= dict.fromkeys(_ENTROPIES, options.has_dense_teacher)
+        known |= dict.fromkeys(_OF_LISTS, options.tail is not None)
         known |= dict.fromkeys(("columns_kept", "dropped_mass"), options.grad_filter is not None)
     rows = dict(zip(_STATISTICS, statistics.detach().view(len(_STATISTICS), *leading), strict=True))
     return loss, LossStats(**{name: rows[name] for name, is_known in known.items() if is_known})
@@ -110,13 +118,16 @@ class _Pass:
     def call(self, part: slice, logits: Tensor, gradient: Tensor | None) -> RowCall:
         """The row kernel's call for `part`, of which the student's `logits` are given and the teacher's are made here."""
         weights, teacher, statistics = self.weights, self.teacher, self.statistics
-        dense = None if isinstance(teacher, TopK) else teacher
+        dense, rows = None if isinstance(teacher, TopK) else teacher, self.options.rows
+        if isinstance(teacher, TopK) and self.options.statistics == "all":
+            told = (statistics[name][part] for name in _OF_LISTS)
+            write_list_statistics(logits, self.student.bias, rows.student, rows.temperature, teacher.ids[part], *told)
         wanted = {"divergence": teacher is not None, "cross_entropy": weights.labels is not None}
         wanted |= dict.fromkeys(_ENTROPIES, dense is not None and self.options.statistics == "all")
         return RowCall(
             student=logits,
             teacher=teacher[part] if isinstance(teacher, TopK) else None if dense is None else dense.logits(part),
-            options=self.options.rows,
+            options=rows,
             outputs=RowOutputs(**{name: statistics[name][part] for name, is_wanted in wanted.items() if is_wanted}),
             row_weight=weights.token[part],
             labels=None if weights.labels is None else weights.labels[part],
@@ -130,10 +141,11 @@ class _Pass:
 
 
 _ENTROPIES = ("student_entropy", "teacher_entropy", "top1_agreement")
+_OF_LISTS = ("listed_mass", "topk_overlap")
 
 
 def _make(student: list[Tensor], constants: list[Tensor], upstream: Tensor | None, needs_grad: list[bool], call: str) -> Results:
-    """Make the pass; statistics are (7, N) in the order of `LossStats`."""
+    """Make the pass; statistics are (S, N) in the order of `LossStats`."""
     inputs = unpack(student, constants, upstream, needs_grad, call)
     work = _prepare(inputs)
     plan, run = work.plan, None
@@ -214,7 +226,7 @@ def _plan(inputs: Inputs, options: LossOptions, tokens: int, vocabulary: int, dt
         element_size=dtype.itemsize,
         gradient_size=min(operand.itemsize, dtype.itemsize),
         hidden_size=0 if weight is None or not inputs.needs_grad["weight"] else weight.shape[1],
-        has_teacher=options.divergence is not None,
+        has_teacher=options.has_dense_teacher,
         chunk_size=options.chunk_size,
         memory_budget=options.memory_budget,
     )
@@ -223,11 +235,7 @@ def _plan(inputs: Inputs, options: LossOptions, tokens: int, vocabulary: int, dt
 def _teacher(constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions) -> _Teacher:
     """The teacher over the student's vocabulary: what it lists, its slots, the rows that `vocab_index` names, or the first V."""
     if "topk_ids" in constants:
-        check_topk_ids(constants["topk_ids"], plan.vocabulary)
-        known = [constants[name] for name in ("topk_ids", "topk_logprobs", "tail_logprob") if name in constants]
-        known = [x if valid is None else x.index_select(0, valid) for x in known]
-        check_topk_masses(*known)
-        return TopK(*known)
+        return read_lists(constants, valid, plan.vocabulary, options)
     if "vocab_slots" in constants:
         return _slots(constants, valid, plan, dtype, options)
     index, vocabulary = constants.get("vocab_index"), plan.vocabulary

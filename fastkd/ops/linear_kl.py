@@ -145,7 +145,8 @@ def linear_kl_div(
         from .vocab_parallel import check_group, vocab_parallel_loss
 
         check_group(group, vocab_index, options)
-        return vocab_parallel_loss(student, teacher, options, leading, group, mask=mask, labels=labels, denominator=denominator)
+        loss, _ = vocab_parallel_loss(student, teacher, options, leading, group, mask=mask, labels=labels, denominator=denominator)
+        return loss
     teacher_vocabulary = teacher_hidden.shape[-1] if teacher_weight is None else teacher_weight.shape[0]
     check_teacher_mass(
         teacher_mass,

@@ -182,10 +182,15 @@ class LinearGradients:
         elif self.grad_filter is not None:
             made["weight"] += self.tail_weight if self.needs_grad["weight"] else 0
             made["bias"] += self.tail_bias
-        if valid is not None and self.needs_grad["hidden"]:
-            made["hidden"] = made["hidden"].new_zeros(tokens, made["hidden"].shape[1]).index_copy_(0, valid, made["hidden"])
-        kept = gradient_dtype(self.source.weight, self.source.operand, self.source.dtype)
-        return {name: x.to(kept) for name, x in made.items()}
+        return spread_gradients(made, valid, tokens, gradient_dtype(self.source.weight, self.source.operand, self.source.dtype))
+
+
+def spread_gradients(made: Mapping[str, Tensor], valid: Tensor | None, tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A head's gradients by name in `dtype`, with "hidden" (n, H), or empty, spread over all tokens: zero where not `valid`."""
+    hidden = made["hidden"]
+    if valid is not None and hidden.dim() == 2:
+        hidden = hidden.new_zeros(tokens, hidden.shape[1]).index_copy_(0, valid, hidden)
+    return {name: x.to(dtype) for name, x in {**made, "hidden": hidden}.items()}
 
 
 def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, is_shard: bool = False) -> torch.Size:

@@ -24,12 +24,13 @@ TEACHER_MASSES = ("renormalize", "full", "slots")
 class LossOptions:
     """What the public functions document, in plain numbers and names.
 
-    `divergence` is None without a dense teacher, `tail` without a top-k one. `operand_dtype` is the name of autocast's dtype.
+    `divergence` is None without a teacher, `tail` without a top-k one. `operand_dtype` is the name of autocast's dtype.
     """
 
     divergence: str | None = None
     mixing: float | None = None
     tail: str | None = None
+    topk_temperature: float | None = None
     teacher_mass: str = "renormalize"
     temperature: float = 1.0
     label_weight: float = 0.0
@@ -70,10 +71,20 @@ class LossOptions:
             divergence=None if self.divergence is None else Divergence(self.divergence, self.mixing),
             tail=self.tail or "bucket",
             temperature=self.temperature,
-            student=LogitTransform(self.student_logit_scale, self.student_softcap),
+            student=self.student_transform,
             # The logits of slots are finished.
             teacher=LogitTransform() if self.teacher_mass == "slots" else self.teacher_transform,
         )
+
+    @property
+    def student_transform(self) -> LogitTransform:
+        """What the student does to its head's output."""
+        return LogitTransform(self.student_logit_scale, self.student_softcap)
+
+    @property
+    def has_dense_teacher(self) -> bool:
+        """Whether the teacher has a logit for each of the student's."""
+        return self.divergence is not None and self.tail is None
 
     @property
     def teacher_transform(self) -> LogitTransform:

@@ -31,7 +31,7 @@ class LogitTransform:
 class RowOptions:
     """The numbers and names of a call.
 
-    `divergence` is None without a dense teacher. `tail` says how a top-k teacher is completed.
+    `divergence` is None without a teacher. `tail` says how a top-k teacher is completed.
     """
 
     divergence: Divergence | None = field(default_factory=lambda: Divergence("forward_kl"))
@@ -89,6 +89,10 @@ class RowCall:
     is in the dtype of `row_weight`, float32 or float64. Before the transform's slope, a row of each term's
     gradient sums to zero. Where the student gives its largest logit more than half of its mass (at the term's temperature), that entry
     is minus the sum of the others: a sum of its own parts would cancel where the student is nearly certain.
+
+    With a `TopK` teacher D is over K + 1 events, the listed tokens and any other; `topk_events.py` has it in torch. p_tail, the last
+    event's mass, is that of `log_tail` with tail="bucket". It is zero with "renormalize", where the listed p are divided by their sum,
+    and with "zero", where they are not.
 
     With `teacher_rest` the teacher has further tokens: p sums to less than one, and they are one event of mass r = 1 - sum p to which
     the student gives nothing. It adds to D what the divergence gives for q = 0: r / 2 for "tvd", -beta log(beta) r for "jsd",

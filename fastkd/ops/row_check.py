@@ -157,7 +157,7 @@ def _inputs(kind: CallKind, vocabulary: int, scale: float) -> tuple[RowOptions, 
     if not (kind.student_softcap or kind.teacher_softcap):
         for block in logits:
             block[:3, [7, vocabulary // 3]] = -math.inf
-    names = kind.student, kind.teacher if kind.divergence else None
+    names = kind.student, None if kind.tail else kind.teacher
     logits = [rounded(block, name) for block, name in zip(logits, names, strict=True)]
     biases = [rounded(normal(vocabulary), kind.arithmetic) * present for present in (kind.student_bias, kind.teacher_bias)]
 
@@ -209,7 +209,7 @@ def _call(kind: CallKind, options: RowOptions, inputs: dict[str, Tensor], device
         return inputs[name].to(device, dtype) if wanted else None
 
     teacher: Tensor | TopK | None = None
-    if kind.teacher is not None and kind.divergence is not None:
+    if kind.teacher is not None and kind.tail is None:
         teacher = block("teacher", kind.teacher).copy_(inputs["teacher"])
     elif kind.teacher is not None:
         log_p, log_tail = (inputs[name].to(device, getattr(torch, kind.teacher)) for name in ("log_probabilities", "log_tail"))

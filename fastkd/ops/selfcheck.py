@@ -152,7 +152,7 @@ def _cases(problem: Problem) -> Iterator[_Case]:
     top, ids = (logits.double() / temperature).log_softmax(-1).topk(min(64, vocabulary // 2))
     tail = torch.log1p(-top.exp().sum(-1)).float()
     known = {"topk_ids": ids, "topk_logprobs": top.float(), "tail_logprob": tail, "mask": mask}
-    yield _Case(topk_kl_div, student, known, temperature, backends=("torch", "triton"))
+    yield _Case(topk_kl_div, student, known, temperature, backends=("torch", "cpp", "triton"))
 
     close = logits + normal(tokens, vocabulary, scale=0.3 * temperature)  # a student 0.05 nats from its teacher
     yield _Case(kl_div, {"student_logits": close}, {"teacher_logits": logits, "mask": mask}, temperature)

@@ -79,10 +79,9 @@ def token_weights(
         labels: (N,) int64, or None.
         denominator: () float64, in place of the mean's; None: the unmasked weight.
     """
-    valid = None
+    valid = counted(mask)
     token = torch.ones(tokens, dtype=dtype, device=device) if mask is None else mask.to(dtype)
-    if mask is not None and not (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        valid = mask.nonzero()[:, 0]
+    if valid is not None:
         token = token[valid]
     scale = torch.ones((), dtype=dtype, device=device)
     if options.reduction == "mean":
@@ -98,6 +97,13 @@ def token_weights(
         # Cross-entropy is averaged over its own tokens: undo the divergence's 1 / sum(token), which `scale` applies to all.
         label = label * (_inverse_or_zero(label.sum() / options.label_weight) * _inverse_or_zero(scale))
     return TokenWeights(valid, token, labels, label, scale)
+
+
+def counted(mask: Tensor | None) -> Tensor | None:
+    """(n,) which tokens of a mask (N,), bool or float, count; None: all, or a CUDA graph is captured, where nothing can be read."""
+    if mask is None or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    return mask.nonzero()[:, 0]
 
 
 def _inverse_or_zero(total: Tensor) -> Tensor:

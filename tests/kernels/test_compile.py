@@ -61,7 +61,7 @@ def launch(kernel, count, vocabulary, padding, begin, dtype, bias):
         rows.softmax_divergence(student, teacher, kind="forward_kl", temperature=1.0 + begin, **shared, **statistics)
     else:
         ids, log_p = torch.empty(count, 9 + begin % 7, dtype=torch.int64), torch.empty(9 + begin % 7, count).T
-        topk.topk_divergence(student, ids, log_p, vectors[7][part], tail="bucket", temperature=1.0 + begin, **shared)
+        topk.topk_divergence(student, ids, log_p, vectors[7][part], kind="forward_kl", tail="bucket", temperature=1.0 + begin, **shared)
 
 report = {}
 for kernel in ("rows", "topk"):

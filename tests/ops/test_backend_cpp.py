@@ -19,7 +19,17 @@ from fastkd.ops.divergence import Divergence
 from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, TopK
 from tests.near_certainty import GAPS, check_near_certainty
 from tests.oracle import assert_close
-from tests.row_kernels import DIVERGENCES, DTYPES, TOLERANCE, assert_outputs, check, make_logits, make_outputs, oracle
+from tests.row_kernels import (
+    DIVERGENCES,
+    DTYPES,
+    TOLERANCE,
+    assert_outputs,
+    check,
+    make_logits,
+    make_outputs,
+    oracle,
+    topk_divergence,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
@@ -27,7 +37,7 @@ NARROW = [torch.bfloat16, torch.float16]
 LONG = 2500  # more than two of the blocks that forward KL goes by
 
 
-def make_call(student: Tensor, teacher: Tensor, **settings) -> RowCall:
+def make_call(student: Tensor, teacher: Tensor | TopK, **settings) -> RowCall:
     """Forward KL of these very logits, in float32, with weights of one."""
     outputs = make_outputs(len(student), torch.float32, has_teacher=True, has_labels=False, statistics=False)
     defaults = {"options": RowOptions(), "outputs": outputs, "row_weight": torch.ones(len(student))}
@@ -206,6 +216,29 @@ def test_every_variant_is_exact(variant, divergence, dtype, place):
         check(cpp.run, student, teacher, capped, place, statistics=True, labels=labels, label_weight=weight)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_variant_is_exact_for_lists(variant, divergence):
+    for vocabulary in (2, 33, 2049):
+        student, teacher = make_logits(3, vocabulary)
+        log_p, ids = (teacher / 2.0).log_softmax(-1).topk(2)
+        log_tail = (teacher / 2.0).log_softmax(-1).scatter(1, ids, -torch.inf).logsumexp(-1)
+        options = RowOptions(Divergence.parse(divergence), 2.0, LogitTransform(1.5, 6.0))
+        logits = student.float().requires_grad_()
+        labels, weight = torch.tensor([vocabulary - 1, -1, 0]), torch.tensor([1.0, 1.0, 0.5])
+        outputs = make_outputs(3, torch.float32, has_teacher=True, has_labels=True, statistics=False)
+        settings = {"options": options, "outputs": outputs, "labels": labels, "label_weight": weight}
+        gradient = torch.empty(3, vocabulary)
+        lists = TopK(ids, log_p.float(), log_tail.float())
+        cpp.run(make_call(logits.detach().clone(), lists, **settings, gradient=gradient))
+        exact = options.student.apply(logits.double())
+        values = topk_divergence(exact, lists, "bucket", options.divergence, temperature=2.0)
+        cross_entropy = torch.nn.functional.cross_entropy(exact, labels, ignore_index=-1, reduction="none")
+        (truth,) = torch.autograd.grad(values.sum() + weight.double() @ cross_entropy, logits)
+        assert_close(gradient, truth, TOLERANCE[torch.float32])
+        expected = {"divergence": values.detach(), "cross_entropy": cross_entropy.detach()}
+        assert_outputs(outputs, expected, logits, None, options, torch.float32)
+
+
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("divergence", [*DIVERGENCES, None])
 def test_gradients_of_a_student_that_is_nearly_certain(variant, divergence, gap):
@@ -251,8 +284,6 @@ def test_what_it_does_not_take_is_said(backend, monkeypatch):
     call = make_call(*(x.float() for x in make_logits(3, 8)))
     assert cpp.why_not(call) is None
     assert cpp.why_not(replace(call, student=call.student.to("meta"))) == "it runs on the CPU, and the logits are on meta."
-    listed = TopK(torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1))
-    assert cpp.why_not(replace(call, teacher=listed)) == "it has no kernel for a top-k teacher."
     monkeypatch.setattr(cpp, "_library", SimpleNamespace(get=lambda *, build: None))
     assert cpp.why_not(call) == "it is not compiled: run `python -m fastkd.ops.backend_cpp`, which needs a C++20 compiler."
     assert cpp.why_not(call, build=True) is None

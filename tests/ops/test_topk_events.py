@@ -1,4 +1,4 @@
-"""The torch row kernel of a sparse teacher, against its oracle: values by the oracle in float64, gradients by its autograd."""
+"""The row kernels of a sparse teacher on the CPU, against their oracle: values by the oracle in float64, gradients by its autograd."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import backend_torch
+from fastkd.ops.backends import MODULES, wished
 from fastkd.ops.checks import TAILS
+from fastkd.ops.divergence import Divergence
 from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, RowOutputs, TopK
+from fastkd.ops.row_check import check as probe
 from tests.oracle import assert_close, relative_error, wrong_gradients
-from tests.row_kernels import assert_outputs, topk_kl_of_logits
+from tests.row_kernels import DIVERGENCES, assert_outputs, topk_cases, topk_divergence
+from tests.row_kinds import CPU, KINDS
 
 ROWS, VOCABULARY = 5, 43
 INFINITY = float("inf")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 PLAIN = RowOptions()
-
-
-@pytest.fixture(autouse=True)
-def backend():
-    """These tests name their kernel: once is enough."""
 
 
 def make_logits(vocabulary: int = VOCABULARY, noise: float = 0.5, rows: int = ROWS) -> tuple[Tensor, Tensor]:
@@ -46,15 +45,20 @@ def pad(teacher: TopK, counts: list[int]) -> TopK:
 
 
 def run(student, teacher, tail, options=PLAIN, labels=None, label_weight=None, dtype=torch.float64, gradient=None, weights=None):
-    """The kernel's losses, and its gradient (in `dtype` unless there is a place for it)."""
+    """The losses of the backend that the test runs with, and its gradient (in `dtype` unless there is a place for it)."""
     rows = len(student)
     nothing = torch.full((rows,), torch.nan, dtype=dtype)
     out = RowOutputs(divergence=nothing.clone(), cross_entropy=None if labels is None else nothing.clone())
-    gradient = torch.full(student.shape, torch.nan, dtype=dtype) if gradient is None else gradient
+    kept, has_own_memory = student.clone(), gradient is None
+    gradient = torch.full(student.shape, torch.nan, dtype=dtype) if has_own_memory else gradient
     weights = torch.linspace(0.5, 2.0, rows, dtype=dtype) if weights is None else weights
     label_weight = None if label_weight is None else label_weight.to(dtype)
     settings = {"labels": labels, "label_weight": label_weight, "gradient": gradient, "row_weight": weights, "outputs": out}
-    backend_torch.run(RowCall(student=student, teacher=teacher, options=replace(options, tail=tail), **settings))
+    MODULES[wished()].run(
+        RowCall(student=student, teacher=teacher, options=replace(options, tail=tail), keeps_logits=has_own_memory, **settings)
+    )
+    if has_own_memory:
+        torch.testing.assert_close(student, kept, rtol=0, atol=0, equal_nan=True)
     return gradient, out
 
 
@@ -62,14 +66,14 @@ def oracle(student, teacher, tail, options=PLAIN, labels=None, label_weight=None
     leaf = student.to(torch.float64, copy=True).requires_grad_()
     logits = options.student.apply(leaf)
     exact = TopK(*(None if x is None else x.double() if x.is_floating_point() else x for x in vars(teacher).values()))
-    kl = topk_kl_of_logits(logits, exact, tail, temperature=options.temperature)
-    total = (torch.linspace(0.5, 2.0, len(student), dtype=torch.float64) * kl).sum()
+    divergence = topk_divergence(logits, exact, tail, options.divergence, temperature=options.temperature)
+    total = (torch.linspace(0.5, 2.0, len(student), dtype=torch.float64) * divergence).sum()
     cross_entropy = None
     if labels is not None:
         cross_entropy = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
         if label_weight is not None:
             total = total + (label_weight.double() * cross_entropy).sum()
-    expected = {"divergence": kl.detach()} | ({} if cross_entropy is None else {"cross_entropy": cross_entropy.detach()})
+    expected = {"divergence": divergence.detach()} | ({} if cross_entropy is None else {"cross_entropy": cross_entropy.detach()})
     return torch.autograd.grad(total, leaf)[0], expected
 
 
@@ -84,13 +88,13 @@ def check(student, teacher, tail, options=PLAIN, dtype=torch.float64, **labels) 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("entries", [1, 7, VOCABULARY])
-@pytest.mark.parametrize("tail", TAILS)
-def test_equals_the_oracle(tail, entries, temperature, dtype):
+@pytest.mark.parametrize(("tail", "divergence"), topk_cases())
+def test_equals_the_oracle(tail, divergence, entries, temperature, dtype):
     student, teacher = make_logits()
     teacher = cache(teacher, entries, temperature)
     student = student.to(dtype)
     teacher = replace(teacher, log_probabilities=teacher.log_probabilities.to(dtype), log_tail=teacher.log_tail.to(dtype))
-    check(student, teacher, tail, RowOptions(temperature=temperature), dtype)
+    check(student, teacher, tail, RowOptions(Divergence.parse(divergence), temperature), dtype)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -150,12 +154,12 @@ def test_a_student_that_equals_its_teacher_gets_no_gradient(tail):
     assert gradient.sum(-1).abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(("tail", "divergence"), topk_cases())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_missing_entries(tail, dtype):
+def test_missing_entries(tail, divergence, dtype):
     student, teacher = make_logits()
     padded = pad(cache(teacher, 6), [1, 6, 3, 5, 2])
-    check(student.to(dtype), padded, tail, RowOptions(temperature=2.0), dtype)
+    check(student.to(dtype), padded, tail, RowOptions(Divergence.parse(divergence), 2.0), dtype)
     short = cache(teacher, 6)[:1]
     one = TopK(short.ids[:, 5:], short.log_probabilities[:, 5:], padded.log_tail[:1])
     assert_close(run(student[:1], padded[:1], tail)[0], run(student[:1], one, tail)[0], 1e-12)
@@ -214,6 +218,57 @@ def test_impossible_tokens_off_the_list(tail):
     assert_close(losses.divergence, truth.divergence, 1e-12)
 
 
+@pytest.mark.parametrize("has_labels", [False, True])
+@pytest.mark.parametrize("where", ["listed", "unlisted"])
+@pytest.mark.parametrize("gap", [2.0, 10.0, 30.0])
+@pytest.mark.parametrize(("tail", "divergence"), topk_cases())
+def test_gradients_of_a_student_that_is_nearly_certain(tail, divergence, gap, where, has_labels):
+    """In float32, of a token that the teacher lists or not; the rows' labels are that token, another one and none."""
+    student, teacher = make_logits(120)
+    teacher = cache(teacher, 6, 2.0)
+    column = teacher.ids[:, 3] if where == "listed" else student.scatter(1, teacher.ids, INFINITY).argmin(1)
+    student[torch.arange(ROWS), column] = student.amax(1) + gap
+    student = student.float()
+    labels = torch.tensor([int(column[0]), 5, -1, int(teacher.ids[3, 0]), 7])
+    given = {"labels": labels, "label_weight": torch.tensor([0.3, 2.0, 5.0, 1.0, 0.1])} if has_labels else {}
+    for options in (RowOptions(temperature=2.0), RowOptions(student=LogitTransform(1.0, 50.0))):
+        options = replace(options, divergence=Divergence.parse(divergence))
+        truth, _ = oracle(student, teacher, tail, options, **given)
+        gradient, _ = run(student, teacher, tail, options, dtype=torch.float32, **given)
+        for made, exact in zip(gradient, truth, strict=True):
+            assert_close(made, exact, 1e-4)
+
+
+@pytest.mark.parametrize("gap", [5.0, 10.0, 20.0])
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "tvd"])
+def test_gradients_where_both_are_nearly_certain_of_a_listed_token(divergence, gap):
+    """All that is left is of the size of what is not certain; tvd has a sign there, which rounding decides."""
+    student, logits = make_logits(120)
+    column = logits.argmax(1, keepdim=True)
+    student = student.scatter(1, column, student.amax(1, keepdim=True) + gap).float()
+    teacher = cache(logits.scatter_add(1, column, torch.full((ROWS, 1), 0.8 * gap, dtype=torch.float64)), 6)
+    options = RowOptions(Divergence.parse(divergence))
+    truth, _ = oracle(student, teacher, "bucket", options)
+    others = truth.scatter(1, column, 0.0)
+    truth = others.scatter(1, column, -others.sum(1, keepdim=True))
+    gradient, _ = run(student, teacher, "bucket", options, dtype=torch.float32)
+    for made, exact in zip(gradient, truth, strict=True):
+        assert_close(made, exact, 1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("top-k")])
+def test_the_check_that_users_machines_make_passes(name):
+    assert probe(MODULES[wished()].run, KINDS[name], CPU) is None
+
+
+def test_reverse_kl_is_infinite_where_the_teacher_has_nothing():
+    student, teacher = make_logits()
+    teacher = cache(teacher, 6)
+    nothing = torch.full((ROWS,), -INFINITY, dtype=torch.float64)
+    _, losses = run(student, replace(teacher, log_tail=nothing), "bucket", RowOptions(Divergence("reverse_kl")))
+    assert (losses.divergence == INFINITY).all()
+
+
 def test_a_tail_that_the_student_cannot_have_is_infinite():
     student, teacher = make_logits()
     teacher = cache(teacher, 6)
@@ -244,11 +299,11 @@ def test_a_constant_on_the_logits_changes_nothing(tail):
     assert torch.equal(shifted_gradient, gradient) and torch.equal(shifted.divergence, losses.divergence)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(("tail", "divergence"), topk_cases())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_labels_and_softcap_and_scale(tail, dtype):
+def test_labels_and_softcap_and_scale(tail, divergence, dtype):
     student, teacher = make_logits()
-    options = RowOptions(temperature=2.0, student=LogitTransform(1.5, 6.0))
+    options = RowOptions(Divergence.parse(divergence), 2.0, LogitTransform(1.5, 6.0))
     teacher = cache(options.student.apply(teacher), 6, 2.0)
     labels = torch.tensor([int(teacher.ids[0, 3]), -1, 42, 0, int(teacher.ids[4, 0])])
     weight = torch.tensor([0.3, 5.0, 1.0, 2.0, 0.7])
@@ -256,12 +311,13 @@ def test_labels_and_softcap_and_scale(tail, dtype):
     check(student.to(dtype), teacher, tail, replace(options, student=LogitTransform(-0.4)), dtype, labels=labels)
 
 
-@pytest.mark.parametrize("tail", TAILS)
-def test_gradcheck_of_the_oracle(tail):
+@pytest.mark.parametrize(("tail", "divergence"), topk_cases())
+def test_gradcheck_of_the_oracle(tail, divergence):
     """The oracle's own gradient, which all others are held to, is that of its value."""
     student, teacher = make_logits(9)
     teacher = pad(cache(teacher, 4, 2.0), [4, 1, 3, 2, 4])
-    assert torch.autograd.gradcheck(lambda x: topk_kl_of_logits(x, teacher, tail, temperature=2.0), student.requires_grad_())
+    kind = Divergence.parse(divergence)
+    assert torch.autograd.gradcheck(lambda x: topk_divergence(x, teacher, tail, kind, temperature=2.0), student.requires_grad_())
 
 
 @pytest.mark.parametrize("tail", TAILS)

@@ -85,7 +85,7 @@ def save_checkpoint(
     """
     ranks = ranks or Ranks()
     final = Path(output_dir) / f"checkpoint-{step}"
-    started = ranks.on_main(lambda: _start(final, identity))
+    started = ranks.on_main(lambda: _start(final, identity), patient=False)
     folder = Path(ranks.gather(None if started is None else str(started))[0])
     error: Exception | None = None
     written: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def save_checkpoint(
             shutil.rmtree(folder, ignore_errors=True)
         raise error or RankError(f"{final} was not written, {'; '.join(failed)}")
     files = {name: entry for theirs, _ in outcomes for name, entry in theirs.items()}
-    ranks.on_main(lambda: _finish(folder, final, {"step": step, "identity": identity}, state, files))
+    ranks.on_main(lambda: _finish(folder, final, {"step": step, "identity": identity}, state, files), patient=False)
     return final
 
 
@@ -177,7 +177,7 @@ class CheckpointWriter:
         is_split = any(isinstance(value, Piece) for entries in tensors.values() for value in entries.values())
         if is_split or not self.in_background:
             save_checkpoint(output_dir, step, tensors, state, self.ranks, identity=self.identity)
-            self.ranks.on_main(lambda: prune_checkpoints(output_dir, keep, self.identity))
+            self.ranks.on_main(lambda: prune_checkpoints(output_dir, keep, self.identity), patient=False)
         elif self.ranks.is_main:
             copies = {group: on_cpu(entries) for group, entries in tensors.items()}
 
@@ -191,7 +191,7 @@ class CheckpointWriter:
         """Until nothing is being written."""
         if self.in_background:
             running, self._running = self._running, None
-            self.ranks.on_main(lambda: None if running is None else running.result())
+            self.ranks.on_main(lambda: None if running is None else running.result(), patient=False)
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -370,7 +370,7 @@ class RunConfig(StageArguments):
     fsdp_teacher: bool = False
     """Split the teacher too, but for its head."""
     ddp_timeout: int = 1800
-    """Seconds after which a rank that does not come is given up, and named."""
+    """Seconds after which a rank that does not come is given up, and named; writing a checkpoint may take no longer."""
     cache_dir: str | None = None
     """Where tokenised corpora and counts are kept between runs; null: output_dir/cache."""
     overwrite_output_dir: bool = False

@@ -93,8 +93,11 @@ class Ranks:
     def barrier(self) -> None:
         self.gather(None)
 
-    def main_first(self, work: Callable[[], T]) -> T:
-        """`work()` on rank 0 and then on the others, which find what it has written. What fails on rank 0 is not tried elsewhere."""
+    def main_first(self, work: Callable[[], T], *, patient: bool = True) -> T:
+        """`work()` on rank 0 and then on the others, which find what it has written. What fails on rank 0 is not tried elsewhere.
+
+        patient: the others wait for days, as for a corpus to be tokenised; False: no longer than for any collective.
+        """
         if self.world_size == 1:
             return work()
         error: Exception | None = None
@@ -103,16 +106,16 @@ class Ranks:
                 result = work()
             except Exception as caught:
                 error = caught
-        message = self.gather(None if error is None else str(error), patient=True)[0]
+        message = self.gather(None if error is None else str(error), patient=patient)[0]
         if error is not None:
             raise error
         if message is not None:
             raise RankError(f"rank 0 stopped: {message}")
         return result if self.is_main else work()
 
-    def on_main(self, work: Callable[[], T]) -> T | None:
+    def on_main(self, work: Callable[[], T], *, patient: bool = True) -> T | None:
         """`work()` on rank 0 alone; the others wait, and fail if it does."""
-        return self.main_first(lambda: work() if self.is_main else None)
+        return self.main_first(lambda: work() if self.is_main else None, patient=patient)
 
     @contextmanager
     def naming_absentees(self, doing: str) -> Iterator[None]:

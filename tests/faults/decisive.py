@@ -104,7 +104,7 @@ DATASET = {
 VOCABULARY = {"keep": 0.4, "multiple_of": 16, "protected": ["self"], "stand_ins": "cosine"}
 TEACHER = {"kind": "model", "tail": "zero"}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "glmd": {"preset": "paper", "temperature": 3.0, "divergence": "reverse_kl", "mask_probability": 0.2},
+    "glmd": {"preset": "paper", "temperature": 3.0, "divergence": "reverse_kl", "mask_probability": 0.2, "teacher_mass": "slots"},
     "kd": {"temperature": 3.0, "divergence": "reverse_kl", "label_weight": 0.25, "mask_probability": 0.2, "completion_only": True},
     "lm": {"mask_probability": 0.2},
     "finetune": {},

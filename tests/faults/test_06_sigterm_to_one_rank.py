@@ -24,20 +24,23 @@ RANK = textwrap.dedent("""
     import os, sys, time
     from pathlib import Path
     from fastkd.cli.main import main
-    from fastkd.train.loop import StageTrainer
+    from fastkd.train import checkpoint, loop
 
-    make = StageTrainer._micro_batch
-    def micro_batch(self, index):
-        (Path(sys.argv[2]) / f"{os.environ['RANK']}-{index}").touch()
-        time.sleep(0.1)
-        return make(self, index)
-    StageTrainer._micro_batch = micro_batch
+    def marking(original, name):
+        def work(*arguments):
+            (Path(sys.argv[2]) / f"{os.environ['RANK']}-{name(*arguments)}").touch()
+            time.sleep(0.1)
+            return original(*arguments)
+        return work
+
+    loop.seed_global_generators = marking(loop.seed_global_generators, lambda seed, index, use: index)
+    checkpoint._finish = marking(checkpoint._finish, lambda folder, final, *rest: final.name)
     sys.exit(main(["train", sys.argv[1]]))
 """)
 
 
 def start(config: Path, marks: Path, port: int) -> list[subprocess.Popen[str]]:
-    """Both ranks, with torchrun's environment; every micro-batch leaves a mark and takes its time."""
+    """Both ranks, with torchrun's environment; every micro-batch, and every save at its end, leaves a mark and takes its time."""
     torchrun = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -98,7 +101,7 @@ def test_both_ranks_stop_at_one_step_and_go_on(tmp_path, fsdp):
     verify_checkpoint(newest)
     step = int(newest.name.removeprefix("checkpoint-"))
     assert 4 <= step < 8
-    seen = sorted(tuple(map(int, mark.name.split("-"))) for mark in marks.iterdir())
+    seen = sorted(tuple(map(int, mark.name.split("-"))) for mark in marks.iterdir() if "checkpoint" not in mark.name)
     per_rank = [max(index for rank, index in seen if rank == own) // 2 for own in (0, 1)]
     assert per_rank[0] == per_rank[1]  # none is a step ahead
 

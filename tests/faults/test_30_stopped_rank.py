@@ -11,13 +11,13 @@ from fastkd.train.checkpoint import newest_checkpoint
 from tests.faults.test_06_sigterm_to_one_rank import free_port, start, wait_for, write
 
 
-@pytest.mark.parametrize("silent", [0, 1])
-def test_the_rank_that_does_not_come_is_named(tmp_path, silent):
+@pytest.mark.parametrize(("silent", "moment"), [(0, "4"), (1, "5"), (0, "checkpoint-2")])
+def test_the_rank_that_does_not_come_is_named(tmp_path, silent, moment):
     config, marks = write(tmp_path, ddp_timeout=3, save_steps=1), tmp_path / "marks"
     marks.mkdir()
     processes = start(config, marks, free_port())
     try:
-        wait_for(marks / f"{silent}-{4 + silent}", processes)
+        wait_for(marks / f"{silent}-{moment}", processes)
         processes[silent].send_signal(signal.SIGSTOP)
         began, other = time.monotonic(), processes[1 - silent]
         error = other.communicate(timeout=60)[1]

@@ -32,6 +32,9 @@ class States(PreTrainedModel):
         self.lm_head = nn.Linear(*weight.T.shape, bias=False, dtype=weight.dtype)
         self.lm_head.weight = nn.Parameter(weight.clone())
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm_head
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 

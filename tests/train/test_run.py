@@ -240,8 +240,8 @@ from fastkd.train import loop
 moment, config = sys.argv[1:]
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "mid-step":
-    original = loop.counter_torch_generator
-    loop.counter_torch_generator = lambda seed, number: kill() if number == 11 else original(seed, number)
+    original = loop.seed_global_generators
+    loop.seed_global_generators = lambda seed, number, use: kill() if number == 11 else original(seed, number, use)
 else:
     build = registry.build_stage
     from fastkd.train import run

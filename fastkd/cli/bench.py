@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 
 from .arguments import Parser
@@ -15,12 +16,14 @@ def main(argv: Sequence[str]) -> int:
         from ..benchmarks import report
 
         return report.main(argv[1:])
-    listed = "\n".join(f"  {name:<14}{sentence}" for name, sentence in CLAIMS.items())
+    listed = "\n".join(
+        textwrap.fill(sentence, 78, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16) for name, sentence in CLAIMS.items()
+    )
     parser = Parser(
         prog="fastkd bench",
         usage="fastkd bench [CLAIM ...] [options]    |    fastkd bench report [options]",
-        description=f"Measure what fastkd claims, beside every peer that is installed (pip install 'fastkd[bench]').\n\n{listed}",
-        epilog="`fastkd bench report` draws the tables and plots of the documentation from the JSON files alone.",
+        description=f"Measure what fastkd claims, beside every peer that is installed\n(pip install 'fastkd[bench]').\n\n{listed}",
+        epilog="`fastkd bench report` draws the documentation's tables and plots from the JSON.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help="default: all; grad_filter only with --pair")

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from .arguments import Parser
+from .next import say_next
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,4 +35,6 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"There is no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}, and `fastkd bench report`.")
     settings = claim.read_settings(known)
     claim.run_claims(known.claims or claim.default_claims(settings), settings)
+    if not settings.smoke:
+        say_next([["bench", "report", "--results", settings.output]])
     return 0

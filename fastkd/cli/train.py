@@ -11,6 +11,7 @@ from ..train.config import read_config
 from ..train.paths import expand_home
 from ..train.schema import load_yaml, to_yaml
 from .arguments import Parser
+from .next import after_training, say_next
 from .process import is_main_process
 from .table import print_table
 from .train_help import full_help, usual_help
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     students = [result["student_dir"] for result in results.values() if "student_dir" in result]
     if students:
         print(f"\n{for_whom(Path(students[-1]))}")
+        say_next(after_training(config, results))
     return 0
 
 

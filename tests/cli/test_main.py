@@ -99,7 +99,7 @@ def test_two_ranks_do_not_print_torchs_warnings(tmp_path):
     shown, told = process.communicate(timeout=240)
     assert process.returncode == 0, told
     assert "find_unused_parameters" not in told and told.count("Stage train: steps 0 to 2, log ") == 1
-    assert shown.splitlines()[2].startswith("train ")
+    assert shown.splitlines()[2].startswith("train ") and shown.count("Next:") == 1
 
 
 def test_what_print_config_prints_is_the_same_run(tmp_path, capsys):

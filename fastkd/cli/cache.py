@@ -13,6 +13,7 @@ from ..train.config import read_config
 from ..train.paths import expand_home
 from ..train.schema import load_yaml
 from .arguments import Parser, path, positive
+from .next import say_next
 from .process import is_main_process
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
     if done.new_rows:
         rates = f"{done.new_rows / done.seconds:.1f} rows/s, {done.new_tokens / done.seconds:.1f} tokens/s"
         print(f"Written now: {done.new_rows} rows in {done.seconds:.1f} s, {rates}.")
+    teacher = f"--stages.{known.stage}.teacher" if config.stages else "--teacher"
+    say_next([["train", known.config, *flags, f"{teacher}.kind", "cache", f"{teacher}.path", known.output]])
     return 0
 
 

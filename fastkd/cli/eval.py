@@ -9,8 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..sealed import MANIFEST_FILE
 from ..train.config import DatasetArguments, TextData
 from .arguments import Parser, path, positive, source
+from .next import EVAL_LIMITS, EVAL_ROWS, EVAL_TEXT, say_next
 from .table import print_table
 
 DESCRIPTION = """Judge a model beside its teacher and baselines: on a labelled task by the task's own metrics, on labelled rows of your
@@ -61,8 +63,13 @@ def main(argv: Sequence[str]) -> int:
 
         write_evaluation(evaluation, known.output_dir)
         print(f"Results: {known.output_dir}")
+    else:
+        print("Nothing was written; --output_dir DIR keeps the scores and draws them.")
     if evaluation["data"].get("predicted") == "next tokens":
         print(f"More tasks, by lm-evaluation-harness (pip install 'lm_eval[hf]'):\n  {_lm_eval(evaluation['models']['student'])}")
+    if known.output_dir is not None and (Path(known.model) / MANIFEST_FILE).is_file():  # as a run leaves its students
+        results = ["--results", known.output_dir / "results.json"]
+        say_next([["export", known.model, "--output_dir", f"{known.model.rstrip('/')}-exported", *results]])
     return 0
 
 
@@ -85,9 +92,7 @@ def _output_folder(folder: Path | None) -> Iterator[None]:
 
 
 def _evaluated(models: Mapping[str, str], known: argparse.Namespace) -> dict[str, Any]:
-    limits = _given(known, max_rows="max_eval_rows", max_length="max_length", split="eval_split")
-    of_rows = _given(known, path="path", text_columns="text_columns", label_column="label_column")
-    of_text = _given(known, name="name", text_column="text_column", documents="documents")
+    limits, of_rows, of_text = (_given(known, flags) for flags in (EVAL_LIMITS, EVAL_ROWS, EVAL_TEXT))
     if known.text is None:
         if known.task is None and known.path is None:
             raise ValueError("there is nothing to judge on; name a task by --task, labelled rows by --path, or a text by --text.")
@@ -117,7 +122,7 @@ def _models(known: argparse.Namespace) -> dict[str, str]:
     return models
 
 
-def _given(known: argparse.Namespace, **keys: str) -> dict[str, Any]:
+def _given(known: argparse.Namespace, keys: Mapping[str, str]) -> dict[str, Any]:
     """What was given of these flags, by the keys that they set."""
     return {key: getattr(known, flag) for flag, key in keys.items() if getattr(known, flag) is not None}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import doing
 from ..store import new_folder
 from .arguments import Parser, path, source
+from .next import for_model, say_next
 
 DESCRIPTION = """Rewrite a student and its tokenizer so that plain transformers opens them, without fastkd, with a model card of what is
 recorded and measured of it."""
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if difference is not None:
         print(f"{ONNX_FILE} differs from torch by {difference:.1e} (relative).")
     print(f"Exported to {known.output_dir}: AutoTokenizer and AutoModel open it with no fastkd installed.")
+    say_next(for_model(known.output_dir))
     return 0
 
 

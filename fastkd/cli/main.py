@@ -19,22 +19,23 @@ from .failures import BAD_INPUT, explained
 from .process import Stopped, is_main_process, stdout_is_closed, stopping_cleanly
 
 COMMANDS = {
-    "quickstart": "distil a small language model on Python's own library, in minutes, without a network",
-    "train": "run all stages of a method from a YAML file; the same command resumes",
+    "quickstart": "distil a small model on Python's own library, without a network",
+    "train": "run all stages of a method; the same command resumes",
     "vocab": "count a corpus's tokens; prune a model to the frequent ones",
+    "generate": "continue a prompt with a student, or with any decoder",
     "export": "rewrite a student so that plain transformers opens it",
-    "cache": "write down once what a stage's teacher says of its training rows",
-    "eval": "judge a model on a task or on text, beside its teacher and baselines",
+    "cache": "write down once what a teacher says of the training rows",
+    "eval": "judge a model on a task or text, beside teacher and baselines",
     "plot": "draw the logs of several runs into one plot",
-    "doctor": "which backends are live, whether every op is right here, and what a pair would need",
-    "bench": "measure what fastkd claims beside every peer, and draw the tables and plots",
+    "doctor": "whether every op is right here, and what a run would need",
+    "bench": "measure what fastkd claims beside its peers; draw tables and plots",
 }
 """Each is the `main` of the module of its name, imported when it is asked for."""
 USAGE = "\n".join(
     [
         "usage: fastkd COMMAND [options]     (fastkd COMMAND --help for the options)\n",
         *(f"  {name:<12}{what}" for name, what in COMMANDS.items()),
-        "\nFASTKD_TRACEBACK=1 in the environment shows where in the code a command failed.",
+        "\nFASTKD_TRACEBACK=1 in the environment shows where in the code one failed.",
     ]
 )
 CLOSED_PIPE = 141

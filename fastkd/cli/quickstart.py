@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import Parser, path
+from .next import say_next
 from .table import print_table
 
 TITLES = {"glmd": "GLMD", "crild": "CR-ILD", "ted": "TED"}
@@ -46,9 +47,16 @@ def main(argv: Sequence[str]) -> int:
             "\nThe temperature here is 1: the paper's 15 asks for far longer training."
         )
     else:
-        _show(task_quickstart(output_dir, known.method, known.seed), ["accuracy"], lambda results, key: [f"{results[key]:.1%}"])
+        results = task_quickstart(output_dir, known.method, known.seed)
+        _show(results, ["accuracy"], lambda results, key: [f"{results[key]:.1%}"])
         print("\nAccuracy is on functions of files that no model has read.\nAll students begin from the same weights.")
     print(f"Results: {output_dir}")
+    say_next(
+        [
+            *([["generate", results["student_dir"], "def read_file("]] if known.method == "glmd" else []),
+            ["quickstart", "--method", known.method, "--print_config"],
+        ]
+    )
     return 0
 
 

@@ -7,28 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes import config_path, recipe_titles
-from ..train.config import RunConfig, read_config
+from ..train.config import read_config
 from ..train.paths import expand_home
-from ..train.schema import help_text, load_yaml, to_yaml
+from ..train.schema import load_yaml, to_yaml
 from .arguments import Parser
+from .next import after_training, say_next
 from .process import is_main_process
 from .table import print_table
+from .train_help import full_help, usual_help
 
-DESCRIPTION = """usage: fastkd train CONFIG [--stage NAME] [--any_key value]
-       fastkd train CONFIG --print_config [--all] [--any_key value]
-       fastkd train --list [RECIPE]
-       torchrun --nproc-per-node N -m fastkd train CONFIG ...
-
-CONFIG is a YAML file, or a recipe by its name, such as ted/rte; --list shows them, or one as it is written. Runs every stage of it that
-is not finished, or goes on from the newest checkpoint. Keys at the top of the file hold for every stage; --key value overrides every
-stage, --stages.NAME.key value one of them. --print_config prints what differs from the defaults, with --all every key.
-
-"""
+_HELP = {"-h", "--help", "--help-all"}
 
 
 def main(argv: Sequence[str]) -> int:
-    if not argv or "-h" in argv or "--help" in argv:
-        print(DESCRIPTION + help_text(RunConfig))
+    if not argv or _HELP.intersection(argv):
+        show = full_help if "--help-all" in argv else usual_help
+        print(show(_method(next(iter(argv), "-"))))
         return 0 if argv else 2
     if argv[0] == "--list" and len(argv) <= 2:
         _list(argv[1:])
@@ -67,7 +61,13 @@ def main(argv: Sequence[str]) -> int:
     students = [result["student_dir"] for result in results.values() if "student_dir" in result]
     if students:
         print(f"\n{for_whom(Path(students[-1]))}")
+        say_next(after_training(config, results))
     return 0
+
+
+def _method(config: str) -> str:
+    """What the file or recipe names as its method; nothing where a flag stands in its place."""
+    return "" if config.startswith("-") else str(load_yaml(config_path(expand_home(config))).get("method"))
 
 
 def _list(names: Sequence[str]) -> None:

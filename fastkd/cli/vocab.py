@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .arguments import Parser, path, positive, source
+from .next import for_model, say_next
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +65,8 @@ def _count(known: argparse.Namespace) -> int:
     counts = count_tokens(corpus, load_tokenizer(known.model), known.output_dir, num_proc=known.num_proc)  # type: ignore[arg-type]
     seen = int((counts.counts > 0).sum())
     print(f"{counts.tokens} tokens in {counts.rows} rows; {seen} of {len(counts.counts)} ids occur. Saved in {known.output_dir}.")
+    counted = ["--model", known.model, "--counts", known.output_dir]
+    say_next([["vocab", "prune", *counted, "--keep", 0.5, "--output_dir", f"{Path(known.model).name}-pruned"]])
     return 0
 
 
@@ -86,5 +90,6 @@ def _prune(known: argparse.Namespace) -> int:
     with exporting(known.output_dir) as folder:
         export_student(pruned, tokenizer, folder)
     rows = f"{model.vocabulary} -> {pruned.vocabulary}"
-    print(f"{count_parameters(model)} -> {count_parameters(pruned)} parameters, {rows} vocabulary rows.")
+    print(f"{count_parameters(model)} -> {count_parameters(pruned)} parameters, {rows} vocabulary rows. Saved in {known.output_dir}.")
+    say_next(for_model(known.output_dir))
     return 0

@@ -13,11 +13,12 @@ _NO_CLASS = "no class of transformers has the head that relu_head gives it"
 
 def for_whom(folder: Path) -> str:
     """Say who can open a model, and how the others get one that they can."""
-    others = {None: None, RELU_HEAD_MODEL_TYPE: _NO_CLASS, MAPPED_MODEL_TYPE: f"for plain transformers: {_export(str(folder))}"}
-    told = others[closed_by(folder)]
-    if told is None:
-        return f"{folder} is for fastkd and for plain transformers: AutoTokenizer and AutoModel open it."
-    return f"{folder} is for fastkd alone; {told}"
+    told = {
+        None: "and for plain transformers: AutoTokenizer and AutoModel open it",
+        RELU_HEAD_MODEL_TYPE: f"alone; {_NO_CLASS}",
+        MAPPED_MODEL_TYPE: "alone; `fastkd export` makes one for plain transformers of it",
+    }
+    return f"{folder} is for fastkd {told[closed_by(folder)]}."
 
 
 def readme(folder: Path, name: str) -> str:
@@ -40,10 +41,6 @@ this folder: Auto classes and pipelines by the model type in `config.json`, all 
 transformers, with a tokenizer of the kept tokens and a model card, is made by
 
 ```bash
-{_export(name)}
+fastkd export {shlex.quote(name)} --output_dir {shlex.quote(f"{name}-exported")}
 ```"""
     return f"# A model trained by fastkd\n\n{text}\n"
-
-
-def _export(folder: str) -> str:
-    return f"fastkd export {shlex.quote(folder)} --output_dir {shlex.quote(f'{folder}-exported')}"

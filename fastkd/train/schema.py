@@ -15,7 +15,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -28,6 +28,8 @@ from ..errors import nearest
 from .numbers import decimal_number, whole_number
 
 Config = TypeVar("Config")
+Row = tuple[str, str, str, str]
+"""Key, type, default and meaning, as text."""
 
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", NoneType: "null", Any: "any"}
 _REMEDIES = {
@@ -207,7 +209,7 @@ def _mismatch(where: str, value: Any, kind: Any) -> str:
 
 def _unknown(what: str, where: str, name: str, cls: Any, known: Collection[str]) -> str:
     """Tell which key of `cls`, or of a config inside it, was meant by `name`; all of its own where none is near."""
-    inside = [key for key, *_ in _rows(cls) if "NAME" not in key]
+    inside = [key for key, *_ in key_rows(cls) if "NAME" not in key]
     near = nearest(name, dict.fromkeys(key.rpartition(".")[2] for key in [*known, *inside]))
     meant = [near] if near in known else [key for key in inside if key.rpartition(".")[2] == near]
     remedy = f"did you mean {' or '.join(_dotted(where, key) for key in meant)}?" if meant else f"known here: {', '.join(known)}"
@@ -342,27 +344,35 @@ def to_yaml(config: Any, *, comments: bool = True, defaults: bool = True, inheri
         for name, (_, default) in _keys(cls, base).items():
             value = getattr(config, name)
             if defaults or value != default:
-                sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z`])", field_docs(cls)[name], maxsplit=1)[0]
-                text += f"# {sentence}\n" * comments + entry(name, value, default)
+                text += f"# {first_sentence(field_docs(cls)[name])}\n" * comments + entry(name, value, default)
         return text
 
     return keys(config, MISSING) or "{}\n"
 
 
-def help_text(cls: type, *, width: int = 100) -> str:
+def help_text(cls: type, *, width: int = 80) -> str:
     """Every flag of `cls` as `--key type (default)  docstring`, wrapped to `width`; nested keys are dotted."""
+    return wrapped(key_rows(cls), width=width)
+
+
+def wrapped(rows: Iterable[Row], *, width: int) -> str:
+    """The flags of these rows, as `help_text` shows them."""
     wrap = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    return "\n".join(wrap.fill(f"--{key} {kind} ({default})  {doc}") for key, kind, default, doc in _rows(cls))
+    return "\n".join(wrap.fill(f"--{key} {kind} ({default})  {doc}") for key, kind, default, doc in rows)
+
+
+def first_sentence(doc: str) -> str:
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", doc, maxsplit=1)[0]
 
 
 def docs_table(cls: type) -> str:
     """A Markdown table of every key of `cls`: key, type, default, meaning."""
     rows = [("key", "type", "default", "meaning"), ("---",) * 4]
-    rows += [(f"`{key}`", f"`{kind}`", f"`{default}`", doc) for key, kind, default, doc in _rows(cls)]
+    rows += [(f"`{key}`", f"`{kind}`", f"`{default}`", doc) for key, kind, default, doc in key_rows(cls)]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 
 
-def _rows(cls: Any, prefix: str = "", base: Any = MISSING) -> Iterator[tuple[str, str, str, str]]:
+def key_rows(cls: Any, prefix: str = "", base: Any = MISSING) -> Iterator[Row]:
     """(key, type, default, meaning), a nested config right before its keys; NAME stands for a mapping's free names."""
     docs = field_docs(cls)
     for name, (kind, default) in _keys(cls, base).items():
@@ -372,4 +382,4 @@ def _rows(cls: Any, prefix: str = "", base: Any = MISSING) -> Iterator[tuple[str
             holder = _holder(kind)
         yield key, _type_name(kind), _show(default), docs[name]
         if is_dataclass(holder):
-            yield from _rows(holder, f"{key}.", default)
+            yield from key_rows(holder, f"{key}.", default)

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from fastkd.benchmarks import page, quickstart_tables
+from fastkd.cli.train_help import METHODS_FILE
 from tests.docs.pages import PAGES, ROOT, name_of
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,6 +30,10 @@ def generate() -> ModuleType:
 
 def test_the_configuration_page_is_that_of_the_docstrings(generate: ModuleType) -> None:
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == generate.configuration(), "run `make docs`"
+
+
+def test_the_help_of_train_has_the_options_of_the_methods(generate: ModuleType) -> None:
+    assert METHODS_FILE.read_text(encoding="utf-8") == generate.methods(), "run `make docs`"
 
 
 @pytest.mark.parametrize(("name", "script"), WRITTEN, ids=lambda value: str(value))

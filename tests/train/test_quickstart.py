@@ -94,6 +94,8 @@ def test_what_is_shown_fits_80_columns(finished, capsys, monkeypatch):
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if str(output_dir) not in line]
     assert len(lines) > 12 and max(map(len, lines)) <= 80
+    generate = f"generate {results['student_dir']} 'def read_file('"
+    assert shown.endswith(f"Next:\n  fastkd {generate}\n  fastkd quickstart --method glmd --print_config\n")
     assert results["events"] == f"{results['student_vocab']} slots of 768 ids" and f"over {results['events']}" in shown
     for name in ("teacher", *quickstart.STUDENTS):
         assert f"{results[name]:.1f}" in shown and f"{results['kept_tokens_only'][name]:.1f}" in shown

@@ -97,17 +97,15 @@ def chunked_divergence_loss(
     """
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-    student = _whole(student_lm_head_weight, student_lm_head_bias)
-    teacher = _whole(teacher_lm_head_weight, teacher_lm_head_bias)
+    student_weight, student_bias = _whole(student_lm_head_weight), _whole(student_lm_head_bias)
+    teacher_weight, teacher_bias = _whole(teacher_lm_head_weight), _whole(teacher_lm_head_bias)
     counts = completion_mask != 0
-    with maybe_gather_lm_head_ctx(*student), maybe_gather_lm_head_ctx(*teacher):
-        student_weight, student_bias = _in_dtype_of(student_hidden_states, *student)
-        teacher_weight, teacher_bias = _in_dtype_of(teacher_hidden_states, *teacher)
+    with maybe_gather_lm_head_ctx(student_weight, student_bias), maybe_gather_lm_head_ctx(teacher_weight, teacher_bias):
         loss, stats = linear_kl_div(
             student_hidden_states,
-            student_weight,
+            _in_dtype_of(student_hidden_states, student_weight),
             teacher_hidden_states.detach(),
-            teacher_weight.detach(),
+            _in_dtype_of(teacher_hidden_states, teacher_weight.detach()),
             student_bias=student_bias,
             teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
             divergence=divergence_of_beta(beta),
@@ -124,14 +122,14 @@ def chunked_divergence_loss(
     return loss / temperature**2, stats.student_entropy.sum(), counts.sum()
 
 
-def _whole(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The head (V, H) and (V,), of which this rank may hold a shard."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight, bias.full_tensor() if isinstance(bias, DTensor) else bias
+def _whole(parameter: Any) -> Any:
+    """A head's weight or bias, of which this rank may hold a shard; None stays None."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def _in_dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The head in the dtype of hidden states (..., H), unless autocast sees to it: mixed precision gathers a float32 master."""
-    return (weight if autocast_dtype(hidden.device) else weight.to(hidden.dtype)), bias
+def _in_dtype_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """A head (V, H) in the dtype of hidden states (..., H), unless autocast sees to it: mixed precision gathers a float32 master."""
+    return weight if autocast_dtype(hidden.device) else weight.to(hidden.dtype)
 
 
 def generalized_jsd_loss(

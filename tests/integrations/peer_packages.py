@@ -39,17 +39,15 @@ def _interpret_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
 
 
-def speculators_losses(module: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`speculators.losses.<module>` without the rest of that package, which needs transformers below 5.20, servers and clients."""
+def speculators_losses(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`speculators.losses` without the rest of that package, which needs transformers below 5.20, servers and clients."""
     spec = importlib.util.find_spec("speculators")
     if spec is None or spec.origin is None:
         pytest.skip("speculators is not installed (make .venv/bench)")
     package = types.ModuleType("speculators")
     package.__path__ = [str(Path(spec.origin).parent)]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "speculators"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "speculators", package)
-    found = importlib.import_module(f"speculators.losses.{module}")
+    losses = importlib.import_module("speculators.losses")
     for name in [name for name in sys.modules if name.startswith("speculators.")]:
         monkeypatch.delitem(sys.modules, name)
-    return found
+    return losses

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from fastkd.integrations import trl as ours
 from tests import tiny
@@ -163,47 +169,64 @@ def test_another_version_of_trl_is_refused(distillation: Any, gkd: Any, monkeypa
     assert gkd.GKDTrainer.generalized_jsd_loss is original
 
 
-def models() -> tuple[Any, Any]:
-    student, teacher = (tiny.transformer("qwen2", "CausalLM").to(DEVICE).eval() for _ in range(2))
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.mul_(1.1)
-    return student, teacher
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% if m.role == 'assistant' %}[EOS]{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
 
 
-def losses_of_trainers(distillation: Any, gkd: Any) -> list[Tensor]:
-    """What both trainers' own methods make of two models: losses, entropy, count, and the gradients of all parameters."""
-    found: list[Tensor] = []
-    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    ones = torch.ones_like(ids)
-    labels = ids.clone()
-    labels[:, :4] = -100
-    student, teacher = models()
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-        teacher_model=teacher,
-        beta=0.5,
-        temperature=2.0,
-        _get_last_hidden_state=lambda model, input_ids, attention_mask, logits_to_keep: model.model(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state[:, -logits_to_keep - 1 : -1],
-        _forward_redirection=lambda wrapper, model, method, *arguments, **named: method(*arguments, **named),
-    )
-    inputs = {"prompt_ids": ids[:, :4], "completion_ids": ids[:, 4:], "prompt_mask": ones[:, :4], "completion_mask": ones[:, 4:]}
-    values = distillation.DistillationTrainer._compute_loss(trainer, student, inputs, None)
-    trainer.generalized_jsd_loss = gkd.GKDTrainer.generalized_jsd_loss
-    inputs = {"input_ids": ids, "attention_mask": ones, "labels": labels}
-    gkd_loss = gkd.GKDTrainer.compute_loss(trainer, student, inputs, num_items_in_batch=torch.tensor(12))
-    for loss in (values[0], gkd_loss):
-        student.zero_grad()
-        loss.backward()
-        found += [loss, torch.cat([p.grad.flatten() for p in student.parameters()])]
-    return [*found, *values[1:]]
+WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then", "user", "assistant")
 
 
-def test_trainers_distil_as_before(distillation: Any, gkd: Any) -> None:
-    expected = losses_of_trainers(distillation, gkd)
-    with ours.patch_trainers():
-        found = losses_of_trainers(distillation, gkd)
-    assert_same(found, expected)
-    assert expected[0] > 1e-3
+def tokenizer() -> Any:
+    words = ["[PAD]", "[UNK]", "[EOS]", *WORDS]
+    splitter = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    splitter.pre_tokenizer = Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
+    made = PreTrainedTokenizerFast(tokenizer_object=splitter, **special)
+    made.chat_template = TEMPLATE
+    return made
+
+
+def log_of(trainer_class: Any, config_class: Any, rows: dict[str, list[Any]], folder: Path, **settings: Any) -> list[tuple[float, ...]]:
+    """(loss, entropy where it is logged) of four micro-batches in two steps."""
+    fixed = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "bf16": False}
+    quiet = {"logging_steps": 1, "report_to": [], "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True}
+    args = config_class(str(folder), **fixed, **quiet, **settings)
+    shape = {"vocab_size": 3 + len(WORDS), "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2}
+    student, teacher = (tiny.transformer("qwen2", "CausalLM", seed=seed, **shape) for seed in (0, 1))
+    data = Dataset.from_dict(rows)
+    trainer = trainer_class(model=student, teacher_model=teacher, args=args, train_dataset=data, processing_class=tokenizer())
+    trainer.train()
+    return [(line["loss"], *([line["entropy"]] if "entropy" in line else [])) for line in trainer.state.log_history if "loss" in line]
+
+
+def test_trainers_distil_as_before(distillation: Any, gkd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("linear_kl_div", "kl_div"):
+        op = getattr(ours, name)
+        monkeypatch.setattr(ours, name, lambda *x, name=name, op=op, **options: (calls.append(name), op(*x, **options))[1])
+    texts = [("the cat sat on", "the mat and then ran"), ("a dog", "sat under the tree")]
+    chats = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in texts]
+    runs = {
+        "linear_kl_div": partial(
+            log_of,
+            distillation.DistillationTrainer,
+            distillation.DistillationConfig,
+            {"prompt": [asked for asked, _ in texts] * 4},
+            tmp_path,
+            beta=0.5,
+            temperature=0.9,
+            max_completion_length=6,
+        ),
+        "kl_div": partial(log_of, gkd.GKDTrainer, gkd.GKDConfig, {"messages": chats * 4}, tmp_path, beta=0.3, lmbda=0.0),
+    }
+    for op, run in runs.items():
+        expected = run()
+        assert not calls
+        with ours.patch_trainers():
+            found = run()
+        assert calls == [op] * 4
+        calls.clear()
+        assert_close(torch.tensor(found), torch.tensor(expected), 1e-4)
+        assert len(expected) == 2 and expected[0][0] > 1e-4

@@ -6,6 +6,7 @@ A failure here says that the surface has changed. Additions are written down her
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import re
 import tomllib
@@ -84,6 +85,31 @@ SIGNATURES = {
     "VocabMap.save": "(self, directory)",
     "VocabMap.load": "(directory)",
 }
+LIGER = "student_input, student_weight, teacher_input, teacher_weight"
+DROP_INS = {
+    "liger.LigerFusedLinearJSDLoss": "(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.5, ignore_index=-100, temperature=1.0, "
+    "compiled=True, chunk_size=None, return_soft_hard_loss=False)",
+    "liger.LigerFusedLinearJSDLoss.forward": f"(self, {LIGER}, true_labels, student_bias=None, teacher_bias=None)",
+    "liger.LigerFusedLinearJSD": "(jsd_beta=0.5, ignore_index=-100, temperature=1.0, accum_dtype=None)",
+    "liger.LigerFusedLinearJSD.forward": f"(self, {LIGER}, shift_labels)",
+    "liger.LigerFusedLinearKLDivLoss": "(reduction='batchmean', ignore_index=-100, temperature=1.0, eps=1e-10, accum_dtype=None)",
+    "liger.LigerFusedLinearKLDivLoss.forward": "(self, student_input, student_weight, target, shift_labels=None)",
+    "liger.LigerJSD": "(beta=0.5, ignore_index=-100)",
+    "liger.LigerJSD.forward": "(self, log_q, log_p, shift_labels=None)",
+    "liger.LigerKLDIVLoss": "(eps=1e-10, *args, **kwargs)",
+    "liger.LigerKLDIVLoss.forward": "(self, y_pred, y_true)",
+    "liger.LigerTVDLoss": "(reduction='batchmean', ignore_index=-100)",
+    "liger.LigerTVDLoss.forward": "(self, p, q, shift_labels=None)",
+    "trl.patch_trainers": "()",
+    "speculators.kl_div_loss": "(logits, targets)",
+    "speculators.reverse_kl_div_loss": "(logits, targets)",
+    "speculators.js_div_loss": "(logits, targets)",
+    "speculators.ce_loss": "(logits, targets)",
+    "speculators.tv_loss": "(logits, targets)",
+    "speculators.neg_log_acceptance_loss": "(logits, targets)",
+    "speculators.lk_hybrid_loss": "(logits, targets, eta=3.0)",
+}
+"""Below fastkd.integrations."""
 FLAGS = {
     "quickstart": "--method --output_dir --seed --print_config --all",
     "train": "config --stage --print_config --all",
@@ -126,14 +152,14 @@ def test_the_package_exports_these_names_and_no_others() -> None:
     assert fastkd.reference.__all__ == REFERENCES and all(callable(getattr(fastkd.reference, name)) for name in REFERENCES)
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", [*SIGNATURES, *DROP_INS])
 def test_parameters_and_their_defaults(name: str) -> None:
-    found: Any = fastkd
-    for part in name.split("."):
+    found: Any = fastkd if name in SIGNATURES else importlib.import_module(f"fastkd.integrations.{name.partition('.')[0]}")
+    for part in name.split(".")[name in DROP_INS :]:
         found = getattr(found, part)
     signature = inspect.signature(found)
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
-    assert str(inspect.Signature(bare)) == SIGNATURES[name]
+    assert str(inspect.Signature(bare)) == {**SIGNATURES, **DROP_INS}[name]
 
 
 def test_every_public_name_has_its_parameters_written_down() -> None:

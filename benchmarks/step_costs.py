@@ -248,7 +248,7 @@ def communication(setup: Setup) -> Counter[str]:
 def vocabulary_parallel(tokens: int, width: int, ranks: int, *, labels: bool = False, linear: bool = True) -> Counter[str]:
     """The same for one forward and backward of `linear_kl_div(group=...)`. linear: forward_kl and reverse_kl."""
     numbers = 2 + (5 if labels else 3) + (0 if linear else 2)
-    return Counter(all_reduce=FLOAT32 * tokens * (numbers + width), all_gather=ranks * 5 * 8)
+    return Counter(all_reduce=FLOAT32 * tokens * (numbers + width), all_gather=ranks * 6 * 8)
 
 
 def sent(collectives: Mapping[str, int], ranks: int) -> float:

@@ -53,7 +53,7 @@ def test_communication_and_what_a_ring_sends():
     assert costs.communication(twice) == {**reduced, "all_gather": 2 * (root + 2 * layers + head + teacher)}
     assert costs.communication(replace(FSDP, captures=True, teacher=None)) == {**reduced, "all_gather": root + layers + head}
     assert costs.sent({"all_reduce": 100, "all_gather": 100, "reduce_scatter": 100, "broadcast": 3}, 4) == 150 + 75 + 75 + 3
-    assert costs.vocabulary_parallel(6, 2, 4) == {"all_reduce": 4 * 6 * (2 + 3 + 2), "all_gather": 160}
+    assert costs.vocabulary_parallel(6, 2, 4) == {"all_reduce": 4 * 6 * (2 + 3 + 2), "all_gather": 4 * 6 * 8}
     assert costs.vocabulary_parallel(6, 2, 4, labels=True, linear=False)["all_reduce"] == 4 * 6 * (2 + 5 + 2 + 2)
 
 

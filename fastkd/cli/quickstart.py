@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--all", action="store_true", help="with --print_config: every key, not only what differs from the defaults")
     known = parser.parse_args(argv)
     output_dir = known.output_dir or Path("runs/quickstart" if known.method == "glmd" else "runs/quickstart-task")
-    from ..train.quickstart import glmd_config, quickstart
+    from ..train.quickstart import CONFIG_FILE, glmd_config, quickstart
     from ..train.schema import to_yaml
     from ..train.task_quickstart import student_config, task_quickstart
 
@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> int:
         print(
             f"\nPerplexity is over {results['events']} in every row, on files that no"
             "\nmodel has seen: a dropped token counts as its stand-in, and in the second figure"
-            "\nnot at all. GLMD uses no labels, and its teacher says nothing of dropped tokens."
-            "\nThe temperature here is 1: the paper's 15 asks for far longer training."
+            f"\nnot at all. The students read {results['student_documents']} files and the teacher all that there are."
+            "\nGLMD uses no labels; its teacher's probabilities of the tokens that share a slot"
+            "\nadd up (teacher_mass: slots), and the temperature is 1, not the paper's 15."
         )
     else:
         results = task_quickstart(output_dir, known.method, known.seed)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     say_next(
         [
             *([["generate", results["student_dir"], "def read_file("]] if known.method == "glmd" else []),
-            ["quickstart", "--method", known.method, "--print_config"],
+            ["train", Path(results["student_dir"]).parents[2] / CONFIG_FILE, "--output_dir", "runs/mine"],
         ]
     )
     return 0

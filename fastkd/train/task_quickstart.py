@@ -17,7 +17,7 @@ from ..methods.stage_data import DatasetRows, dataset_scores
 from ..models.load import load_tokenizer
 from ..models.student import count_parameters
 from ..models.task_model import TaskHead, TaskModel, load_task_model
-from ..store import write_json_atomic
+from ..store import write_bytes_atomic, write_json_atomic
 from ..tasks.labelled import TaskDataset
 from ..tasks.token_rows import pad_id
 from .config import DatasetArguments, RunConfig, read_config
@@ -25,8 +25,9 @@ from .curves import plot_curves
 from .data import dataset_rows, load_dataset
 from .log import LOG_FILE, read_log
 from .output import RESULTS_FILE
-from .quickstart import CURVES_FILE, check_quickstart_folders, make_tokenizer
+from .quickstart import CONFIG_FILE, CURVES_FILE, check_quickstart_folders, make_tokenizer
 from .run import distill
+from .schema import to_yaml
 
 log = logging.getLogger("fastkd")
 
@@ -79,6 +80,7 @@ def task_quickstart(output_dir: Path, method: Method, seed: int = 0) -> dict[str
         "steps": {name: _total(stages, "steps") for name, stages in runs.items()},
         "train_seconds": {name: _total(stages, "seconds") for name, stages in runs.items()},
     }
+    write_bytes_atomic(folder / CONFIG_FILE, to_yaml(student_config(output_dir, method, seed), defaults=False).encode())
     for place in (folder, output_dir):
         write_json_atomic(place / RESULTS_FILE, summary)
     _draw(folder, method, runs)

@@ -35,10 +35,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # before anythin
 from fastkd.cli.failures import BAD_INPUT
 from fastkd.cli.main import main
 from fastkd.train.config import RunConfig
-from fastkd.train.schema import _rows
+from fastkd.train.schema import key_rows
 from tests import runs
 
-KINDS = {key.replace("NAME", "pretrain"): kind for key, kind, *_ in _rows(RunConfig)}
+KINDS = {key.replace("NAME", "pretrain"): kind for key, kind, *_ in key_rows(RunConfig)}
 """Every key of a configuration, and its type."""
 FLAGS_OF_TRAIN = [f"--{key}" for key in KINDS]
 SCALARS: list[Any] = [

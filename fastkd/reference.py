@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from .ops.checks import check_tail
 from .ops.divergence import Divergence
-from .ops.fused_loss import LossStats
+from .ops.fused_loss import LossStats, TokenWeight
 from .ops.relation_kl import RelationTarget
 
 __all__ = ["kl_div", "linear_cross_entropy", "linear_kl_div", "projected_mse", "relation_kl", "topk_kl_div"]
@@ -77,6 +77,7 @@ def linear_kl_div(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    token_weight: TokenWeight | None = None,
     **options: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """What `fastkd.linear_kl_div` computes, from hidden states (..., H) and heads (V, H); `options` are those of `kl_div`."""
@@ -84,7 +85,42 @@ def linear_kl_div(
     teacher_logits = teacher_hidden
     if teacher_weight is not None:
         teacher_logits = linear(_kept(teacher_hidden, mask), teacher_weight, teacher_bias)
-    return kl_div(student_logits, teacher_logits, mask=mask, **options)
+    if token_weight is None:
+        return kl_div(student_logits, teacher_logits, mask=mask, **options)
+    return _weighted(token_weight, student_logits, teacher_logits, mask, **options)
+
+
+def _weighted(
+    token_weight: TokenWeight,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    *,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    return_stats: bool | Literal["losses"] = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """`kl_div` of which each token's part is multiplied by what `token_weight` says of it, a constant."""
+    terms: list[tuple[Tensor, Tensor]] = []
+    for label_weight in (0.0, options.get("label_weight", 0.0)):
+        one = {**options, "label_weight": label_weight, "reduction": "none"}
+        both, stats = kl_div(student_logits, teacher_logits, mask=mask, **one, return_stats=return_stats or "losses")
+        terms.append((both - sum(values for values, _ in terms), _weight(both, mask)))
+    assert stats.divergence is not None
+    losses = stats.divergence
+    if stats.cross_entropy is not None:
+        losses = losses + options.get("label_weight", 0.0) * stats.cross_entropy
+        terms[1] = terms[1][0], terms[1][1] * (options["labels"] != options.get("ignore_index", -100))
+    factor = token_weight(losses, stats).detach().where(terms[0][1] > 0, 0.0)
+    # The values carry the mask's weights, which count in the means.
+    totals = [(factor * values).sum() for values, _ in terms]
+    if reduction == "mean":
+        totals = [
+            total / (weight.sum() if denominator is None else denominator) for total, (_, weight) in zip(totals, terms, strict=True)
+        ]
+    loss = torch.stack(totals).sum()
+    return (loss, stats) if return_stats else loss
 
 
 def linear_cross_entropy(
@@ -101,11 +137,15 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
+    token_weight: TokenWeight | None = None,
 ) -> Tensor:
     """What `fastkd.linear_cross_entropy` computes, from hidden states (..., H) and a head (V, H)."""
     logits = linear(_kept(hidden, labels != ignore_index), weight, bias)
     values, labelled = _cross_entropy(_transformed(logits, logit_scale, softcap), labels, ignore_index)
-    return _reduced([(values, labelled.to(values.dtype))], reduction, denominator)
+    weight, factor = labelled.to(values.dtype), torch.ones_like(values)
+    if token_weight is not None:
+        factor = token_weight(values.detach(), _stats(weight, cross_entropy=values)).detach().where(labelled, 0.0)
+    return _reduced([(factor * values, weight)], reduction, denominator)
 
 
 def topk_kl_div(

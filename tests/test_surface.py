@@ -46,10 +46,11 @@ SIGNATURES = {
     "distill": "(config, *, only_stage=None)",
     "kl_div": "(student_logits, teacher_logits, *, divergence='forward_kl', temperature=1.0, mask=None, "
     f"{TEACHER}, {LABELS}, {LOGITS}, {ROW_OPTIONS}, return_stats=False)",
-    "linear_cross_entropy": f"(hidden, weight, labels, *, bias=None, ignore_index=-100, softcap=None, logit_scale=1.0, {ROW_OPTIONS})",
+    "linear_cross_entropy": f"(hidden, weight, labels, *, bias=None, ignore_index=-100, softcap=None, logit_scale=1.0, "
+    f"{ROW_OPTIONS}, token_weight=None)",
     "linear_kl_div": "(student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias=None, teacher_bias=None, "
     f"divergence='forward_kl', temperature=1.0, mask=None, {TEACHER}, {LABELS}, {LOGITS}, {ROW_OPTIONS}, "
-    "return_stats=False, grad_filter=None, group=None)",
+    "return_stats=False, grad_filter=None, token_weight=None, group=None)",
     "projected_mse": "(student_states, student_weight, teacher_states, teacher_weight, *, student_bias=None, teacher_bias=None, "
     "mask=None, reduction='mean', chunk_size=None, memory_budget=None)",
     "relation_kl": "(student_q, student_k, teacher_q, teacher_k, *, key_mask=None, query_mask=None, targets=(), form='kl', "

@@ -207,6 +207,32 @@ def check_token_values(
             )
 
 
+def check_token_weight(token_weight: object, reduction: str) -> None:
+    """Refuse what is no function, and a reduction under which it would have no place."""
+    if token_weight is None:
+        return
+    if not callable(token_weight):
+        raise TypeError(
+            f"token_weight is {type(token_weight).__name__}; give a function of (losses, statistics). Weights that are known before "
+            "the losses are a float mask."
+        )
+    if reduction == "none":
+        raise ValueError("token_weight goes with reduction='mean' or 'sum'; with 'none' multiply the losses yourself.")
+
+
+def check_function_weights(weights: object, losses: Tensor) -> None:
+    """Refuse what a `token_weight` has returned unless it is like `losses` (C,)."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"token_weight returned {type(weights).__name__}; it must return a tensor of shape {tuple(losses.shape)}.")
+    if weights.shape != losses.shape or weights.device != losses.device or not weights.is_floating_point():
+        raise ValueError(
+            f"token_weight returned {weights.dtype} of shape {tuple(weights.shape)} on {weights.device}; it must return floats of "
+            f"shape {tuple(losses.shape)}, one for each token that it was shown, on {losses.device}."
+        )
+    if not weights.is_cuda and not bool(weights.isfinite().all()):
+        raise ValueError("token_weight returned weights that are not finite; limit them, for example by torch.clamp.")
+
+
 def check_index_values(vocab_index: Tensor | None, teacher_vocabulary: int) -> None:
     """Refuse (ValueError) a `vocab_index` (V_s,) with ids outside of the teacher's rows, or with one of them twice."""
     if vocab_index is not None and not vocab_index.is_cuda and vocab_index.numel():

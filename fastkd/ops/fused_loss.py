@@ -6,18 +6,19 @@ number from the device once; while a CUDA graph is captured, where nothing can b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from . import backend_cpp
 from .backends import choose, replace_failed, wished
-from .checks import check_index_values, check_slot_values, check_token_values, compute_dtype
+from .checks import check_function_weights, check_index_values, check_slot_values, check_token_values, compute_dtype
 from .given_logits import GivenLogits
 from .grad_filter import GradFilter
-from .gradient_in_forward import Inputs, Results, pack, register, unpack
+from .gradient_in_forward import Arguments, Inputs, Results, pack, register, unpack
 from .linear_logits import LinearGradients, LinearLogits, gradient_dtype
 from .options import LossOptions
 from .plan import Plan, plan_chunks
@@ -52,6 +53,10 @@ class LossStats:
 
 
 _STATISTICS = tuple(field.name for field in fields(LossStats))
+TokenWeight = Callable[[Tensor, LossStats], Tensor]
+"""(losses (C,), statistics of (C,)) -> weights (C,)."""
+_token_weight: ContextVar[TokenWeight | None] = ContextVar("token_weight", default=None)
+"""That of the call in progress: an operator takes no functions. Only calls that make their gradients in the forward pass have one."""
 
 
 def fused_loss(
@@ -65,6 +70,7 @@ def fused_loss(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     denominator: Tensor | None = None,
+    token_weight: TokenWeight | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """What the public losses return, from arguments that they have checked and flattened.
 
@@ -78,23 +84,39 @@ def fused_loss(
         mask: (N,) bool or float weights, or None.
         labels: (N,) int64 or None.
         denominator: () float64 or None.
+        token_weight: of a student with a head alone, and not with reduction="none".
     """
     constants = {**teacher, "vocab_index": vocab_index, "vocab_slots": vocab_slots}
     constants |= {"mask": mask, "labels": labels, "denominator": denominator}
     deferred = "logits" in student or options.reduction == "none"
     loss: Tensor
-    loss, _, statistics, _ = _operator(*pack(student, constants, options.to_text(), deferred=deferred))
+    arguments = pack(student, constants, options.to_text(), deferred=deferred)
+    loss, _, statistics, _ = _operator(*arguments) if token_weight is None else _weighted(token_weight, arguments)
     if options.reduction == "none":
         loss = loss.view(leading)
     if not options.statistics:
         return loss
-    known = {"divergence": bool(teacher), "cross_entropy": labels is not None}
-    if options.statistics == "all":
-        known |= dict.fromkeys(_ENTROPIES, options.has_dense_teacher)
-        known |= dict.fromkeys(_OF_LISTS, options.tail is not None)
-        known |= dict.fromkeys(("columns_kept", "dropped_mass"), options.grad_filter is not None)
     rows = dict(zip(_STATISTICS, statistics.detach().view(len(_STATISTICS), *leading), strict=True))
-    return loss, LossStats(**{name: rows[name] for name, is_known in known.items() if is_known})
+    known = _known(options, has_teacher=bool(teacher), has_labels=labels is not None)
+    known += ("columns_kept", "dropped_mass") if options.statistics == "all" and options.grad_filter is not None else ()
+    return loss, LossStats(**{name: rows[name] for name in known})
+
+
+def _weighted(token_weight: TokenWeight, arguments: Arguments) -> Results:
+    reset = _token_weight.set(token_weight)
+    try:
+        results: Results = _operator(*arguments)
+        return results
+    finally:
+        _token_weight.reset(reset)
+
+
+def _known(options: LossOptions, *, has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
+    """Names of the statistics that row kernels and lists tell."""
+    known = ("divergence",) * has_teacher + ("cross_entropy",) * has_labels
+    if options.statistics == "all":
+        known += _ENTROPIES if options.has_dense_teacher else _OF_LISTS if options.tail is not None else ()
+    return known
 
 
 _Teacher = LinearLogits | GivenLogits | SlotLogits | TopK | None
@@ -114,6 +136,27 @@ class _Pass:
     """Takes the gradient of the student's logits, where one is made."""
     statistics: dict[str, Tensor]
     """By the names of `LossStats`, (n,) each."""
+    token_weight: TokenWeight | None
+
+    def weigh(self, part: slice) -> None:
+        """Multiply the weights of `part` by what `token_weight` makes of its losses and statistics."""
+        assert self.token_weight is not None
+        weights, has_teacher = self.weights, self.teacher is not None
+        known = _known(self.options, has_teacher=has_teacher, has_labels=weights.labels is not None)
+        told = LossStats(**{name: self.statistics[name][part] for name in known})
+        losses = torch.zeros_like(weights.token[part]) if told.divergence is None else told.divergence.clone()
+        if told.cross_entropy is not None:
+            losses += self.options.label_weight * told.cross_entropy
+        reset = _token_weight.set(None)  # of this call, and of none that the function makes
+        try:
+            with torch.no_grad():
+                factor = self.token_weight(losses, told)
+        finally:
+            _token_weight.reset(reset)
+        check_function_weights(factor, losses)
+        weights.token[part] *= factor
+        if weights.label is not None:
+            weights.label[part] *= factor
 
     def call(self, part: slice, logits: Tensor, gradient: Tensor | None) -> RowCall:
         """The row kernel's call for `part`, of which the student's `logits` are given and the teacher's are made here."""
@@ -157,14 +200,23 @@ def _make(student: list[Tensor], constants: list[Tensor], upstream: Tensor | Non
                 row_call = work.call(rows, logits[inside], work.gradients.target(chunk, rows) if inputs.makes_gradients else None)
                 # The backend is chosen by the first call, and all others are like it.
                 run = run or choose(work.options.backend, row_call)
-                try:
-                    run(row_call)
-                except RuntimeError as error:
-                    run = replace_failed(run, work.options.backend, row_call, error)
-                    run(row_call)
+                if work.token_weight is not None:
+                    run = _run(run, work.options.backend, replace(row_call, gradient=None, keeps_logits=True))
+                    work.weigh(rows)
+                run = _run(run, work.options.backend, row_call)
         if inputs.makes_gradients:
             work.gradients.collect(chunk)
     return _finish(inputs, work)
+
+
+def _run(run: Callable[[RowCall], None], backend: str, row_call: RowCall) -> Callable[[RowCall], None]:
+    """Run it, by another kernel if this one fails; return the one that served."""
+    try:
+        run(row_call)
+    except RuntimeError as error:
+        run = replace_failed(run, backend, row_call, error)
+        run(row_call)
+    return run
 
 
 def _prepare(inputs: Inputs) -> _Pass:
@@ -179,6 +231,9 @@ def _prepare(inputs: Inputs) -> _Pass:
         weights = weights.with_exact_scale()
     if inputs.upstream is not None:
         weights = weights.times(inputs.upstream.to(dtype), linear="logits" not in student)
+    token_weight = _token_weight.get()
+    if token_weight is not None:
+        weights = replace(weights, token=weights.token.clone())  # which may be the caller's mask, and is written to
     plan = _plan(inputs, options, weights.token.numel(), vocabulary, dtype)
     statistics = dict(zip(_STATISTICS, own.new_zeros(len(_STATISTICS), plan.tokens, dtype=dtype), strict=True))
     source: LinearLogits | GivenLogits
@@ -194,7 +249,7 @@ def _prepare(inputs: Inputs) -> _Pass:
             grad_filter = GradFilter(options.grad_filter, told)
         gradients = LinearGradients(source, plan, inputs.needs_grad, grad_filter)
     teacher = _teacher(constants, weights.valid, plan, dtype, options)
-    return _Pass(options, tokens, weights, plan, source, teacher, gradients, statistics)
+    return _Pass(options, tokens, weights, plan, source, teacher, gradients, statistics, token_weight)
 
 
 def _finish(inputs: Inputs, work: _Pass) -> Results:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import check_denominator, check_tensor, check_token_tensors, check_transform
-from .fused_loss import fused_loss
+from .checks import check_denominator, check_tensor, check_token_tensors, check_token_weight, check_transform
+from .fused_loss import TokenWeight, fused_loss
 from .linear_logits import check_head
 from .options import LossOptions, autocast_dtype
 
@@ -24,6 +24,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
+    token_weight: TokenWeight | None = None,
 ) -> Tensor:
     """-log softmax(z)[label] per token, with z = softcap(logit_scale (h W^T + b)), reduced over labelled tokens.
 
@@ -42,6 +43,7 @@ def linear_cross_entropy(
         chunk_size: rows of logits that are made at a time; None: planned (`fastkd.ops.plan.plan_chunks`).
         memory_budget: bytes of logits that may be alive, in place of chunk_size; None: planned.
         backend: "auto", "torch", "cpp" or "triton".
+        token_weight: a function (losses, statistics) -> weights (C,), as in `linear_kl_div`; the losses are cross-entropies.
 
     Returns:
         The loss, () or with reduction="none" (...), in float32 (float64 for float64 inputs). Gradients accumulate in that dtype and
@@ -53,6 +55,7 @@ def linear_cross_entropy(
     leading = check_head("", hidden, weight, bias)
     check_tensor("labels", labels)
     check_transform("", logit_scale, softcap)
+    check_token_weight(token_weight, reduction)
     device = hidden.device
     options = LossOptions(
         label_weight=1.0,
@@ -75,6 +78,7 @@ def linear_cross_entropy(
         mask=flat_labels != ignore_index,
         labels=flat_labels,
         denominator=check_denominator(denominator, reduction, device),
+        token_weight=token_weight,
     )
     assert not isinstance(loss, tuple)
     return loss

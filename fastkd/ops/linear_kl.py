@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .checks import check_denominator, check_teacher, check_teacher_mass, check_token_tensors, leading_shape
+from .checks import check_denominator, check_teacher, check_teacher_mass, check_token_tensors, check_token_weight, leading_shape
 from .divergence import Divergence
-from .fused_loss import LossStats, fused_loss
+from .fused_loss import LossStats, TokenWeight, fused_loss
 from .linear_logits import check_head
 from .options import LossOptions, autocast_dtype, divergence_options, statistics_option
 
@@ -45,6 +45,7 @@ def linear_kl_div(
     backend: str = "auto",
     return_stats: bool | Literal["losses"] = False,
     grad_filter: float | None = None,
+    token_weight: TokenWeight | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """T^2 D(softmax(z_t / T), softmax(z_s / T)) per token, with z = softcap(scale (h W^T + b)), reduced over tokens.
@@ -89,6 +90,11 @@ def linear_kl_div(
         grad_filter: approximate, off by default, on a CPU alone. The two backward GEMMs run over those vocabulary columns alone in
             which the gradient of some token of the chunk exceeds this (before the division by the denominator); the others are replaced
             by their mean, token by token. `LossStats.columns_kept` and `.dropped_mass` say what it did. The value stays exact.
+        token_weight: a function (losses, statistics) -> weights of the token's losses, all (C,), that is called for every chunk of C
+            unmasked tokens, with T^2 D + label_weight CE and what is known of them by `LossStats`. The loss is then
+            sum_i mask_i w_i loss_i over the same denominator; w is a constant: no gradient flows through it. It must look at no other
+            token, for which tokens share a chunk is a matter of memory. Importance weights, clipping, focal losses, at four GEMMs.
+            Not with reduction="none" or group; under `torch.compile` the graph breaks here.
         group: tensor-parallel heads. Every process of the group passes the same hidden states, mask and labels, and its own rows of
             both heads (with `teacher_weight=None` its own columns of the teacher's logits): the same ids in both, row by row. Shards
             may differ in size. The loss is that of the whole vocabulary, on every process. The gradient of `student_hidden` is summed
@@ -134,6 +140,7 @@ def linear_kl_div(
         grad_filter=grad_filter,
         operand_dtype=autocast_dtype(device),
     )
+    check_token_weight(token_weight, reduction)
     mask, labels = check_token_tensors(leading, device, options, mask, labels)
     denominator = check_denominator(denominator, reduction, device)
     student = {"hidden": student_hidden.reshape(-1, student_hidden.shape[-1]), "weight": student_weight, "bias": student_bias}
@@ -144,6 +151,8 @@ def linear_kl_div(
         # Imports torch.distributed and torch._dynamo, for which nobody else should wait.
         from .vocab_parallel import check_group, vocab_parallel_loss
 
+        if token_weight is not None:
+            raise ValueError("token_weight is not known to group=; leave one of them out.")
         check_group(group, vocab_index, options)
         loss, _ = vocab_parallel_loss(student, teacher, options, leading, group, mask=mask, labels=labels, denominator=denominator)
         return loss
@@ -158,7 +167,8 @@ def linear_kl_div(
         has_head=teacher_weight is not None,
     )
     tokens = {"mask": mask, "labels": labels, "denominator": denominator}
-    return fused_loss(student, teacher, options, leading, vocab_index=vocab_index, vocab_slots=vocab_slots, **tokens)
+    index = {"vocab_index": vocab_index, "vocab_slots": vocab_slots}
+    return fused_loss(student, teacher, options, leading, **index, **tokens, token_weight=token_weight)
 
 
 def _check_teacher_side(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, *, is_shard: bool) -> torch.Size:

@@ -176,7 +176,7 @@ def _over_vocabulary(
     *,
     leading: torch.Size,
     group: ProcessGroup | None,
-    **tokens: Tensor | None,
+    **tokens: Any,
 ) -> _Loss:
     """The loss by logits of the whole vocabulary; without a divergence that of the labels alone."""
     if group is None:

@@ -65,6 +65,10 @@ def kl_div(
     statistics = {"divergence": values, "cross_entropy": cross_entropy}
     if return_stats is True:
         statistics |= _dense_statistics(log_p, log_q, log_rest)
+        if vocab_index is not None or teacher_mass != "renormalize":
+            slots = _slots(vocab_index, vocab_slots, vocabulary, teacher)
+            statistics["kept_mass"] = torch.softmax(teacher / temperature, -1)[..., slots >= 0].sum(-1)
+            statistics["teacher_top1_kept"] = (slots[teacher.argmax(-1)] >= 0).to(values.dtype)
     return loss, _stats(weight, **statistics)
 
 
@@ -309,19 +313,23 @@ def _over_student_vocabulary(
     teacher: Tensor, vocabulary: int, vocab_index: Tensor | None, teacher_mass: str, vocab_slots: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """log p of the student's tokens (..., V_s) from tempered logits (..., V_t), and of all others together (..., 1) if they count."""
-    kept = torch.arange(vocabulary, device=teacher.device) if vocab_index is None else vocab_index
     if teacher_mass == "renormalize":
-        return torch.log_softmax(teacher[..., kept], -1), None
+        return torch.log_softmax(teacher[..., slice(vocabulary) if vocab_index is None else vocab_index], -1), None
     log_p = torch.log_softmax(teacher, -1)
-    if teacher_mass == "full":
-        slots = torch.full((teacher.shape[-1],), -1, device=teacher.device)
-        slots[kept] = torch.arange(vocabulary, device=teacher.device)
-    else:
-        assert vocab_slots is not None
-        slots = vocab_slots
+    slots = _slots(vocab_index, vocab_slots, vocabulary, teacher)
     places = [(slots == slot).nonzero()[:, 0] for slot in range(-1, vocabulary)]
     rest, *own = [log_p[..., place].logsumexp(-1) for place in places]
     return torch.stack(own, -1), rest[..., None]
+
+
+def _slots(vocab_index: Tensor | None, vocab_slots: Tensor | None, vocabulary: int, teacher: Tensor) -> Tensor:
+    """(V_t,) the student's row of every column of `teacher` (..., V_t); -1: none."""
+    if vocab_slots is not None:
+        return vocab_slots
+    rows = torch.arange(vocabulary, device=teacher.device)
+    slots = torch.full((teacher.shape[-1],), -1, device=teacher.device)
+    slots[rows if vocab_index is None else vocab_index] = rows
+    return slots
 
 
 def _divergence(divergence: Divergence, log_p: Tensor, log_q: Tensor, log_rest: Tensor | None = None) -> Tensor:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from . import backend_cpp
-from .backends import choose, replace_failed, wished
-from .checks import check_function_weights, check_index_values, check_slot_values, check_token_values, compute_dtype
+from .backends import choose, replace_failed
+from .checks import check_function_weights, check_token_values, compute_dtype
 from .given_logits import GivenLogits
 from .grad_filter import GradFilter
 from .gradient_in_forward import Arguments, Inputs, Results, pack, register, unpack
@@ -23,9 +22,10 @@ from .linear_logits import LinearGradients, LinearLogits, gradient_dtype
 from .options import LossOptions
 from .plan import Plan, plan_chunks
 from .row_call import RowCall, RowOutputs, TopK
-from .teacher_mass import SLOT_TOKENS, SlotLogits, dropped_rows, given_rest, head_rest
+from .teacher_logits import Teacher, make_teacher
+from .teacher_mass import KeptTokens
 from .token_weights import TokenWeights, token_weights
-from .topk_lists import read_lists, write_list_statistics
+from .topk_lists import write_list_statistics
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class LossStats:
     Of a top-k teacher, `listed_mass` is the student's mass on the token's list at the temperature of the loss, and `topk_overlap` the
     share of the list that is among the student's own as many largest logits. With student_support="listed" there are the entropies
     and the agreement of the two distributions over the list instead.
+
+    Where the student lacks tokens of the teacher, by `vocab_index`, `vocab_slots` or `teacher_mass="full"`, `kept_mass` is the share of
+    the teacher's tempered softmax over its whole vocabulary that falls on tokens which the student has, and `teacher_top1_kept` is 1
+    where the first of its largest logits is one of theirs.
     """
 
     divergence: Tensor | None = None
@@ -50,6 +54,8 @@ class LossStats:
     dropped_mass: Tensor | None = None
     listed_mass: Tensor | None = None
     topk_overlap: Tensor | None = None
+    kept_mass: Tensor | None = None
+    teacher_top1_kept: Tensor | None = None
 
 
 _STATISTICS = tuple(field.name for field in fields(LossStats))
@@ -98,7 +104,9 @@ def fused_loss(
         return loss
     rows = dict(zip(_STATISTICS, statistics.detach().view(len(_STATISTICS), *leading), strict=True))
     known = _known(options, has_teacher=bool(teacher), has_labels=labels is not None)
-    known += ("columns_kept", "dropped_mass") if options.statistics == "all" and options.grad_filter is not None else ()
+    if options.statistics == "all":
+        known += ("columns_kept", "dropped_mass") if options.grad_filter is not None else ()
+        known += ("kept_mass", "teacher_top1_kept") if vocab_index is not None or options.teacher_mass != "renormalize" else ()
     return loss, LossStats(**{name: rows[name] for name in known})
 
 
@@ -119,9 +127,6 @@ def _known(options: LossOptions, *, has_teacher: bool, has_labels: bool) -> tupl
     return known
 
 
-_Teacher = LinearLogits | GivenLogits | SlotLogits | TopK | None
-
-
 @dataclass(frozen=True)
 class _Pass:
     """What one pass works on: sources of logits, where results go, and how much at a time."""
@@ -131,7 +136,9 @@ class _Pass:
     weights: TokenWeights
     plan: Plan
     student: LinearLogits | GivenLogits
-    teacher: _Teacher
+    teacher: Teacher
+    kept: KeptTokens | None
+    """Takes the teacher's logits, where statistics of them are wanted that `teacher` does not make itself."""
     gradients: LinearGradients | GivenLogits
     """Takes the gradient of the student's logits, where one is made."""
     statistics: dict[str, Tensor]
@@ -165,11 +172,15 @@ class _Pass:
         if isinstance(teacher, TopK) and self.options.statistics == "all":
             told = (statistics[name][part] for name in _OF_LISTS)
             write_list_statistics(logits, self.student.bias, rows.student, rows.temperature, teacher.ids[part], *told)
+        taught = teacher[part] if isinstance(teacher, TopK) else None if dense is None else dense.logits(part)
+        if self.kept is not None:
+            assert isinstance(taught, Tensor) and dense is not None
+            self.kept.tell(part, taught, dense.bias)
         wanted = {"divergence": teacher is not None, "cross_entropy": weights.labels is not None}
         wanted |= dict.fromkeys(_ENTROPIES, dense is not None and self.options.statistics == "all")
         return RowCall(
             student=logits,
-            teacher=teacher[part] if isinstance(teacher, TopK) else None if dense is None else dense.logits(part),
+            teacher=taught,
             options=rows,
             outputs=RowOutputs(**{name: statistics[name][part] for name, is_wanted in wanted.items() if is_wanted}),
             row_weight=weights.token[part],
@@ -248,8 +259,9 @@ def _prepare(inputs: Inputs) -> _Pass:
             told = (statistics["columns_kept"], statistics["dropped_mass"]) if options.statistics == "all" else None
             grad_filter = GradFilter(options.grad_filter, told)
         gradients = LinearGradients(source, plan, inputs.needs_grad, grad_filter)
-    teacher = _teacher(constants, weights.valid, plan, dtype, options)
-    return _Pass(options, tokens, weights, plan, source, teacher, gradients, statistics, token_weight)
+    told = (statistics["kept_mass"], statistics["teacher_top1_kept"]) if options.statistics == "all" else None
+    teacher, kept = make_teacher(constants, weights.valid, plan, dtype, options, told)
+    return _Pass(options, tokens, weights, plan, source, teacher, kept, gradients, statistics, token_weight)
 
 
 def _finish(inputs: Inputs, work: _Pass) -> Results:
@@ -284,67 +296,6 @@ def _plan(inputs: Inputs, options: LossOptions, tokens: int, vocabulary: int, dt
         has_teacher=options.has_dense_teacher,
         chunk_size=options.chunk_size,
         memory_budget=options.memory_budget,
-    )
-
-
-def _teacher(constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions) -> _Teacher:
-    """The teacher over the student's vocabulary: what it lists, its slots, the rows that `vocab_index` names, or the first V."""
-    if "topk_ids" in constants:
-        return read_lists(constants, valid, plan.vocabulary, options)
-    if "vocab_slots" in constants:
-        return _slots(constants, valid, plan, dtype, options)
-    index, vocabulary = constants.get("vocab_index"), plan.vocabulary
-    transform, temperature = options.teacher_transform, options.temperature
-    if "teacher_logits" in constants:
-        logits = constants["teacher_logits"]
-        check_index_values(index, logits.shape[1])
-        given = GivenLogits(logits if index is not None else logits[:, :vocabulary], valid, plan.teacher_tokens, columns=index)
-        if options.teacher_mass == "full":
-            dropped = None if index is None else dropped_rows(logits.shape[1], index)
-            others = GivenLogits(logits if index is not None else logits[:, vocabulary:], valid, plan.teacher_tokens, columns=dropped)
-            given.rest = given_rest(others, plan.tokens, plan.teacher_tokens, transform, temperature, dtype)
-        return given
-    if "teacher_hidden" not in constants:
-        return None
-    weight, bias = constants["teacher_weight"], constants.get("teacher_bias")
-    check_index_values(index, weight.shape[0])
-
-    def over_student_vocabulary(x: Tensor) -> Tensor:
-        return x[:vocabulary] if index is None else x.index_select(0, index)
-
-    kept, kept_bias = over_student_vocabulary(weight), None if bias is None else over_student_vocabulary(bias)
-    linear = LinearLogits(constants["teacher_hidden"], kept, kept_bias, valid, plan.teacher_tokens, dtype, options.operand)
-    if options.teacher_mass == "full":
-        dropped = None
-        if index is None:
-            weight, bias = weight[vocabulary:], None if bias is None else bias[vocabulary:]
-        else:
-            dropped = dropped_rows(weight.shape[0], index)
-        linear.rest = head_rest(linear, weight, bias, dropped, transform, temperature)
-    return linear
-
-
-def _slots(constants: Mapping[str, Tensor], valid: Tensor | None, plan: Plan, dtype: torch.dtype, options: LossOptions) -> SlotLogits:
-    slots, tokens = constants["vocab_slots"], min(plan.teacher_tokens, SLOT_TOKENS)
-    check_slot_values(slots, plan.vocabulary)
-    source: LinearLogits | GivenLogits
-    if "teacher_logits" in constants:
-        source = GivenLogits(constants["teacher_logits"], valid, tokens)
-    else:
-        weight, bias = constants["teacher_weight"], constants.get("teacher_bias")
-        source = LinearLogits(constants["teacher_hidden"], weight, bias, valid, tokens, dtype, options.operand)
-    wish = wished() if options.backend == "auto" else options.backend
-    compiled = slots.device.type == "cpu" and wish in ("auto", "cpp") and backend_cpp.is_built()
-    return SlotLogits(
-        source,
-        slots,
-        plan.tokens,
-        plan.teacher_tokens,
-        plan.vocabulary,
-        options.teacher_transform,
-        options.temperature,
-        dtype,
-        compiled=compiled,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,59 +16,132 @@ from .plan import slices
 from .row_call import LogitTransform
 
 _TILE_ROWS = 4096
+_BEHIND = torch.iinfo(torch.int64).max
 SLOT_TOKENS = 256
 """Tokens whose logits over the teacher's whole vocabulary are alive at a time."""
 
 
-def dropped_rows(vocabulary: int, kept: Tensor) -> Tensor:
-    """The rows of `vocabulary` that `kept` (V,), without repetitions, does not name, in order; the host waits for nothing."""
+def dropped_rows(vocabulary: int, kept: Tensor | int) -> Tensor | slice:
+    """The rows of `vocabulary` that are not `kept`, in order; the host waits for nothing.
+
+    kept: (V,) without repetitions, or how many of the first.
+    """
+    if isinstance(kept, int):
+        return slice(kept, vocabulary)
     is_kept = torch.zeros(vocabulary, dtype=torch.uint8, device=kept.device).index_fill_(0, kept, 1)
     return is_kept.argsort(stable=True)[: vocabulary - kept.numel()]
 
 
-def head_rest(
-    source: LinearLogits, weight: Tensor, bias: Tensor | None, dropped: Tensor | None, transform: LogitTransform, temperature: float
-) -> Tensor:
-    """log sum exp(z / T) of every token over rows of a head, (n,), a tile of rows at a time in the memory of the source's logits.
+class DroppedTokens:
+    """What the teacher gives to its tokens without a column, of which a tile is seen at a time.
 
     Args:
-        source: whose hidden states are taken, as it multiplies them.
-        weight: (V, H).
-        bias: (V,) or None.
-        dropped: (D,) the rows that are meant; None: all.
-        transform: what the model does to the head's output.
+        log_sum: (n,) of -inf; takes log sum exp(z / T) of the n tokens that count.
+        transform: what the teacher does to its head's output, which makes its logits z.
         temperature: T.
+        ranks: whether the largest logit is asked for.
     """
-    dtype, memory = source.dtype, source.buffer.view(-1)
-    rest = torch.full((len(source.hidden),), -torch.inf, dtype=dtype, device=weight.device)
-    count = weight.shape[0] if dropped is None else dropped.numel()
-    # As many tokens as the memory holds, so that a tile is read from the head but once or twice.
-    width = min(_TILE_ROWS, count, memory.numel())
-    for rows in slices(0, count, max(width, 1)):
-        index = rows if dropped is None else dropped[rows]
-        tile = weight[index].to(source.operand)
-        tile = tile.to(dtype) if source.upcasts else tile
-        tile_bias = None if bias is None else bias[index].to(dtype)
-        for tokens in slices(0, len(rest), memory.numel() // len(tile)):
-            logits = memory[: (tokens.stop - tokens.start) * len(tile)].view(-1, len(tile))
-            mm_(logits, source.hidden[tokens], tile.T)
-            rest[tokens] = rest[tokens].logaddexp(_log_sum(logits, tile_bias, transform, temperature, dtype))
-    return rest
+
+    largest: Tensor | None = None
+    """(n,) the largest z; -inf for none."""
+    largest_row: Tensor | None = None
+    """(n,) int64, the first row of the teacher that has it; behind all rows for none."""
+
+    def __init__(self, log_sum: Tensor, transform: LogitTransform, temperature: float, *, ranks: bool) -> None:
+        self.log_sum, self.transform, self.temperature = log_sum, transform, temperature
+        if ranks:
+            self.largest = log_sum.clone()
+            self.largest_row = torch.full_like(log_sum, _BEHIND, dtype=torch.int64)
+
+    def add(self, tokens: slice, raw: Tensor, bias: Tensor | None, rows: Tensor | slice) -> None:
+        """Count raw logits (C, D) of some tokens. Later tiles have later rows.
+
+        bias: (D,) or None. rows: (D,) of the teacher, rising. Temporaries stay in the cache.
+        """
+        if not raw.shape[1]:
+            return
+        for block in blocks(raw):
+            at = slice(tokens.start + block.start, tokens.start + block.stop)
+            z = transformed(raw[block], bias, self.transform, self.log_sum.dtype)
+            self.log_sum[at] = self.log_sum[at].logaddexp((z / self.temperature).logsumexp(-1))
+            if self.largest is None or self.largest_row is None:
+                continue
+            largest, column = z.max(-1)
+            row = column + rows.start if isinstance(rows, slice) else rows[column]
+            is_above = largest > self.largest[at]
+            self.largest[at] = largest.where(is_above, self.largest[at])
+            self.largest_row[at] = row.where(is_above, self.largest_row[at])
+
+    def add_head(self, source: LinearLogits, weight: Tensor, bias: Tensor | None, rows: Tensor | slice) -> None:
+        """Count these rows of a head, a tile of them at a time in the memory of the source's logits.
+
+        Args:
+            source: whose hidden states are taken, as it multiplies them.
+            weight: (V, H).
+            bias: (V,) or None.
+            rows: (D,) of them.
+        """
+        dtype, memory = self.log_sum.dtype, source.buffer.view(-1)
+        first, count = (rows.start, rows.stop - rows.start) if isinstance(rows, slice) else (0, rows.numel())
+        # As many tokens as the memory holds, so that a tile is read from the head but once or twice.
+        width = min(_TILE_ROWS, count, memory.numel())
+        for part in slices(first, first + count, max(width, 1)):
+            index = part if isinstance(rows, slice) else rows[part]
+            tile = weight[index].to(source.operand)
+            tile = tile.to(dtype) if source.upcasts else tile
+            tile_bias = None if bias is None else bias[index].to(dtype)
+            for tokens in slices(0, len(self.log_sum), memory.numel() // len(tile)):
+                logits = memory[: (tokens.stop - tokens.start) * len(tile)].view(-1, len(tile))
+                mm_(logits, source.hidden[tokens], tile.T)
+                self.add(tokens, logits, tile_bias, index)
+
+    def add_given(self, logits: Tensor, valid: Tensor | None, at_a_time: int, rows: Tensor | slice) -> None:
+        """Count these columns of logits that exist.
+
+        Args:
+            logits: (N, V).
+            valid: (n,) the tokens that count; None: all.
+            at_a_time: how many tokens are copied at a time.
+            rows: (D,) columns.
+        """
+        if isinstance(rows, slice):
+            source = GivenLogits(logits[:, rows], valid, at_a_time)
+        else:
+            source = GivenLogits(logits, valid, at_a_time, columns=rows)
+        for part in slices(0, len(self.log_sum), at_a_time):
+            self.add(part, source.logits(part), None, rows)
 
 
-def given_rest(
-    source: GivenLogits, tokens: int, at_a_time: int, transform: LogitTransform, temperature: float, dtype: torch.dtype
-) -> Tensor:
-    """log sum exp(z / T) of each of `tokens` over the columns of `source`, (tokens,)."""
-    rest = torch.empty(tokens, dtype=dtype, device=source.source.device)
-    for part in slices(0, tokens, at_a_time):
-        rest[part] = _log_sum(source.logits(part), None, transform, temperature, dtype)
-    return rest
+@dataclass(frozen=True, eq=False)
+class KeptTokens:
+    """Makes the statistics `kept_mass` and `teacher_top1_kept` from the teacher's logits over the kept tokens, beside the others'."""
+
+    dropped: DroppedTokens
+    rows: Tensor | None
+    """(V,) the teacher's row behind every column; None: the column's own number."""
+    mass: Tensor
+    """(n,) takes the mass."""
+    has_top1: Tensor
+    """(n,) takes 1 where the teacher's first largest logit is that of a kept token, else 0."""
+
+    def tell(self, tokens: slice, raw: Tensor, bias: Tensor | None) -> None:
+        """Fill in some tokens from their raw logits (C, V). bias: (V,) or None."""
+        dropped = self.dropped
+        assert dropped.largest is not None and dropped.largest_row is not None
+        rows = torch.arange(raw.shape[1], device=raw.device) if self.rows is None else self.rows
+        for block in blocks(raw):
+            at = slice(tokens.start + block.start, tokens.start + block.stop)
+            z = transformed(raw[block], bias, dropped.transform, self.mass.dtype)
+            self.mass[at] = kept_mass(z / dropped.temperature, dropped.log_sum[at])
+            largest = z.amax(-1, keepdim=True)
+            row = rows.where(z == largest, _BEHIND).amin(-1)
+            theirs, is_first = dropped.largest[at], row < dropped.largest_row[at]
+            self.has_top1[at] = ((largest[:, 0] > theirs) | ((largest[:, 0] == theirs) & is_first)).to(self.mass.dtype)
 
 
-def _log_sum(raw: Tensor, bias: Tensor | None, transform: LogitTransform, temperature: float, dtype: torch.dtype) -> Tensor:
-    """(C,) of raw logits (C, V), whose temporaries stay in the cache."""
-    return torch.cat([(transformed(raw[block], bias, transform, dtype) / temperature).logsumexp(-1) for block in blocks(raw)])
+def kept_mass(kept: Tensor, log_rest: Tensor) -> Tensor:
+    """(C,) the softmax's mass on tempered logits `kept` (C, V), where the others' log-sum is `log_rest` (C,)."""
+    return (kept.logsumexp(-1) - log_rest).sigmoid()
 
 
 class SlotLogits:
@@ -85,6 +160,7 @@ class SlotLogits:
         temperature: T.
         dtype: of the logits.
         compiled: whether the C++ kernel serves.
+        told: (tokens,) each, of `dtype`: take the mass on the slots, and 1 where the first largest logit is a slot's, else 0.
     """
 
     bias: Tensor | None = None
@@ -101,8 +177,9 @@ class SlotLogits:
         dtype: torch.dtype,
         *,
         compiled: bool,
+        told: tuple[Tensor, Tensor] | None,
     ) -> None:
-        self.source, self.transform, self.temperature, self.compiled = source, transform, temperature, compiled
+        self.source, self.transform, self.temperature, self.compiled, self.told = source, transform, temperature, compiled, told
         self.buffer = row_buffer(at_a_time, vocabulary, dtype, slots.device)[:, :vocabulary]
         self.rest: Tensor | None = torch.empty(tokens, dtype=dtype, device=slots.device)
         # Tokens without a slot are one slot more.
@@ -116,13 +193,23 @@ class SlotLogits:
         assert self.rest is not None
         for tokens in slices(part.start, part.stop, SLOT_TOKENS):
             out, raw = self.buffer[tokens.start - part.start : tokens.stop - part.start], self.source.logits(tokens)
+            if self.told is not None:
+                self.told[1][tokens] = self._has_top1(raw, out.dtype)
             if self.compiled:
                 backend_cpp.slot_logits_(
                     raw, self.source.bias, self.order, self.ends, out, self.rest[tokens], self.transform, self.temperature
                 )
             else:
                 self._reduce(raw, out, self.rest[tokens])
+            if self.told is not None:
+                self.told[0][tokens] = kept_mass(out / self.temperature, self.rest[tokens])
         return self.buffer[: part.stop - part.start]
+
+    def _has_top1(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
+        """(C,) 1 where the first largest logit is a token's that has a slot, else 0."""
+        z = (transformed(raw[block], self.source.bias, self.transform, dtype) for block in blocks(raw))
+        top = torch.cat([block.argmax(-1) for block in z])
+        return (self.slots[top] < self.buffer.shape[1]).to(dtype)
 
     def _reduce(self, raw: Tensor, out: Tensor, rest: Tensor) -> None:
         """Do in plain torch what `backend_cpp.slot_logits_` does."""

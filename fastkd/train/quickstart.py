@@ -59,7 +59,7 @@ def quickstart(output_dir: Path, seed: int = 0) -> dict[str, Any]:
     check_quickstart_folders(output_dir, folder)
     started = time.perf_counter()
     tokenizer_dir = make_tokenizer(output_dir / "tokenizer", VOCABULARY)
-    teacher_result = distill(_teacher_config(output_dir))["train"]
+    teacher_result = distill(teacher_config(output_dir))["train"]
     results = {}
     for name in STUDENTS:
         log.info("Training %s.", name)
@@ -164,7 +164,8 @@ def _teacher_dir(output_dir: Path) -> str:
     return str(output_dir / "teacher" / "train" / "student")
 
 
-def _teacher_config(output_dir: Path) -> RunConfig:
+def teacher_config(output_dir: Path) -> RunConfig:
+    """What `fastkd train` would run for the teacher."""
     return read_config(
         {
             **_shared(output_dir),

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -37,7 +37,7 @@ class Row:
     """How a student is trained."""
 
     title: str
-    method: str
+    method: Literal["glmd", "kd", "lm"]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

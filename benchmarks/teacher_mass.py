@@ -1,11 +1,10 @@
 """What a student on half of the vocabulary learns by each `teacher_mass`, beside plain KD and hard labels: perplexities of three seeds.
 
-    python -m fastkd.benchmarks.teacher_mass [--runs DIR] [--output FILE]               measure: fifty minutes of one core
+    python -m fastkd.benchmarks.teacher_mass [--runs DIR] [--output FILE]               measure: twenty minutes of two cores
     python -m fastkd.benchmarks.teacher_mass --quick                                    a few steps, to see that it works
     python -m fastkd.benchmarks.teacher_mass --write-docs docs/methods/glmd.md          draw the table again, from the JSON file alone
 
-The models are the quickstart's. The teacher is trained once, on all documents; the students have 300 of them, which is what distilling
-is for. All students of a seed begin from the same weights and read the same rows in the same order. Stopped, the same command goes on
+Models, documents and steps are the quickstart's: the teacher is trained once, on all documents, and the students have few. All students of a seed begin from the same weights and read the same rows in the same order. Stopped, the same command goes on
 where it was; after each student it writes the JSON file anew. In the output folder of `fastkd quickstart` (`--runs runs/quickstart`)
 its teacher serves.
 """
@@ -25,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 from fastkd.store import write_json_atomic
+from fastkd.train.quickstart import STUDENT_DOCUMENTS, STUDENT_STEPS
 
 from .environment import stamp
 from .grad_filter import LENGTH, _held_out
@@ -56,9 +56,9 @@ class Size:
     """How much is trained and judged."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    documents: int = 300
+    documents: int = STUDENT_DOCUMENTS
     """Of the library's, for the students."""
-    steps: int = 900
+    steps: int = STUDENT_STEPS
     teacher_steps: int | None = None
     """None: the quickstart's."""
     test_rows: int = 400

@@ -1,4 +1,4 @@
-"""`LossStats.kept_mass` and `.teacher_top1_kept`: what a student without some of the teacher's tokens cannot follow, by the definition."""
+"""`LossStats.kept_mass` and `.teacher_top1_kept`: what a student without some of the teacher's tokens cannot follow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 import fastkd
 from fastkd import LossStats, reference
-from tests.oracle import assert_close
 from tests.ops.test_teacher_mass import STUDENT, TEACHER, TOKENS, index_of, make, options_of, slots_of
+from tests.oracle import assert_close
 
 CASES = {
     "renormalize": {"vocab_index": index_of()},
@@ -100,7 +100,7 @@ def test_the_loss_and_its_gradient_are_the_same_with_and_without_them():
 
 
 def test_the_position_mask_of_draft_trainers():
-    """A draft is trained only where the target's own first choice is in its vocabulary: d2t and t2d, as speculators and SpecForge do it."""
+    """A draft is trained where the target's first choice is in its vocabulary: by t2d, as speculators and SpecForge do it."""
     inputs, index = make(), index_of().sort().values
     t2d = torch.isin(torch.arange(TEACHER), index)
     target = (inputs["teacher_hidden"] @ inputs["teacher_weight"].T).softmax(-1)

@@ -1,7 +1,8 @@
 // What a vocabulary entry adds to a divergence: one formula for each, which the C++ and the CUDA row kernel share.
 //
 // D(p, q) sums `value` over the row, and c = dD / d log q, with log q treated as free, is `coefficient`: then dD / dz = c - q sum(c) for
-// q = softmax(z). fastkd/ops/divergence.py says the same in torch.
+// q = softmax(z). For nla the sum is tvd, D is `negative_log`, and c is to be divided by the acceptance, sum min(p, q).
+// fastkd/ops/divergence.py says the same in torch.
 #pragma once
 
 #include <cmath>
@@ -14,9 +15,9 @@
 
 namespace fastkd {
 
-enum Kind : int { none, forward_kl, reverse_kl, tvd, jsd, skew_kl, skew_rkl };
+enum Kind : int { none, forward_kl, reverse_kl, mixed, tvd, nla, jsd, skew_kl, skew_rkl };
 
-// beta or alpha, 1 less it, and their logarithms.
+// alpha or beta, 1 less it, and their logarithms.
 template <typename T>
 struct Mixing {
   T own, other, log_own, log_other;
@@ -38,16 +39,28 @@ SHARED_CODE T weighted(T probability, T factor) {
   return probability == 0 ? T(0) : probability * factor;
 }
 
-// difference = q - p. NaN stays NaN.
+// Whether a kind sums |q - p|.
+template <Kind kind>
+constexpr bool has_distance = kind == tvd || kind == nla;
+
+// Of tvd or nla, with difference = q - p. NaN stays NaN. A multiple of q changes no gradient: the coefficient of nla is that of
+// sum min(p, q), which does not cancel where that is small.
+template <Kind kind, typename T>
+SHARED_CODE Entry<T> distance_entry(T q, T difference) {
+  const T coefficient = difference > 0 ? T(0.5) * q : (difference < 0 ? T(-0.5) * q : difference * q);
+  return {T(0.5) * std::abs(difference), kind == nla ? coefficient - T(0.5) * q : coefficient};
+}
+
+// -log(accepted) where both sum to one.
 template <typename T>
-SHARED_CODE Entry<T> tvd_entry(T q, T difference) {
-  return {T(0.5) * std::abs(difference), difference > 0 ? T(0.5) * q : (difference < 0 ? T(-0.5) * q : difference * q)};
+SHARED_CODE T negative_log(T accepted, T rejected) {
+  return std::log1p(rejected / accepted);
 }
 
 // What an event of the teacher's adds to D where the student's probability is zero, over its own. Forward KL leaves it out.
 template <Kind kind, typename T>
 SHARED_CODE T rest_value(const Mixing<T>& mixing) {
-  if constexpr (kind == tvd) return T(0.5);
+  if constexpr (has_distance<kind>) return T(0.5);
   if constexpr (kind == jsd) return -mixing.own * mixing.log_own;
   if constexpr (kind == skew_kl) return -mixing.log_own;
   return 0;
@@ -77,8 +90,11 @@ SHARED_CODE Entry<T> make_entry(T p, T q, T log_p, T log_q, const Mixing<T>& mix
   } else if constexpr (kind == reverse_kl) {
     const T value = weighted(q, log_q - log_p);
     return {value, value + q};
-  } else if constexpr (kind == tvd) {
-    return tvd_entry(q, q - p);
+  } else if constexpr (kind == mixed) {
+    const T reverse = weighted(q, log_q - log_p);
+    return {mixing.own * weighted(p, log_p - log_q) + mixing.other * reverse, mixing.other * (reverse + q) - mixing.own * p};
+  } else if constexpr (has_distance<kind>) {
+    return distance_entry<kind>(q, q - p);
   } else {
     // log m in log space: both probabilities may underflow.
     const T a = (kind == skew_rkl ? log_q : log_p) + mixing.log_own, b = (kind == skew_rkl ? log_p : log_q) + mixing.log_other;

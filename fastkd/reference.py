@@ -334,8 +334,14 @@ def _slots(vocab_index: Tensor | None, vocab_slots: Tensor | None, vocabulary: i
 
 def _divergence(divergence: Divergence, log_p: Tensor, log_q: Tensor, log_rest: Tensor | None = None) -> Tensor:
     """D(p, q) (...) of log-probabilities (..., V); `log_rest` (..., 1): an event of the teacher alone, no part of forward KL."""
+    if divergence.kind == "mixed":
+        assert divergence.mixing is not None
+        forward, reverse = (_divergence(Divergence(kind), log_p, log_q, log_rest) for kind in ("forward_kl", "reverse_kl"))
+        return divergence.mixing * forward + (1.0 - divergence.mixing) * reverse
     if divergence.kind == "forward_kl":
         return _kl(log_p, log_q)
+    if divergence.kind == "nla":
+        return -torch.minimum(log_p, log_q).exp().sum(-1).log()
     if log_rest is not None:
         log_p, log_q = torch.cat((log_p, log_rest), -1), torch.cat((log_q, torch.full_like(log_rest, -math.inf)), -1)
     if divergence.kind == "reverse_kl":

@@ -97,7 +97,7 @@ def row_variant(
     logits = [student, teacher] if has_teacher else [student]
     arithmetic = "fp64" if student == "fp64" else "fp32"
     vectors = {"row_weight": True, "label_weight": labels, "divergence_out": has_teacher, "cross_entropy_out": labels}
-    vectors |= dict.fromkeys(("student_entropy_out", "teacher_entropy_out", "agreement_out"), statistics)
+    vectors |= dict.fromkeys(("student_entropy_out", "teacher_entropy_out", "agreement_out", "acceptance_out"), statistics)
     vectors |= {"student_bias": bias, "teacher_bias": bias and has_teacher}
     types = _number_types(rows.softmax_divergence_kernel) | {"student": f"*{student}"}
     types |= {name: f"*{arithmetic}" for name, present in vectors.items() if present}

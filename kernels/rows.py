@@ -4,12 +4,12 @@
 before it ended, so that it finds that end of the row in the second-level cache:
 
 1. statistics: both maxima and sums of exponentials, online. A lane keeps its own and rescales them as its maximum moves; lanes meet
-   after the loop. Forward and reverse KL are complete after this pass: their sum over the row is a moment of the difference of the
+   after the loop. Forward and reverse KL are complete after this pass: their sums over the row are moments of the difference of the
    logits. So are entropies;
 2. where that is not enough: the divergence and sum(c), c = dD / d log q;
-3. the gradient c - q sum(c), chained through temperature and soft-cap. At the student's largest logit this cancels where the student is
-   nearly certain: that entry is minus the sum of the others. This pass runs forward: in the interpreter the gradient may lie over the
-   student's own logits in a narrower dtype, and then covers only what was read before.
+3. the gradient c - q sum(c), chained through temperature and soft-cap, and the acceptance among statistics. At the student's largest
+   logit the gradient cancels where the student is nearly certain: that entry is minus the sum of the others. This pass runs forward:
+   in the interpreter the gradient may lie over the student's own logits in a narrower dtype, and then covers only what was read before.
 
 Full blocks are read without a mask, the rest of the row as one masked block. All arithmetic is in the dtype of the row weights.
 """
@@ -38,13 +38,13 @@ from .row_math import (
     weighted,
 )
 
-KINDS = ("none", "forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl")
+KINDS = ("none", "forward_kl", "reverse_kl", "mixed", "tvd", "nla", "jsd", "skew_kl", "skew_rkl")
 """What a row's loss is; "none" has no teacher, only labels."""
 
 _RUN_TIME = (
     "teacher_rest", "row_weight", "labels", "label_weight", "divergence_out", "cross_entropy_out", "student_entropy_out",
-    "teacher_entropy_out", "agreement_out", "student", "teacher", "gradient", "student_stride", "teacher_stride", "gradient_stride",
-    "vocabulary",
+    "teacher_entropy_out", "agreement_out", "acceptance_out", "student", "teacher", "gradient", "student_stride", "teacher_stride",
+    "gradient_stride", "vocabulary",
 )  # fmt: skip
 
 
@@ -67,13 +67,13 @@ def _statistics(
     MASKED: tl.constexpr,
 ):
     """One block of the first pass."""
-    student_state, teacher_state, label_sum, moment = state
+    student_state, teacher_state, label_sum, forward_moment, reverse_moment = state
     columns = block * tile.numel + tile
     s = read_logits(student, columns, vocabulary, STUDENT_SOFTCAP, MASKED)
     if KIND != "none":
         t = read_logits(teacher, columns, vocabulary, TEACHER_SOFTCAP, MASKED)
-        old_teacher, _, weight_sum, _ = teacher_state
-        teacher_state, kept, weight = absorb(t, teacher_state, block, exponent, HAS_STATISTICS, HAS_STATISTICS, FORWARD)
+        old_teacher, _, teacher_sum, _ = teacher_state
+        teacher_state, teacher_kept, teacher_weight = absorb(t, teacher_state, block, exponent, HAS_STATISTICS, HAS_STATISTICS, FORWARD)
         teacher_largest, _, _, _ = teacher_state
     old_student, _, student_sum, _ = student_state
     student_state, student_kept, student_weight = absorb(s, student_state, block, exponent, HAS_STATISTICS, HAS_PEAK, FORWARD)
@@ -81,16 +81,18 @@ def _statistics(
     if HAS_LABELS and KIND != "none":
         kept_at_one = tl.exp2((old_student - student_largest) * LOG2E)
         label_sum = label_sum * kept_at_one + lane_sum(tl.exp2((s - student_largest[None, :, None]) * LOG2E))
-    if KIND == "forward_kl" or KIND == "reverse_kl":
-        if KIND == "reverse_kl":
-            kept = student_kept
-            weight = student_weight
-            weight_sum = student_sum
-        # sum of weight * (t - s), both from their maxima: of the size of the divergence, whatever is added to the logits.
+    if KIND == "forward_kl" or KIND == "reverse_kl" or KIND == "mixed":
+        # Sums of weight * (t - s), both from their maxima: of the size of the divergence, whatever is added to the logits.
         center = teacher_largest - student_largest
         shift = center - (old_teacher - old_student)
-        moment = weighted(kept, moment - shift * weight_sum) + lane_sum(weighted(weight, (t - s) - center[None, :, None]))
-    return student_state, teacher_state, label_sum, moment
+        difference = (t - s) - center[None, :, None]
+        if KIND != "reverse_kl":
+            here = lane_sum(weighted(teacher_weight, difference))
+            forward_moment = weighted(teacher_kept, forward_moment - shift * teacher_sum) + here
+        if KIND != "forward_kl":
+            here = lane_sum(weighted(student_weight, difference))
+            reverse_moment = weighted(student_kept, reverse_moment - shift * student_sum) + here
+    return student_state, teacher_state, label_sum, forward_moment, reverse_moment
 
 
 @triton.jit
@@ -107,6 +109,8 @@ def _probabilities(s, t, row):
 def value_and_coefficient(p, q, log_ratio, mixing, KIND: tl.constexpr):
     """An entry's part of D(p, q), and its c = dD / d log q with log q treated as free. `log_ratio` is log p - log q.
 
+    For "nla" it is the part of tvd, and c times the acceptance: that of sum min(p, q), which does not cancel where that is small.
+
     A mixture enters by softplus(x) with x the log of its odds, so that neither probability can underflow and nothing of the size of
     log p cancels: log(m / q) = log_other + softplus(x) for m = own p + other q, and log(m / p) = log_own + softplus(-x).
     """
@@ -117,10 +121,16 @@ def value_and_coefficient(p, q, log_ratio, mixing, KIND: tl.constexpr):
     elif KIND == "reverse_kl":
         value = weighted(q, -log_ratio)
         coefficient = value + q
-    elif KIND == "tvd":
+    elif KIND == "mixed":
+        student = weighted(q, -log_ratio)
+        value = own * weighted(p, log_ratio) + (1.0 - own) * student
+        coefficient = (1.0 - own) * (student + q) - own * p
+    elif KIND == "tvd" or KIND == "nla":
         difference = q - p
         value = 0.5 * tl.abs(difference)
         coefficient = 0.5 * q * tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+        if KIND == "nla":
+            coefficient -= 0.5 * q
     else:
         odds = (log_own - log_other) + (-log_ratio if KIND == "skew_rkl" else log_ratio)
         e = tl.exp2(tl.abs(odds) * -LOG2E)
@@ -143,6 +153,13 @@ def value_and_coefficient(p, q, log_ratio, mixing, KIND: tl.constexpr):
 
 
 @triton.jit
+def negative_log(accepted, rejected):
+    """-log(accepted) where both sum to one: exact also where little is rejected."""
+    odds = rejected / accepted
+    return tl.where(odds > 1, tl.log(1.0 + odds), log1p(tl.minimum(odds, 1.0, propagate_nan=tl.PropagateNan.ALL)))
+
+
+@triton.jit
 def _divergence(
     sums,
     student,
@@ -158,22 +175,27 @@ def _divergence(
     TEACHER_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of the second pass: more of the sums of values, of coefficients and, for "tvd" without the peak, of q - p."""
-    values, coefficients, differences = sums
+    """One block of the second pass: more of the sums of values and coefficients.
+
+    For "tvd" and "nla" these are without the peak, as that of q - p; "nla" has that of min(p, q), too.
+    """
+    values, coefficients, differences, accepted = sums
     columns = block * tile.numel + tile
     s = read_logits(student, columns, vocabulary, STUDENT_SOFTCAP, MASKED)
     t = read_logits(teacher, columns, vocabulary, TEACHER_SOFTCAP, MASKED)
     p, q, log_ratio = _probabilities(s, t, row)
-    if KIND == "tvd":
+    if KIND == "nla":
+        accepted += lane_sum(tl.minimum(p, q))
+    if KIND == "tvd" or KIND == "nla":
         p = tl.where(columns == peak, q, p)
         differences += lane_sum(q - p)
     value, coefficient = value_and_coefficient(p, q, log_ratio, mixing, KIND)
-    return values + lane_sum(value), coefficients + lane_sum(coefficient), differences
+    return values + lane_sum(value), coefficients + lane_sum(coefficient), differences, accepted
 
 
 @triton.jit
 def _gradient(
-    total,
+    sums,
     student,
     teacher,
     gradient,
@@ -186,12 +208,15 @@ def _gradient(
     tile,
     vocabulary,
     KIND: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
     HAS_LABEL_WEIGHT: tl.constexpr,
     STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of the last pass. `total` adds up all entries but the peak's, which lies in a masked block."""
+    """One block of the last pass: more of the sums of the gradient, but for the peak's entry, which lies in a masked block, and, with
+    statistics, of min(p, q)."""
+    total, accepted = sums
     factor, coefficient_sum, label_factor, label_share = factors
     student_largest = row[0]
     columns = block * tile.numel + tile
@@ -202,6 +227,8 @@ def _gradient(
         p, q, log_ratio = _probabilities(s, t, row)
         _, coefficient = value_and_coefficient(p, q, log_ratio, mixing, KIND)
         slope = factor * (coefficient - q * coefficient_sum)
+        if HAS_STATISTICS:
+            accepted += lane_sum(tl.minimum(p, q, propagate_nan=tl.PropagateNan.ALL))
     if HAS_LABEL_WEIGHT:
         slope += label_share * tl.exp2((s - student_largest) * LOG2E) - tl.where(columns == label, label_factor, 0.0)
     if MASKED:
@@ -210,12 +237,13 @@ def _gradient(
         total += lane_sum(slope)
     if STUDENT_SOFTCAP:
         slope *= softcap_slope(s, student[3])
-    slope = slope.to(gradient.dtype.element_ty)
-    if MASKED:
-        tl.store(gradient + columns, slope, mask=columns < vocabulary)
-    else:
-        tl.store(gradient + columns, slope)
-    return total
+    if gradient is not None:
+        slope = slope.to(gradient.dtype.element_ty)
+        if MASKED:
+            tl.store(gradient + columns, slope, mask=columns < vocabulary)
+        else:
+            tl.store(gradient + columns, slope)
+    return total, accepted
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -234,6 +262,7 @@ def softmax_divergence_kernel(
     student_entropy_out,
     teacher_entropy_out,
     agreement_out,
+    acceptance_out,
     student_stride: tl.int64,
     teacher_stride: tl.int64,
     gradient_stride: tl.int64,
@@ -251,7 +280,8 @@ def softmax_divergence_kernel(
     BLOCK: tl.constexpr,
 ):
     DTYPE: tl.constexpr = row_weight.dtype.element_ty
-    HAS_MOMENT: tl.constexpr = KIND == "forward_kl" or KIND == "reverse_kl"
+    HAS_MOMENT: tl.constexpr = KIND == "forward_kl" or KIND == "reverse_kl" or KIND == "mixed"
+    HAS_DISTANCE: tl.constexpr = KIND == "tvd" or KIND == "nla"
     HAS_LABELS: tl.constexpr = labels is not None
     HAS_STATISTICS: tl.constexpr = student_entropy_out is not None
     HAS_PEAK: tl.constexpr = HAS_STATISTICS or gradient is not None
@@ -289,7 +319,7 @@ def softmax_divergence_kernel(
     # Pass 1. Its direction lets the last pass run forward.
     zeros = tl.zeros((BLOCK // ELEMENTS,), DTYPE)
     softmax = (zeros + LOWEST, tl.zeros((BLOCK // ELEMENTS,), tl.int32), zeros, zeros)
-    state = (softmax, softmax, zeros, zeros)
+    state = (softmax, softmax, zeros, zeros, zeros)
     if has_tail and not SECOND_PASS:
         state = _statistics(
             state, student, teacher, full, tile, vocabulary, exponent,
@@ -306,7 +336,7 @@ def softmax_divergence_kernel(
             state, student, teacher, full, tile, vocabulary, exponent,
             KIND, HAS_LABELS, HAS_STATISTICS, HAS_PEAK, SECOND_PASS, STUDENT_SOFTCAP, TEACHER_SOFTCAP, True,
         )  # fmt: skip
-    student_state, teacher_state, label_sum, moment = state
+    student_state, teacher_state, label_sum, forward_moment, reverse_moment = state
 
     student_largest, student_sum, student_moment, student_kept = merge_lanes(student_state, exponent)
     row_state = (student_largest,)
@@ -345,16 +375,23 @@ def softmax_divergence_kernel(
             log_center -= log_mass
         row_state = (student_largest, teacher_largest, 1.0 / student_sum, mass / teacher_sum, log_center, inverse_temperature)  # type: ignore[assignment]
         if HAS_MOMENT:
-            kept, weight_sum, row_sum = student_kept, student_state[2], student_sum
-            if KIND == "forward_kl":
-                kept, weight_sum, row_sum = teacher_kept, teacher_state[2], teacher_sum
             shift = (teacher_largest - teacher_state[0]) - (student_largest - student_state[0])
-            difference = tl.sum(weighted(kept, moment - shift * weight_sum), axis=0) * inverse_temperature / row_sum - log_center
-            value = mass * difference if KIND == "forward_kl" else -difference
-            coefficient_sum = -mass if KIND == "forward_kl" else value + 1.0
+            if KIND != "reverse_kl":
+                moment = tl.sum(weighted(teacher_kept, forward_moment - shift * teacher_state[2]), axis=0)
+                value = mass * (moment * inverse_temperature / teacher_sum - log_center)
+                coefficient_sum = -mass
+            if KIND != "forward_kl":
+                moment = tl.sum(weighted(student_kept, reverse_moment - shift * student_state[2]), axis=0)
+                reverse = log_center - moment * inverse_temperature / student_sum
+                if KIND == "mixed":
+                    value = own * value + (1.0 - own) * reverse
+                    coefficient_sum = own * coefficient_sum + (1.0 - own) * (reverse + 1.0)
+                else:
+                    value = reverse
+                    coefficient_sum = reverse + 1.0
         else:
             # Pass 2, last block first.
-            sums = (zeros, zeros, zeros)
+            sums = (zeros, zeros, zeros, zeros)
             if has_tail:
                 sums = _divergence(
                     sums, student, teacher, row_state, mixing, peak, full, tile, vocabulary,
@@ -371,15 +408,19 @@ def softmax_divergence_kernel(
             if KIND == "skew_kl":
                 value -= mixing[1] * rest
             coefficient_sum = tl.sum(sums[1], axis=0)
-            if KIND == "tvd":
+            if HAS_DISTANCE:
                 # At the peak q - p is minus the sum of the others too: its sign is all that counts in a certain student's gradient.
                 at_peak = tl.where(peak < vocabulary, rest - tl.sum(sums[2], axis=0), 0.0)
                 sign = tl.where(at_peak > 0, 1.0, tl.where(at_peak < 0, -1.0, 0.0))
                 value += 0.5 * (tl.abs(at_peak) + rest)
                 coefficient_sum += 0.5 * sign / student_sum
-        tl.store(divergence_out + row, temperature * temperature * value)
         # T^2 from the loss, 1/T from z/T.
         factor = temperature * tl.load(row_weight + row) * student_scale
+        if KIND == "nla":
+            accepted = tl.sum(sums[3], axis=0)
+            value = negative_log(accepted, value)
+            factor /= accepted
+        tl.store(divergence_out + row, temperature * temperature * value)
     if HAS_STATISTICS:
         tl.store(student_entropy_out + row, tl.log(student_sum) - student_moment * inverse_temperature / student_sum)
         teacher_entropy = tl.log(teacher_sum) - teacher_moment * inverse_temperature / teacher_sum
@@ -390,31 +431,35 @@ def softmax_divergence_kernel(
         tl.store(agreement_out + row, tl.where(agrees, 1.0, 0.0))
 
     # The last pass, first block first: up to the peak's block, which is masked to leave the peak out, then the rest and the tail.
-    if gradient is not None:
-        gradient = row_begin(gradient, gradient_stride, VECTOR)
+    if gradient is not None or HAS_STATISTICS:
+        if gradient is not None:
+            gradient = row_begin(gradient, gradient_stride, VECTOR)
         factors = (factor, coefficient_sum, label_factor, label_share)
-        total = zeros
+        last_sums = (zeros, zeros)
         begin = 0
         end = peak // BLOCK
         while begin <= full:
             for block in range(begin, end):
-                total = _gradient(
-                    total, student, teacher, gradient, row_state, mixing, factors, label, peak, block, tile, vocabulary,
-                    KIND, label_weight is not None, STUDENT_SOFTCAP, TEACHER_SOFTCAP, False,
+                last_sums = _gradient(
+                    last_sums, student, teacher, gradient, row_state, mixing, factors, label, peak, block, tile, vocabulary,
+                    KIND, HAS_STATISTICS, label_weight is not None, STUDENT_SOFTCAP, TEACHER_SOFTCAP, False,
                 )  # fmt: skip
             if end * BLOCK < vocabulary:
-                total = _gradient(
-                    total, student, teacher, gradient, row_state, mixing, factors, label, peak, end, tile, vocabulary,
-                    KIND, label_weight is not None, STUDENT_SOFTCAP, TEACHER_SOFTCAP, True,
+                last_sums = _gradient(
+                    last_sums, student, teacher, gradient, row_state, mixing, factors, label, peak, end, tile, vocabulary,
+                    KIND, HAS_STATISTICS, label_weight is not None, STUDENT_SOFTCAP, TEACHER_SOFTCAP, True,
                 )  # fmt: skip
             begin = end + 1
             end = full
-        at_peak = -tl.sum(total, axis=0)
-        if STUDENT_SOFTCAP:
-            at_peak *= softcap_slope(student_largest, student_softcap)
-        # Another thread wrote the peak's column as it came.
-        tl.debug_barrier()
-        tl.store(gradient + peak, at_peak.to(gradient.dtype.element_ty), mask=is_certain)
+        if HAS_STATISTICS:
+            tl.store(acceptance_out + row, tl.sum(last_sums[1], axis=0))
+        if gradient is not None:
+            at_peak = -tl.sum(last_sums[0], axis=0)
+            if STUDENT_SOFTCAP:
+                at_peak *= softcap_slope(student_largest, student_softcap)
+            # Another thread wrote the peak's column as it came.
+            tl.debug_barrier()
+            tl.store(gradient + peak, at_peak.to(gradient.dtype.element_ty), mask=is_certain)
 
 
 def softmax_divergence(
@@ -428,6 +473,7 @@ def softmax_divergence(
     student_entropy: Tensor | None = None,
     teacher_entropy: Tensor | None = None,
     top1_agreement: Tensor | None = None,
+    acceptance: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
     student_bias: Tensor | None = None,
@@ -466,6 +512,7 @@ def softmax_divergence(
             student_entropy,
             teacher_entropy,
             top1_agreement,
+            acceptance,
             student.stride(0),
             0 if teacher is None else teacher.stride(0),
             0 if gradient is None else gradient.stride(0),

@@ -34,7 +34,7 @@ from .row_math import (
     tile_columns,
     vector_size,
 )
-from .rows import value_and_coefficient
+from .rows import negative_log, value_and_coefficient
 
 TAILS = ("bucket", "renormalize", "zero")
 """What stands for the tokens that are not listed."""
@@ -232,11 +232,18 @@ def topk_divergence_kernel(
     if TAIL == "bucket":
         log_p_tail = tl.load(log_tail + row).to(DTYPE)
     # The K + 1 events.
-    value, coefficient = value_and_coefficient(tl.exp(log_p), q, log_p - (listed_shift - tl.log(normaliser)), mixing, KIND)
+    p = tl.exp(log_p)
+    value, coefficient = value_and_coefficient(p, q, log_p - (listed_shift - tl.log(normaliser)), mixing, KIND)
     log_ratio = log_p_tail - (rest_shift + tl.log(rest_sum / normaliser))
-    value_tail, coefficient_tail = value_and_coefficient(tl.exp(log_p_tail), q_tail, log_ratio, mixing, KIND)
+    p_tail = tl.exp(log_p_tail)
+    value_tail, coefficient_tail = value_and_coefficient(p_tail, q_tail, log_ratio, mixing, KIND)
     coefficient_sum = tl.sum(coefficient, axis=0) + coefficient_tail
-    tl.store(divergence_out + row, temperature * temperature * (tl.sum(value, axis=0) + value_tail))
+    divergence = tl.sum(value, axis=0) + value_tail
+    accepted = 1.0
+    if KIND == "nla":
+        accepted = tl.sum(tl.minimum(p, q), axis=0) + tl.minimum(p_tail, q_tail)
+        divergence = negative_log(accepted, divergence)
+    tl.store(divergence_out + row, temperature * temperature * divergence)
     label_factor = 0.0
     label_share = 0.0
     if HAS_LABELS:
@@ -251,7 +258,7 @@ def topk_divergence_kernel(
     if gradient is not None:
         gradient = row_begin(gradient, gradient_stride, VECTOR)
         # T^2 from the loss, 1/T from z/T.
-        factor = temperature * tl.load(row_weight + row) * scale
+        factor = temperature * tl.load(row_weight + row) * scale / accepted
         slope = coefficient - q * coefficient_sum
         # The terms add up to zero over the row: what would cancel is minus the sum of the others.
         rest_slope = tl.where(q_tail > 0.5, -tl.sum(slope, axis=0), coefficient_tail - q_tail * coefficient_sum)

@@ -11,7 +11,7 @@ from fastkd.ops.divergence import Divergence
 from fastkd.ops.row_call import LogitTransform, RowCall, RowOptions, RowOutputs, TopK
 from tests.oracle import assert_close, assert_within, loss_rounding
 
-DIVERGENCES = ["forward_kl", "reverse_kl", "tvd", "jsd(0.3)", "skew_kl(0.1)", "skew_rkl(0.2)"]
+DIVERGENCES = ["forward_kl", "reverse_kl", "mixed(0.3)", "tvd", "nla", "jsd(0.3)", "skew_kl(0.1)", "skew_rkl(0.2)"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 """Relative L2 error of a gradient: of the arithmetic for the wide dtypes, of rounding to nearest for the narrow ones."""
@@ -56,6 +56,7 @@ def make_outputs(count: int, dtype: torch.dtype, has_teacher: bool, has_labels: 
         student_entropy=column(statistics),
         teacher_entropy=column(statistics),
         top1_agreement=column(statistics),
+        acceptance=column(statistics),
     )
 
 
@@ -88,6 +89,7 @@ def oracle(
         if rest is not None:
             losses["teacher_entropy"] -= rest.xlogy(rest)
         losses["top1_agreement"] = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).double()
+        losses["acceptance"] = torch.minimum(log_p.exp(), log_q.exp()).sum(-1)
     if labels is not None:
         picked = student_logits.log_softmax(-1).gather(1, labels.clamp_min(0)[:, None])[:, 0]
         losses["cross_entropy"] = torch.where(labels >= 0, -picked, 0.0)
@@ -237,7 +239,8 @@ def _transform(raw: Tensor, transform: LogitTransform) -> Tensor:
 
 def _divergence(divergence: Divergence, p: Tensor, q: Tensor, rest: Tensor | None = None) -> Tensor:
     """D of p and q (n, V); with `rest` (n,) of an event more, of which the student has none and forward KL knows nothing."""
-    if rest is not None and divergence.kind != "forward_kl":
+    kept = p, q
+    if rest is not None:
         p, q = torch.cat((p, rest[:, None]), 1), torch.cat((q, torch.zeros_like(rest)[:, None]), 1)
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
@@ -246,9 +249,11 @@ def _divergence(divergence: Divergence, p: Tensor, q: Tensor, rest: Tensor | Non
     mixing = divergence.mixing or 0.0
     mixture = mixing * p + (1 - mixing) * q
     return {
-        "forward_kl": lambda: kl(p, q),
+        "forward_kl": lambda: kl(*kept),
         "reverse_kl": lambda: kl(q, p),
+        "mixed": lambda: mixing * kl(*kept) + (1 - mixing) * kl(q, p),
         "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
+        "nla": lambda: -torch.minimum(p, q).sum(-1).log(),
         "jsd": lambda: mixing * kl(p, mixture) + (1 - mixing) * kl(q, mixture),
         "skew_kl": lambda: kl(p, mixture),
         "skew_rkl": lambda: kl(q, mixing * q + (1 - mixing) * p),

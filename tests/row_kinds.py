@@ -33,17 +33,12 @@ DENSE = CallKind(
 ALIGNED = replace(DENSE, aligned_vocabulary=True, aligned_rows=True)
 FULL = replace(DENSE, gradient="float32", labels=True, label_gradient=True, statistics=True, student_bias=True, teacher_bias=True)
 SPARSE = replace(DENSE, tail="bucket", entries=8)
+DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "tvd", "nla", "jsd", "skew_kl", "skew_rkl")
 KINDS = {
-    **{name: replace(FULL, divergence=name) for name in ("forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl")},
-    **{
-        f"{name} with a rest": replace(FULL, divergence=name, teacher_rest=True)
-        for name in ("forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl")
-    },
+    **{name: replace(FULL, divergence=name) for name in DIVERGENCES},
+    **{f"{name} with a rest": replace(FULL, divergence=name, teacher_rest=True) for name in DIVERGENCES},
     **{f"top-k, {tail}": replace(SPARSE, tail=tail, gradient="float32") for tail in ("bucket", "renormalize", "zero")},
-    **{
-        f"top-k, {name}": replace(SPARSE, divergence=name, gradient="float32")
-        for name in ("reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl")
-    },
+    **{f"top-k, {name}": replace(SPARSE, divergence=name, gradient="float32") for name in DIVERGENCES[1:]},
     "labels": replace(DENSE, divergence=None, teacher=None, labels=True, label_gradient=True),
     "aligned": ALIGNED,
     "aligned rows of an odd vocabulary": replace(DENSE, aligned_rows=True),

@@ -50,7 +50,8 @@ struct Call {
   const T* row_weight;
   const int64_t* labels;  // null: no labels
   const T* label_weight;  // null: cross-entropy without gradient
-  T *divergence, *cross_entropy, *student_entropy, *teacher_entropy, *top1_agreement;  // entropies and agreement may be null
+  T *divergence, *cross_entropy;
+  T *student_entropy, *teacher_entropy, *top1_agreement, *acceptance;  // null, all of them: not wanted
 };
 
 constexpr int64_t kBlock = 1024, kPart = 64;
@@ -289,17 +290,19 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
     rest = rest_of(call, row, log_z_t);
     log_z_t -= rest.log_columns;
     weight.divergence = temperature * call.row_weight[row];
-    if (call.top1_agreement) call.top1_agreement[row] = first_max(s, n, max_s) == first_max(t, n, max_t);
     if (call.student_entropy) {
-      T entropy_s = 0, entropy_t = 0;
-#pragma omp simd reduction(+ : entropy_s, entropy_t)
+      T entropy_s = 0, entropy_t = 0, accepted = 0;
+#pragma omp simd reduction(+ : entropy_s, entropy_t, accepted)
       for (int64_t j = 0; j < n; ++j) {
         const T log_q = s[j] - log_z.divergence, log_p = t[j] - log_z_t, q = exp_of_negative(log_q), p = exp_of_negative(log_p);
         entropy_s -= q == 0 ? T(0) : q * log_q;
         entropy_t -= p == 0 ? T(0) : p * log_p;
+        accepted += std::min(p, q);
       }
       call.student_entropy[row] = entropy_s;
       call.teacher_entropy[row] = entropy_t - weighted(rest.probability, std::log(rest.probability));
+      call.top1_agreement[row] = first_max(s, n, max_s) == first_max(t, n, max_t);
+      call.acceptance[row] = accepted + T(0) * (log_z.divergence + log_z_t);  // undefined logits show
     }
   }
   const int64_t label = call.labels ? call.labels[row] : -1;
@@ -317,24 +320,32 @@ INLINED void any_row(const Call<T>& call, int64_t row, T* s, T* t, T* g) {
   constexpr T nothing = -std::numeric_limits<T>::infinity();
   if constexpr (kind != none) {
     // Both probabilities of a peak may be nearly 1: their difference, too, is minus the sum of the others.
-    const bool is_balanced = kind == tvd && divergence_peaks;
+    const bool is_balanced = has_distance<kind> && divergence_peaks;
+    const T t_peak = peak < 0 ? T(0) : t[peak];
     if (is_balanced) s[peak] = t[peak] = nothing;
-    T total = rest_value<kind>(mixing) * rest.probability, balance = -rest.probability;
-#pragma omp simd reduction(+ : total, c_sum, balance)
+    T total = rest_value<kind>(mixing) * rest.probability, balance = -rest.probability, accepted = 0;
+#pragma omp simd reduction(+ : total, c_sum, balance, accepted)
     for (int64_t j = 0; j < n; ++j) {
       const T log_p = t[j] - log_z_t, log_q = s[j] - log_z.divergence;
       const T p = exp_of_negative(log_p), q = exp_of_negative(log_q);
       const Entry<T> entry = make_entry<kind, Math>(p, q, log_p, log_q, mixing);
-      if constexpr (kind == tvd) balance += q - p;
+      if constexpr (has_distance<kind>) balance += q - p;
+      if constexpr (kind == nla) accepted += std::min(p, q);
       total += entry.value;
       c_sum += entry.coefficient;
       t[j] = entry.coefficient;
     }
     if (is_balanced) {
-      const Entry<T> entry = tvd_entry(exp_of_negative(s_peak - log_z.divergence), -balance);
+      const T q = exp_of_negative(s_peak - log_z.divergence);
+      const Entry<T> entry = distance_entry<kind>(q, -balance);
+      accepted += std::min(q, exp_of_negative(t_peak - log_z_t));
       total += entry.value;
       c_sum += entry.coefficient;
       t[peak] = entry.coefficient;
+    }
+    if constexpr (kind == nla) {
+      total = negative_log(accepted, total);
+      weight.divergence /= accepted;
     }
     call.divergence[row] = temperature * temperature * total;
   }
@@ -402,7 +413,9 @@ INLINED void rows(const Call<T>& call, int64_t begin, int64_t end) {
       case none: any_row<T, none>(call, row, s, t, g); break;
       case forward_kl: any_row<T, forward_kl>(call, row, s, t, g); break;
       case reverse_kl: any_row<T, reverse_kl>(call, row, s, t, g); break;
+      case mixed: any_row<T, mixed>(call, row, s, t, g); break;
       case tvd: any_row<T, tvd>(call, row, s, t, g); break;
+      case nla: any_row<T, nla>(call, row, s, t, g); break;
       case jsd: any_row<T, jsd>(call, row, s, t, g); break;
       case skew_kl: any_row<T, skew_kl>(call, row, s, t, g); break;
       case skew_rkl: any_row<T, skew_rkl>(call, row, s, t, g); break;
@@ -466,7 +479,8 @@ void softmax_divergence_(at::Tensor student, Optional teacher, int64_t kind, dou
                        Kind(kind), mixing, temperature, {student_scale, student_softcap}, {teacher_scale, teacher_softcap},
                        data<T>(student_bias), data<T>(teacher_bias), data<T>(teacher_rest),
                        {lists[0] ? lists[0]->size(1) : 0, data<int64_t>(lists[0]), data<T>(lists[1]), data<T>(lists[2]), renormalizes},
-                       data<T>(row_weight), data<int64_t>(labels), data<T>(label_weight), data<T>(out[0]), data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])};
+                       data<T>(row_weight), data<int64_t>(labels), data<T>(label_weight), data<T>(out[0]), data<T>(out[1]), data<T>(out[2]),
+                       data<T>(out[3]), data<T>(out[4]), data<T>(out[5])};
     at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
   };
   row_weight.scalar_type() == at::kFloat ? launch(chosen->of_float) : launch(chosen->of_double);

@@ -23,16 +23,23 @@ INLINED T log_sum_exp(const Event<T>* events, int64_t n, T Event<T>::*member) {
 // The divergence of the events, whose gradients become those by the logits of the student's events.
 template <typename T, Kind kind>
 INLINED T event_divergence(Event<T>* events, int64_t n, T log_z, const Mixing<T>& mixing) {
-  T value = 0, c_sum = 0, others = 0;
+  T value = 0, c_sum = 0, others = 0, accepted = 0;
   int64_t peak = 0;
   for (int64_t k = 0; k < n; ++k) {
     Event<T>& event = events[k];
     const T log_q = event.distance - log_z;
     event.q = exp_of_negative(log_q);
-    const Entry<T> entry = make_entry<kind, Math>(exp_of_negative(event.log_p), event.q, event.log_p, log_q, mixing);
+    const T p = exp_of_negative(event.log_p);
+    const Entry<T> entry = make_entry<kind, Math>(p, event.q, event.log_p, log_q, mixing);
+    if constexpr (kind == nla) accepted += std::min(p, event.q);
     value += entry.value;
     c_sum += event.gradient = entry.coefficient;
     if (event.q > events[peak].q) peak = k;
+  }
+  if constexpr (kind == nla) {
+    value = negative_log(accepted, value);
+    c_sum /= accepted;
+    for (int64_t k = 0; k < n; ++k) events[k].gradient /= accepted;
   }
   for (int64_t k = 0; k < n; ++k) {
     events[k].gradient -= events[k].q * c_sum;
@@ -47,7 +54,9 @@ template <typename T>
 INLINED T event_divergence(Kind kind, Event<T>* events, int64_t n, T log_z, const Mixing<T>& mixing) {
   switch (kind) {
     case reverse_kl: return event_divergence<T, reverse_kl>(events, n, log_z, mixing);
+    case mixed: return event_divergence<T, mixed>(events, n, log_z, mixing);
     case tvd: return event_divergence<T, tvd>(events, n, log_z, mixing);
+    case nla: return event_divergence<T, nla>(events, n, log_z, mixing);
     case jsd: return event_divergence<T, jsd>(events, n, log_z, mixing);
     case skew_kl: return event_divergence<T, skew_kl>(events, n, log_z, mixing);
     case skew_rkl: return event_divergence<T, skew_rkl>(events, n, log_z, mixing);

@@ -3,10 +3,10 @@
 // Logits are those of the models: after bias, scale and soft-cap. Exponents are of two. Parts of a row, each with the largest logits of its
 // own, are taken in three steps:
 //   1. `accumulate` its logits into `Statistics`: the normalisers, relative to a whole number of bits near the largest logit, so that
-//      parts are brought to a common one without rounding. Forward and reverse KL are complete after it: their sum is a moment of the
+//      parts are brought to a common one without rounding. Forward and reverse KL are complete after it: their sums are moments of the
 //      difference of the logits. The column of the student's largest logit is held out: where the student is nearly certain, sums of the
 //      others would be lost beside it, and its gradient is minus the sum of theirs;
-//   2. where that is not enough (the other divergences; entropies), `add_entry` every logit but that into `Sums`;
+//   2. where that is not enough (the other divergences; entropies and acceptance), `add_entry` every logit but that into `Sums`;
 //   3. `gradient` of every logit.
 #pragma once
 
@@ -33,7 +33,8 @@ struct Call {
   const float* row_weight;                   // (rows,), as all that follows
   const int64_t* labels;                     // null: none
   const float* label_weight;                 // null: the cross-entropy has no part in the gradient
-  float *divergence, *cross_entropy, *student_entropy, *teacher_entropy, *top1_agreement;  // null: not wanted; entropies together
+  float *divergence, *cross_entropy;                                         // null: not wanted
+  float *student_entropy, *teacher_entropy, *top1_agreement, *acceptance;  // all of them or none
   int64_t student_stride, teacher_stride, gradient_stride;  // between rows, in elements
   int student_type, teacher_type, gradient_type;
   int vocabulary, slice;  // columns of the row, and of a block: a multiple of 8
@@ -41,7 +42,7 @@ struct Call {
   Transform student_transform, teacher_transform;
   Mixing<float> mixing;
 };
-static_assert(sizeof(Call) == 200);
+static_assert(sizeof(Call) == 208);
 
 // A number that is known when code is compiled, as a parameter.
 template <int n>
@@ -49,9 +50,13 @@ struct Number {
   SHARED_CODE constexpr operator int() const { return n; }
 };
 
-// Whether the divergence is known after the first step.
+// Whether a part of the divergence is forward or reverse KL, which are known after the first step.
 template <Kind kind>
-constexpr bool has_moment = kind == forward_kl || kind == reverse_kl;
+constexpr bool has_forward = kind == forward_kl || kind == mixed;
+template <Kind kind>
+constexpr bool has_reverse = kind == reverse_kl || kind == mixed;
+template <Kind kind>
+constexpr bool has_moment = has_forward<kind> || has_reverse<kind>;
 
 constexpr int no_column = 0x7fffffff;
 constexpr float lowest = -1e30f, nothing = -INFINITY, ln_2 = 0.693147181f, log2_e = 1.44269504f;
@@ -110,7 +115,8 @@ struct Statistics {
   float student_from, teacher_from, label_from;  // bits that are taken off exponents, whole; `lowest` where nothing was seen
   float student_sum, teacher_sum;  // sum 2^(rate logit - from)
   float label_sum;                 // the same at a temperature of 1; only with labels
-  float moment;                    // sum w (log2 of teacher's term - of student's), w the terms of teacher_sum (forward KL) or student_sum
+  float forward_moment;            // sum w (log2 of teacher's term - of student's), w the terms of teacher_sum; with forward KL
+  float reverse_moment;            // the same, w the terms of student_sum; with reverse KL
   float student_peak, teacher_at_peak;  // logits of the column held out, the first of the student's largest
   float teacher_peak;
   int peak, teacher_best;  // columns: that one, and with stats the first of the teacher's largest; no_column
@@ -121,7 +127,17 @@ struct Statistics {
 SHARED_CODE float bits_of(float largest, float rate) { return fmaxf(rintf(largest * rate), lowest); }
 
 SHARED_CODE Statistics no_statistics() {
-  return {lowest, lowest, lowest, 0, 0, 0, 0, nothing, nothing, nothing, no_column, no_column, 0};
+  return {lowest, lowest, lowest, 0, 0, 0, 0, 0, nothing, nothing, nothing, no_column, no_column, 0};
+}
+
+// body(sum) for each of a part's sums.
+template <Kind kind, typename Body>
+SHARED_CODE void each_sum(Statistics& part, bool labels, Body body) {
+  body(part.student_sum);
+  if (labels) body(part.label_sum);
+  if constexpr (kind != none) body(part.teacher_sum);
+  if constexpr (has_forward<kind>) body(part.forward_moment);
+  if constexpr (has_reverse<kind>) body(part.reverse_moment);
 }
 
 template <Kind kind>
@@ -134,9 +150,9 @@ SHARED_CODE void accumulate(Statistics& part, float s, float t, float rate, bool
     part.teacher_sum += teacher;
     if constexpr (has_moment<kind>) {
       // The difference of the logits first: both may be large where it is small.
-      const float weight = kind == forward_kl ? teacher : student;
       const float difference = fmaf(t - s, rate, part.student_from - part.teacher_from);
-      part.moment = fmaf(weight, weight == 0 ? 0.0f : difference, part.moment);
+      if constexpr (has_forward<kind>) part.forward_moment = fmaf(teacher, teacher == 0 ? 0.0f : difference, part.forward_moment);
+      if constexpr (has_reverse<kind>) part.reverse_moment = fmaf(student, student == 0 ? 0.0f : difference, part.reverse_moment);
     }
   }
 }
@@ -146,8 +162,8 @@ template <Kind kind>
 SHARED_CODE void raise(Statistics& part, float student_from, float teacher_from, float label_from) {
   const float student = power_of_two(part.student_from - student_from), teacher = power_of_two(part.teacher_from - teacher_from);
   const float shift = (student_from - teacher_from) - (part.student_from - part.teacher_from);
-  const float weight_sum = kind == forward_kl ? part.teacher_sum : part.student_sum;
-  part.moment = weighted(kind == forward_kl ? teacher : student, part.moment + shift * weight_sum);
+  if constexpr (has_forward<kind>) part.forward_moment = weighted(teacher, part.forward_moment + shift * part.teacher_sum);
+  if constexpr (has_reverse<kind>) part.reverse_moment = weighted(student, part.reverse_moment + shift * part.student_sum);
   part.label_sum *= power_of_two(part.label_from - label_from);
   part.student_sum *= student;
   part.teacher_sum *= teacher;
@@ -159,7 +175,7 @@ SHARED_CODE void raise(Statistics& part, float student_from, float teacher_from,
 // What the whole row's statistics say of each of its logits.
 struct Row {
   Statistics whole;                   // but for the column that is held out
-  float moment;                       // with it
+  float forward_moment;               // with it
   float offset, log_center;           // of bits: student_from - teacher_from; log2 of the normalisers' quotient
   float student_share, teacher_share, label_share;  // 1 / normalisers
   float student_log, teacher_log;     // log2 of the normalisers
@@ -170,10 +186,10 @@ struct Row {
 template <Kind kind>
 SHARED_CODE Row make_row(const Statistics& whole, float rate, bool labels, float log_rest) {
   Statistics peak = whole;
-  peak.student_sum = peak.teacher_sum = peak.label_sum = peak.moment = 0;
+  each_sum<kind>(peak, labels, [](float& sum) { sum = 0; });
   accumulate<kind>(peak, whole.student_peak, whole.teacher_at_peak, rate, labels);
   const float student = whole.student_sum + peak.student_sum, teacher = whole.teacher_sum + peak.teacher_sum;
-  Row row{whole, whole.moment + peak.moment, whole.student_from - whole.teacher_from};
+  Row row{whole, whole.forward_moment + peak.forward_moment, whole.student_from - whole.teacher_from};
   // No difference of logs: both are large where it is small.
   const float odds = log_rest - (whole.teacher_from + log2_of(teacher)) * ln_2;
   const Rest<float> rest = log_rest == nothing ? Rest<float>{} : split<Math>(odds);
@@ -189,10 +205,20 @@ SHARED_CODE Row make_row(const Statistics& whole, float rate, bool labels, float
 
 // ---- 2. The divergence
 
-// Over a row, or a part of it; entropies, in bits, only with stats.
+// Over a row, or a part of it.
 struct Sums {
-  float value, coefficient, student_entropy, teacher_entropy;
+  float value, coefficient;                // unless they are known after the first step
+  float acceptance;                        // of nla, or with stats
+  float student_entropy, teacher_entropy;  // with stats, in bits; until `finish`, of probabilities that lack their normaliser
 };
+
+// body(sum) for each of them.
+template <Kind kind, typename Body>
+SHARED_CODE void each_sum(Sums& sums, bool stats, Body body) {
+  if constexpr (kind != none && !has_moment<kind>) body(sums.value), body(sums.coefficient);
+  if (kind == nla || stats) body(sums.acceptance);
+  if (stats) body(sums.student_entropy), body(sums.teacher_entropy);
+}
 
 struct Probabilities {
   float p, q;
@@ -219,9 +245,10 @@ SHARED_CODE void add_entry(Sums& sums, float s, float t, const Row& row, const C
     sums.coefficient += entry.coefficient;
   }
   if (stats) {
-    sums.student_entropy -= weighted(at.q, fmaf(s, call.rate, -row.whole.student_from) - row.student_log);
-    sums.teacher_entropy -= weighted(at.p, fmaf(t, call.rate, -row.whole.teacher_from) - row.teacher_log);
+    sums.student_entropy = fmaf(-at.q, at.q == 0 ? 0.0f : fmaf(s, call.rate, -row.whole.student_from), sums.student_entropy);
+    sums.teacher_entropy = fmaf(-at.p, at.p == 0 ? 0.0f : fmaf(t, call.rate, -row.whole.teacher_from), sums.teacher_entropy);
   }
+  if (kind == nla || stats) sums.acceptance += fminf(at.p, at.q);
 }
 
 // What the gradient needs of the row.
@@ -239,34 +266,44 @@ SHARED_CODE Factors finish(Sums& sums, const Row& row, const Call& call, float r
   const float s = whole.student_peak, t = whole.teacher_at_peak;
   const bool peaks = row.q > 0.5f;
   Entry<float> peak{};
-  if constexpr (kind == tvd)
-    peak = tvd_entry(row.q, peaks ? row.rest + p_others - q_others : row.q - row.p);  // both may be nearly 1
+  if constexpr (has_distance<kind>)
+    peak = distance_entry<kind>(row.q, peaks ? row.rest + p_others - q_others : row.q - row.p);  // both may be nearly 1
   else
     peak = entry_of<kind>({row.p, row.q}, s, t, row, call);
   Factors factors{};
   factors.divergence = call.temperature * row_weight * call.student_transform.scale;
   factors.label = label_weight * call.student_transform.scale;
   float others = 0;  // sum of c - q sum(c)
-  if constexpr (kind == forward_kl) {
-    sums.value = (row.moment * row.teacher_share - row.mass * row.log_center) * ln_2;
-    factors.coefficient_sum = -row.mass;
-    others = q_others * row.mass - p_others;
-  } else if constexpr (kind == reverse_kl) {
-    const float of_others = (q_others * row.log_center - whole.moment * row.student_share) * ln_2;
-    sums.value = of_others + peak.value;
-    factors.coefficient_sum = sums.value + 1;
-    others = of_others - q_others * sums.value;
-  } else if constexpr (kind != none) {
+  if constexpr (has_forward<kind>) {
+    const float share = kind == mixed ? call.mixing.own : 1.0f;
+    sums.value = share * (row.forward_moment * row.teacher_share - row.mass * row.log_center) * ln_2;
+    factors.coefficient_sum = -share * row.mass;
+    others = share * (q_others * row.mass - p_others);
+  }
+  if constexpr (has_reverse<kind>) {
+    const float share = kind == mixed ? call.mixing.other : 1.0f;
+    const float of_others = (q_others * row.log_center - whole.reverse_moment * row.student_share) * ln_2;
+    const float value = of_others + entry_of<reverse_kl>({row.p, row.q}, s, t, row, call).value;
+    sums.value += share * value;
+    factors.coefficient_sum += share * (value + 1);
+    others += share * (of_others - q_others * value);
+  }
+  sums.acceptance += fminf(row.p, row.q);
+  if constexpr (kind != none && !has_moment<kind>) {
     factors.coefficient_sum = sums.coefficient + peak.coefficient;
     others = sums.coefficient - q_others * factors.coefficient_sum;
     sums.value += peak.value + rest_value<kind>(call.mixing) * row.rest;
   }
+  if constexpr (kind == nla) {
+    sums.value = negative_log(sums.acceptance, sums.value);
+    factors.divergence /= sums.acceptance;
+  }
   // Undefined logits show: what is made of a mixture alone might not tell.
   const float undefined = 0 * row.student_share * row.teacher_share;
-  if (kind != none) sums.value += undefined, factors.coefficient_sum += undefined;
-  sums.student_entropy -= weighted(row.q, fmaf(s, call.rate, -whole.student_from) - row.student_log);
+  if (kind != none) sums.value += undefined, sums.acceptance += undefined, factors.coefficient_sum += undefined;
+  sums.student_entropy += row.student_log - weighted(row.q, fmaf(s, call.rate, -whole.student_from));
+  sums.teacher_entropy += row.mass * row.teacher_log - weighted(row.p, fmaf(t, call.rate, -whole.teacher_from));
   sums.teacher_entropy -= weighted(row.rest, log2_of(row.rest));
-  sums.teacher_entropy -= weighted(row.p, fmaf(t, call.rate, -whole.teacher_from) - row.teacher_log);
   // Above a half, minus the sum of the others, unless the gradient is infinite; at most a half, its own terms are the more exact.
   if constexpr (kind != none) {
     const float own = peak.coefficient - row.q * factors.coefficient_sum;

@@ -29,7 +29,7 @@ constexpr int stride = threads * pack;  // columns of one step of a block
 struct Shared {
   alignas(8) uint64_t full[2][stages];
   float largest[2][warps];
-  float of_warps[warps][4];
+  float of_warps[5][warps];
   Statistics statistics[max_cluster];
   Sums sums[max_cluster];
   Row row;
@@ -54,16 +54,20 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Sums over the block of four numbers, for its first warp.
-__device__ __forceinline__ void block_sum(float (&x)[4], float (&of_warps)[warps][4]) {
+// Sums over the block, for its first warp, of each number that `each` calls a function with.
+template <int n, typename Each>
+__device__ __forceinline__ void block_sum(float (&of_warps)[n][warps], Each each) {
   const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = warp_sum(x[i]);
-  if (lane == 0) *reinterpret_cast<float4*>(of_warps[warp]) = {x[0], x[1], x[2], x[3]};
+  int i = 0;
+  each([&](float& x) {
+    x = warp_sum(x);
+    if (lane == 0) of_warps[i][warp] = x;
+    ++i;
+  });
   __syncthreads();
   if (warp != 0) return;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = warp_sum(lane < warps ? of_warps[lane][i] : 0.0f);
+  i = 0;
+  each([&](float& x) { x = warp_sum(lane < warps ? of_warps[i++][lane] : 0.0f); });
 }
 
 // body(n, column) for this thread's columns, ascending: `pack` at a time, and the last few one by one. They are the same in every loop, so
@@ -237,10 +241,9 @@ __device__ __forceinline__ Statistics merge(Statistics part, int label_block, co
   whole.teacher_at_peak = __shfl_sync(~0u, part.teacher_at_peak, __ffs(__ballot_sync(~0u, has_peak)) - 1);
   whole.teacher_peak = warp_max(part.teacher_peak);
   whole.teacher_best = __reduce_min_sync(~0u, part.teacher_peak == whole.teacher_peak ? part.teacher_best : no_column);
-  whole.student_sum = warp_sum(part.student_sum);
-  whole.teacher_sum = warp_sum(part.teacher_sum);
-  whole.label_sum = warp_sum(part.label_sum);
-  whole.moment = warp_sum(part.moment);
+  each_sum<kind>(part, call.labels != nullptr, [](float& x) { x = warp_sum(x); });
+  whole.student_sum = part.student_sum, whole.teacher_sum = part.teacher_sum, whole.label_sum = part.label_sum;
+  whole.forward_moment = part.forward_moment, whole.reverse_moment = part.reverse_moment;
   whole.label_logit = __shfl_sync(~0u, part.label_logit, label_block);
   return whole;
 }
@@ -255,7 +258,7 @@ __device__ __forceinline__ void serve_row(const Call& call) {
   const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
   const int64_t row_index = blockIdx.x / blocks;
   const int begin = rank * call.slice, count = max(0, min(call.slice, call.vocabulary - begin));
-  const bool labels = extras && call.labels != nullptr, stats = extras && call.student_entropy != nullptr;
+  const bool labels = extras && call.labels != nullptr, stats = extras && kind != none && call.student_entropy != nullptr;
   const Side student = make_side(call.student, call.student_type, call.student_stride, row_index, begin, count, call.student_bias,
                                  call.student_transform, slices);
   const Side teacher = make_side(call.teacher, call.teacher_type, call.teacher_stride, row_index, begin, count, call.teacher_bias,
@@ -312,15 +315,12 @@ __device__ __forceinline__ void serve_row(const Call& call) {
   };
 
   each_logit([&](float s, float t) { accumulate<kind>(part, s, t, call.rate, labels); });
-  float sums_of_part[4] = {part.student_sum, part.teacher_sum, part.label_sum, part.moment};
-  block_sum(sums_of_part, shared.of_warps);
+  block_sum(shared.of_warps, [&](auto body) { each_sum<kind>(part, labels, body); });
   const int64_t label = labels ? call.labels[row_index] : -1;
   const bool has_label = label >= 0, knows_label = has_label && label < call.vocabulary;
   const int label_column = knows_label ? int(label) : -1;
   cluster.barrier_wait();
   if (warp == 0) {
-    part.student_sum = sums_of_part[0], part.teacher_sum = sums_of_part[1];
-    part.label_sum = sums_of_part[2], part.moment = sums_of_part[3];
     if (peak_of_block != no_column) part.peak = begin + peak_of_block, part.teacher_at_peak = shared.teacher_at_peak;
     if (stats && shared.teacher_best != no_column) part.teacher_best = begin + shared.teacher_best;
     if (labels && unsigned(label_column - begin) < count)
@@ -344,24 +344,20 @@ __device__ __forceinline__ void serve_row(const Call& call) {
     own_peak = no_column;
   }
 
-  float sums_of_row[4] = {};
+  Sums sums{};
   if ((kind != none && !has_moment<kind>) || stats) {
-    Sums sums{};
     each_logit([&](float s, float t) { add_entry<kind>(sums, s, t, row, call, stats); });
-    float of_block[4] = {sums.value, sums.coefficient, sums.student_entropy, sums.teacher_entropy};
-    block_sum(of_block, shared.of_warps);
-    if (warp == 0 && lane < blocks) cluster.map_shared_rank(shared.sums, lane)[rank] = {of_block[0], of_block[1], of_block[2], of_block[3]};
+    block_sum(shared.of_warps, [&](auto body) { each_sum<kind>(sums, stats, body); });
+    if (warp == 0 && lane < blocks) cluster.map_shared_rank(shared.sums, lane)[rank] = sums;
     cluster.sync();
     if (warp == 0) {
-      const Sums own = lane < blocks ? shared.sums[lane] : Sums{};
-      sums_of_row[0] = warp_sum(own.value), sums_of_row[1] = warp_sum(own.coefficient);
-      sums_of_row[2] = warp_sum(own.student_entropy), sums_of_row[3] = warp_sum(own.teacher_entropy);
+      sums = lane < blocks ? shared.sums[lane] : Sums{};
+      each_sum<kind>(sums, stats, [](float& x) { x = warp_sum(x); });
     }
   }
   // No block reads or writes another's shared memory from here on, so each may end before the others.
 
   if (threadIdx.x == 0) {
-    Sums sums{sums_of_row[0], sums_of_row[1], sums_of_row[2], sums_of_row[3]};
     const float label_weight = knows_label && call.label_weight != nullptr ? call.label_weight[row_index] : 0.0f;
     shared.factors = finish<kind>(sums, row, call, call.row_weight[row_index], label_weight, label_column);
     if (rank == 0) {
@@ -371,6 +367,7 @@ __device__ __forceinline__ void serve_row(const Call& call) {
         call.student_entropy[row_index] = sums.student_entropy * ln_2;
         call.teacher_entropy[row_index] = sums.teacher_entropy * ln_2;
         call.top1_agreement[row_index] = row.whole.peak == row.whole.teacher_best;
+        call.acceptance[row_index] = sums.acceptance;
       }
     }
   }
@@ -417,7 +414,9 @@ __device__ __forceinline__ void serve_row(const Call& call) {
 
 KERNELS(forward_kl)
 KERNELS(reverse_kl)
+KERNELS(mixed)
 KERNELS(tvd)
+KERNELS(nla)
 KERNELS(jsd)
 KERNELS(skew_kl)
 KERNELS(skew_rkl)

@@ -59,7 +59,7 @@ def run(call: RowCall) -> None:
         call.row_weight,
         call.labels,
         call.label_weight,
-        [out.divergence, out.cross_entropy, out.student_entropy, out.teacher_entropy, out.top1_agreement],
+        [out.divergence, out.cross_entropy, out.student_entropy, out.teacher_entropy, out.top1_agreement, out.acceptance],
         call.gradient,
         call.keeps_logits,
         lists,

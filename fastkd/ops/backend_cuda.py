@@ -46,7 +46,10 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("student", "teacher", "gradient", "student_bias", "teacher_bias")),
         *((name, c_void_p) for name in ("teacher_rest", "row_weight", "labels", "label_weight")),
-        *((name, c_void_p) for name in ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement")),
+        *(
+            (name, c_void_p)
+            for name in ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement", "acceptance")
+        ),
         *((name, c_int64) for name in ("student_stride", "teacher_stride", "gradient_stride")),
         *((name, c_int) for name in ("student_type", "teacher_type", "gradient_type", "vocabulary", "slice")),
         *((name, c_float) for name in ("temperature", "rate")),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .divergence import balance_, value_and_coefficient, weighted
+from .divergence import acceptance, balance_, value_and_coefficient, weighted
 from .row_call import LogitTransform, RowCall, TopK
 from .topk_events import divergence_of_events, listed_of, others_of, spread_, teacher_events
 
@@ -84,10 +84,12 @@ def _divergence_block(call: RowCall, block: slice, student: Tensor, teacher: Ten
     value, coefficient = value_and_coefficient(divergence, p, q, log_p, log_q, rest=rest)
     out.divergence[block] = value * temperature**2
     if call.wants_statistics:
-        assert out.student_entropy is not None and out.teacher_entropy is not None and out.top1_agreement is not None
+        assert out.student_entropy is not None and out.teacher_entropy is not None
+        assert out.top1_agreement is not None and out.acceptance is not None
         out.student_entropy[block] = -weighted(q, log_q).sum(-1)
         out.teacher_entropy[block] = -weighted(p, log_p).sum(-1) - (0.0 if rest is None else weighted(rest, rest.log()))
         out.top1_agreement[block] = (log_q.argmax(-1) == log_p.argmax(-1)).to(student.dtype)
+        out.acceptance[block] = acceptance(p, q)
     if call.gradient is None:
         return None
     is_certain = log_q.amax(-1) > _LOG_HALF

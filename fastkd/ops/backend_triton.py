@@ -57,6 +57,7 @@ def run(call: RowCall) -> None:
         student_entropy=out.student_entropy,
         teacher_entropy=out.teacher_entropy,
         top1_agreement=out.top1_agreement,
+        acceptance=out.acceptance,
         labels=call.labels,
         label_weight=call.label_weight,
         student_bias=call.student_bias,

@@ -25,7 +25,7 @@ TAILS = ("bucket", "renormalize", "zero")
 """What stands for the tokens that a top-k teacher does not list; `topk_kl_div` has the formulas."""
 SUPPORTS = ("full", "listed")
 """Where the student's softmax is taken beside a renormalised list: over its vocabulary, or over the list."""
-_INFINITE_WHERE_P_IS_ZERO = ("reverse_kl",)
+_INFINITE_WHERE_P_IS_ZERO = ("reverse_kl", "mixed")
 SMALLEST_TEMPERATURE = 1e-6
 LARGEST_TEMPERATURE = 32.0
 """Up to here every backend's float32 holds the KL divergence of models whose logits are some nats apart to 1e-4 of its value."""

@@ -18,7 +18,7 @@ from .row_call import LogitTransform
 
 logger = logging.getLogger("fastkd")
 
-_KINDS = {"forward_kl": 1, "reverse_kl": 2, "tvd": 3, "jsd": 4, "skew_kl": 5, "skew_rkl": 6}
+_KINDS = {"forward_kl": 1, "reverse_kl": 2, "mixed": 3, "tvd": 4, "nla": 5, "jsd": 6, "skew_kl": 7, "skew_rkl": 8}
 _UNUSABLE = (OSError, RuntimeError, ImportError)
 
 

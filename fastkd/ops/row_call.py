@@ -60,7 +60,7 @@ class TopK:
 class RowOutputs:
     """Where the unweighted results of C rows are written, (C,) each, contiguous, in the row weights' dtype; None: not wanted.
 
-    The three statistics are wanted together or not at all, and only of a dense teacher.
+    The four statistics are wanted together or not at all, and only of a dense teacher.
     """
 
     divergence: Tensor | None = None
@@ -73,6 +73,8 @@ class RowOutputs:
     """Entropy of softmax(teacher / T), the rest of a `teacher_rest` being one event."""
     top1_agreement: Tensor | None = None
     """1 where both models' first largest logits have the same column, else 0."""
+    acceptance: Tensor | None = None
+    """sum min(p, q) over the columns, p and q being softmax(teacher / T) and softmax(student / T)."""
 
     def at(self, rows: slice) -> RowOutputs:
         """Those of some of the rows."""
@@ -96,7 +98,8 @@ class RowCall:
 
     With `teacher_rest` the teacher has further tokens: p sums to less than one, and they are one event of mass r = 1 - sum p to which
     the student gives nothing. It adds to D what the divergence gives for q = 0: r / 2 for "tvd", -beta log(beta) r for "jsd",
-    -log(alpha) r for "skew_kl". "forward_kl", where that is infinite, leaves it out.
+    -log(alpha) r for "skew_kl". Forward KL, where that is infinite, leaves it out, also as a part of "mixed". The acceptance,
+    sum min(p, q), has none of it.
     """
 
     student: Tensor
@@ -125,5 +128,5 @@ class RowCall:
 
     @property
     def wants_statistics(self) -> bool:
-        """Whether entropies and agreement are asked for."""
+        """Whether entropies, agreement and acceptance are asked for."""
         return self.outputs.student_entropy is not None

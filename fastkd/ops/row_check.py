@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend_torch import run as run_exactly
-from .divergence import Divergence
+from .divergence import MIXING, Divergence
 from .row_call import LogitTransform, RowCall, RowOptions, RowOutputs, TopK
 
 TOLERANCE = 1e-4
@@ -184,7 +184,7 @@ def _inputs(kind: CallKind, vocabulary: int, scale: float) -> tuple[RowOptions, 
         "labels": torch.tensor([vocabulary // 4, -100, vocabulary - 1, 1], device="cpu"),
     }
     inputs["ids"][0, -1] = -1 if kind.entries > 1 else ids[0, -1]
-    mixing = 0.3 if kind.divergence in ("jsd", "skew_kl", "skew_rkl") else None
+    mixing = 0.3 if kind.divergence in MIXING else None
     divergence = None if kind.divergence is None else Divergence(kind.divergence, mixing)
     return RowOptions(divergence, _TEMPERATURE, *transforms, tail=kind.tail or "bucket"), inputs
 
@@ -228,6 +228,7 @@ def _call(kind: CallKind, options: RowOptions, inputs: dict[str, Tensor], device
             student_entropy=vector("student_entropy", kind.statistics),
             teacher_entropy=vector("teacher_entropy", kind.statistics),
             top1_agreement=vector("top1_agreement", kind.statistics),
+            acceptance=vector("acceptance", kind.statistics),
         ),
         row_weight=inputs["row_weight"].to(device, arithmetic),
         labels=given("labels", kind.labels, torch.int64),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .divergence import Divergence, balance_, value_and_coefficient
+from .divergence import Divergence, acceptance, balance_, column_sums, of_acceptance
 from .row_call import TopK
 
 
@@ -50,8 +50,10 @@ def divergence_of_events(divergence: Divergence, log_p: Tensor, log_q: Tensor) -
 
     q sums to one and p need not: rounding, or tail="zero", leaves it less.
     """
-    q = log_q.exp()
-    value, coefficient = value_and_coefficient(divergence, log_p.exp(), q, log_p, log_q, is_shard=True)
+    p, q = log_p.exp(), log_q.exp()
+    value, coefficient = column_sums(divergence, p, q, log_p, log_q, is_shard=True)
+    if divergence.kind == "nla":
+        value, coefficient = of_acceptance(acceptance(p, q), value, coefficient)
     gradient = coefficient.sub_(q * coefficient.sum(-1, keepdim=True))
     return value, balance_(gradient, q, q.amax(-1) > 0.5)
 

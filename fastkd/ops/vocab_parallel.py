@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .backend_torch import blocks, chain_, transformed
 from .checks import check_token_values, compute_dtype
-from .divergence import value_and_coefficient, weighted
+from .divergence import acceptance, column_sums, of_acceptance, weighted
 from .given_logits import GivenLogits
 from .gradient_in_forward import finish_gradients
 from .linear_logits import LinearGradients, LinearLogits
@@ -230,6 +230,8 @@ class Norms(NamedTuple):
     """log sum exp(z - max) of the student; zero without labels"""
     coefficient_sum: Tensor
     """sum of dD / d log q; see `value_and_coefficient`"""
+    accepted: Tensor
+    """sum min(p, q), for "nla" alone"""
 
     def at(self, rows: slice) -> Norms:
         """Those of some of the rows."""
@@ -378,12 +380,20 @@ def _reduce(pair: _Pair, norms: Norms, labels: Tensor | None, losses: Tensor, gr
         value = sums[2] / sums[0] + (log_sums[1] - log_sums[0])
         norms.coefficient_sum.copy_(value + 1.0)
     else:
+        is_nla = divergence.kind == "nla"
+        parts = maxima.new_zeros(3 if is_nla else 2, maxima.shape[1])
         for block, _, log_q, log_p in pair.log_probabilities(norms):
-            own_value, coefficient = value_and_coefficient(divergence, log_p.exp(), log_q.exp(), log_p, log_q, is_shard=True)
-            maxima[0, block], maxima[1, block] = own_value, coefficient.sum(-1)
-        dist.all_reduce(maxima, dist.ReduceOp.SUM, group)
-        value = maxima[0]
-        norms.coefficient_sum.copy_(maxima[1])
+            p, q = log_p.exp(), log_q.exp()
+            own_value, coefficient = column_sums(divergence, p, q, log_p, log_q, is_shard=True)
+            parts[0, block], parts[1, block] = own_value, coefficient.sum(-1)
+            if is_nla:
+                parts[2, block] = acceptance(p, q)
+        dist.all_reduce(parts, dist.ReduceOp.SUM, group)
+        value, coefficient_sum = parts[0], parts[1]
+        if is_nla:
+            norms.accepted.copy_(parts[2])
+            value, coefficient_sum = of_acceptance(parts[2], value, coefficient_sum[:, None])
+        norms.coefficient_sum.copy_(coefficient_sum.view(-1))
     losses[0] = value * pair.options.temperature**2
 
 
@@ -396,7 +406,9 @@ def _write_gradient(
     assert divergence is not None
     for block, student, log_q, log_p in pair.log_probabilities(norms):
         q = log_q.exp()
-        _, total = value_and_coefficient(divergence, log_p.exp(), q, log_p, log_q, is_shard=True)
+        _, total = column_sums(divergence, log_p.exp(), q, log_p, log_q, is_shard=True)
+        if divergence.kind == "nla":
+            total.div_(norms.accepted[block, None])
         # T^2 from the loss, 1/T from z/T.
         total.sub_(q.mul_(norms.coefficient_sum[block, None])).mul_(temperature * row_weight[block, None])
         if labels is not None and label_weight is not None:

@@ -57,11 +57,11 @@ def launch(kernel, count, vocabulary, padding, begin, dtype, bias):
     shared |= {"labels": torch.empty(begin + count, dtype=torch.int64)[part], "label_weight": vectors[3][part]}
     shared |= {"student_bias": torch.empty(vocabulary)} if bias else {}
     if kernel == "rows":
-        statistics = dict(zip(("student_entropy", "teacher_entropy", "top1_agreement"), vectors[4:7, part]))
+        statistics = dict(zip(("student_entropy", "teacher_entropy", "top1_agreement", "acceptance"), vectors[4:8, part]))
         rows.softmax_divergence(student, teacher, kind="forward_kl", temperature=1.0 + begin, **shared, **statistics)
     else:
         ids, log_p = torch.empty(count, 9 + begin % 7, dtype=torch.int64), torch.empty(9 + begin % 7, count).T
-        topk.topk_divergence(student, ids, log_p, vectors[7][part], kind="forward_kl", tail="bucket", temperature=1.0 + begin, **shared)
+        topk.topk_divergence(student, ids, log_p, vectors[8][part], kind="forward_kl", tail="bucket", temperature=1.0 + begin, **shared)
 
 report = {}
 for kernel in ("rows", "topk"):

@@ -67,6 +67,15 @@ int first(const std::vector<float>& row, int begin, int end, float x) {
   return no_column;
 }
 
+// Each sum of a part, or of a row, to that of the whole.
+template <Kind kind, typename Part>
+void add(Part& whole, Part& part, bool extras) {
+  std::vector<float> sums;
+  each_sum<kind>(part, extras, [&](float x) { sums.push_back(x); });
+  auto next = sums.begin();
+  each_sum<kind>(whole, extras, [&](float& x) { x += *next++; });
+}
+
 template <Kind kind>
 Statistics merge(std::vector<Statistics> parts, int label_block, const Call& call) {
   Statistics whole = no_statistics();
@@ -85,10 +94,7 @@ Statistics merge(std::vector<Statistics> parts, int label_block, const Call& cal
     raise<kind>(part, whole.student_from, whole.teacher_from, whole.label_from);
     if (part.peak == whole.peak) whole.teacher_at_peak = part.teacher_at_peak;
     else if (part.peak != no_column) accumulate<kind>(part, part.student_peak, part.teacher_at_peak, call.rate, call.labels);
-    whole.student_sum += part.student_sum;
-    whole.teacher_sum += part.teacher_sum;
-    whole.label_sum += part.label_sum;
-    whole.moment += part.moment;
+    add<kind>(whole, part, call.labels);
   }
   whole.label_logit = parts[label_block].label_logit;
   return whole;
@@ -122,8 +128,7 @@ void serve_row(const Call& call, int64_t index, int blocks) {
         const bool held = column == part.peak;
         accumulate<kind>(own, held ? nothing : s[column], held ? nothing : t[column], call.rate, has_labels);
       }
-      part.student_sum += own.student_sum, part.teacher_sum += own.teacher_sum;
-      part.label_sum += own.label_sum, part.moment += own.moment;
+      add<kind>(part, own, has_labels);
     }
     parts.push_back(part);
   }
@@ -140,8 +145,7 @@ void serve_row(const Call& call, int64_t index, int blocks) {
         const bool held = column == row.whole.peak;
         add_entry<kind>(own, held ? nothing : s[column], held ? nothing : t[column], row, call, stats);
       }
-      sums.value += own.value, sums.coefficient += own.coefficient;
-      sums.student_entropy += own.student_entropy, sums.teacher_entropy += own.teacher_entropy;
+      add<kind>(sums, own, stats);
     }
   }
   const float label_weight = label_column >= 0 && call.label_weight ? call.label_weight[index] : 0;
@@ -152,6 +156,7 @@ void serve_row(const Call& call, int64_t index, int blocks) {
     call.student_entropy[index] = sums.student_entropy * ln_2;
     call.teacher_entropy[index] = sums.teacher_entropy * ln_2;
     call.top1_agreement[index] = row.whole.peak == row.whole.teacher_best;
+    call.acceptance[index] = sums.acceptance;
   }
   if (!call.gradient) return;
   for (int column = 0; column < n; ++column) {
@@ -165,8 +170,9 @@ void serve_row(const Call& call, int64_t index, int blocks) {
 }  // namespace
 
 extern "C" void host_rows(int kind, const Call* call, int64_t rows, int blocks) {
-  void (*const of_kinds[])(const Call&, int64_t, int) = {serve_row<none>, serve_row<forward_kl>, serve_row<reverse_kl>, serve_row<tvd>,
-                                                        serve_row<jsd>, serve_row<skew_kl>, serve_row<skew_rkl>};
+  void (*const of_kinds[])(const Call&, int64_t, int) = {serve_row<none>, serve_row<forward_kl>, serve_row<reverse_kl>,
+                                                        serve_row<mixed>, serve_row<tvd>, serve_row<nla>, serve_row<jsd>,
+                                                        serve_row<skew_kl>, serve_row<skew_rkl>};
   for (int64_t row = 0; row < rows; ++row) of_kinds[kind](*call, row, blocks);
 }
 
@@ -176,7 +182,7 @@ extern "C" int offset_of(const char* name) {
   if (!std::strcmp(name, #field)) return int(offsetof(Call, field));
   FIELD(student) FIELD(teacher) FIELD(gradient) FIELD(student_bias) FIELD(teacher_bias) FIELD(teacher_rest) FIELD(row_weight)
   FIELD(labels) FIELD(label_weight) FIELD(divergence) FIELD(cross_entropy) FIELD(student_entropy) FIELD(teacher_entropy)
-  FIELD(top1_agreement) FIELD(student_stride) FIELD(teacher_stride) FIELD(gradient_stride) FIELD(student_type) FIELD(teacher_type)
+  FIELD(top1_agreement) FIELD(acceptance) FIELD(student_stride) FIELD(teacher_stride) FIELD(gradient_stride) FIELD(student_type) FIELD(teacher_type)
   FIELD(gradient_type) FIELD(vocabulary) FIELD(slice) FIELD(temperature) FIELD(rate) FIELD(student_transform)
   FIELD(teacher_transform) FIELD(mixing)
   return -1;

@@ -46,7 +46,7 @@ SOURCE = Path(__file__).with_name("cuda_host.cpp")
 VANISHING = 1.6e-6
 """L1 norm of what is left of a gradient that is zero: a student with one token left to it has none, whatever it is compared with."""
 LABELS = {"labels": torch.tensor([16, -1, 60, 0, 7]), "label_weight": torch.tensor([0.3, 5.0, 1.0, 0.0, 2.0])}
-KINDS = ["none", "forward_kl", "reverse_kl", "tvd", "jsd", "skew_kl", "skew_rkl"]
+KINDS = ["none", "forward_kl", "reverse_kl", "mixed", "tvd", "nla", "jsd", "skew_kl", "skew_rkl"]
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,10 @@
     python -m fastkd.benchmarks.teacher_mass --quick                                    a few steps, to see that it works
     python -m fastkd.benchmarks.teacher_mass --write-docs docs/methods/glmd.md          draw the table again, from the JSON file alone
 
-Models, documents and steps are the quickstart's: the teacher is trained once, on all documents, and the students have few. All students of a seed begin from the same weights and read the same rows in the same order. Stopped, the same command goes on
-where it was; after each student it writes the JSON file anew. In the output folder of `fastkd quickstart` (`--runs runs/quickstart`)
-its teacher serves.
+Models, documents and steps are the quickstart's: the teacher is trained once, on all documents, and the students have few. All
+students of a seed begin from the same weights and read the same rows in the same order. Stopped, the same command goes on where it was;
+after each student it writes the JSON file anew. In the output folder of `fastkd quickstart` (`--runs runs/quickstart`) its teacher
+serves.
 """
 
 from __future__ import annotations

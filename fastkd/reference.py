@@ -360,11 +360,12 @@ def _divergence(divergence: Divergence, log_p: Tensor, log_q: Tensor, log_rest: 
 
 
 def _dense_statistics(log_p: Tensor, log_q: Tensor, log_rest: Tensor | None = None) -> dict[str, Tensor]:
-    """Entropies and agreement (...) of log-probabilities (..., V); `log_rest` (..., 1) as `_divergence` takes it."""
+    """Entropies, agreement and acceptance (...) of log-probabilities (..., V); `log_rest` (..., 1) as `_divergence` takes it."""
     nothing = torch.zeros_like(log_q)  # the entropy is -KL(p || 1)
     entropy = -_kl(log_p, nothing) - (0.0 if log_rest is None else _kl(log_rest, torch.zeros_like(log_rest)))
     agreement = (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q.dtype)
-    return {"student_entropy": -_kl(log_q, nothing), "teacher_entropy": entropy, "top1_agreement": agreement}
+    accepted = torch.minimum(log_p, log_q).exp().sum(-1)
+    return {"student_entropy": -_kl(log_q, nothing), "teacher_entropy": entropy, "top1_agreement": agreement, "acceptance": accepted}
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -281,5 +281,5 @@ def topk_divergence(
 
 def topk_cases(divergences: Sequence[str] = DIVERGENCES) -> list[tuple[str, str]]:
     """Every (tail, divergence) that is defined."""
-    cases = [("bucket", name) for name in divergences] + [("renormalize", name) for name in divergences if name != "reverse_kl"]
-    return [*cases, ("zero", "forward_kl")]
+    finite = [name for name in divergences if not name.startswith(("reverse_kl", "mixed"))]
+    return [*(("bucket", name) for name in divergences), *(("renormalize", name) for name in finite), ("zero", "forward_kl")]

@@ -32,7 +32,8 @@ from .topk_lists import write_list_statistics
 class LossStats:
     """Per-token values in the shape of the leading dims, zero where masked; no gradient flows. Nats; `divergence` carries T^2.
 
-    Entropies are those of the tempered distributions; `top1_agreement` is 1 where both models rank the same token first. With
+    Entropies are those of the tempered distributions; `top1_agreement` is 1 where both models rank the same token first;
+    `acceptance` is sum min(p, q), the share of the student's tokens that speculative decoding would accept at that temperature. With
     `grad_filter`, `columns_kept` is the share of the vocabulary that the token's chunk kept, and `dropped_mass` the share of the L1
     norm of the token's logit gradient in the columns that were replaced by their mean; both are zero where no gradient was made.
 
@@ -50,6 +51,7 @@ class LossStats:
     student_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
     top1_agreement: Tensor | None = None
+    acceptance: Tensor | None = None
     columns_kept: Tensor | None = None
     dropped_mass: Tensor | None = None
     listed_mass: Tensor | None = None
@@ -123,7 +125,7 @@ def _known(options: LossOptions, *, has_teacher: bool, has_labels: bool) -> tupl
     """Names of the statistics that row kernels and lists tell."""
     known = ("divergence",) * has_teacher + ("cross_entropy",) * has_labels
     if options.statistics == "all":
-        known += _ENTROPIES if options.has_dense_teacher else _OF_LISTS if options.tail is not None else ()
+        known += _OF_PAIRS if options.has_dense_teacher else _OF_LISTS if options.tail is not None else ()
     return known
 
 
@@ -177,7 +179,7 @@ class _Pass:
             assert isinstance(taught, Tensor) and dense is not None
             self.kept.tell(part, taught, dense.bias)
         wanted = {"divergence": teacher is not None, "cross_entropy": weights.labels is not None}
-        wanted |= dict.fromkeys(_ENTROPIES, dense is not None and self.options.statistics == "all")
+        wanted |= dict.fromkeys(_OF_PAIRS, dense is not None and self.options.statistics == "all")
         return RowCall(
             student=logits,
             teacher=taught,
@@ -194,7 +196,7 @@ class _Pass:
         )
 
 
-_ENTROPIES = ("student_entropy", "teacher_entropy", "top1_agreement")
+_OF_PAIRS = ("student_entropy", "teacher_entropy", "top1_agreement", "acceptance")
 _OF_LISTS = ("listed_mass", "topk_overlap")
 
 

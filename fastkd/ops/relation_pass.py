@@ -195,7 +195,7 @@ def _fill(
     weighted with `row_weights`. A key mask leaves every batch entry a key.
     """
     dtype, heads = values.dtype, values.shape[2]
-    names = ("student_entropy", "teacher_entropy", "top1_agreement") if cross_entropy else ()
+    names = ("student_entropy", "teacher_entropy", "top1_agreement", "acceptance") if cross_entropy else ()
     outputs = {"divergence": values} | {name: torch.empty_like(values) for name in names}
     terms = []
     for index, (q, k, key_mask) in enumerate(zip(target_q, target_k, key_masks, strict=True)):

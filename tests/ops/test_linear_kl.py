@@ -13,7 +13,8 @@ from fastkd import Divergence
 from tests.oracle import assert_close, relative_error, wrong_gradients
 
 TOKENS, STUDENT_VOCAB, TEACHER_VOCAB, STUDENT_WIDTH, TEACHER_WIDTH = 23, 37, 53, 8, 12
-DIVERGENCES = ["forward_kl", "reverse_kl", "tvd", Divergence.jsd(0.3), Divergence.skew_kl(0.1), Divergence.skew_rkl(0.7)]
+DIVERGENCES = ["forward_kl", "reverse_kl", Divergence.mixed(0.3), "tvd", "nla"]
+DIVERGENCES += [Divergence.jsd(0.3), Divergence.skew_kl(0.1), Divergence.skew_rkl(0.7)]
 NAMES = ["student_hidden", "student_weight", "student_bias"]
 
 
@@ -252,7 +253,7 @@ def test_stats_equal_the_reference_and_carry_no_gradient():
     options = {"mask": MASK, "labels": LABELS, "temperature": 2.0, "return_stats": True, "chunk_size": 4}
     loss, stats = fastkd.linear_kl_div(**make_inputs(), **options)
     _, truth = fastkd.reference.linear_kl_div(**make_inputs(), **options)
-    for name in ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement"):
+    for name in ("divergence", "cross_entropy", "student_entropy", "teacher_entropy", "top1_agreement", "acceptance"):
         assert_close(getattr(stats, name), getattr(truth, name), 1e-12, name)
         assert not getattr(stats, name).requires_grad
     assert loss.requires_grad

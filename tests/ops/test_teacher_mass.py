@@ -197,7 +197,7 @@ def test_statistics_and_values_of_tokens(mass):
         made, statistics = fastkd.linear_kl_div(*arguments, **options)
         truth, expected = reference.linear_kl_div(*arguments, **options)
         assert_close(made, truth, 1e-9)
-        for name in ("divergence", "student_entropy", "teacher_entropy", "top1_agreement"):
+        for name in ("divergence", "student_entropy", "teacher_entropy", "top1_agreement", "acceptance"):
             assert_close(getattr(statistics, name), getattr(expected, name), 1e-9, name)
 
 

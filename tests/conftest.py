@@ -1,12 +1,14 @@
-"""Where there is no GPU, Triton's kernels run on the CPU: its interpreter is to be chosen before anything imports triton."""
+"""What every test stands on: the interpreter of Triton where there is no GPU, and an interrupt that interrupts."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and what it starts, begin with it ignored
 
 
 @pytest.fixture

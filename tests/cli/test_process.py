@@ -136,7 +136,8 @@ def interrupted(self, folder, **options):
     os.kill(os.getpid(), signal.{name})
     raise AssertionError("it went on")
 
-signal.signal(signal.{name}, signal.default_int_handler if "{name}" == "SIGINT" else signal.SIG_DFL)  # nohup ignores one
+if "{name}" == "SIGHUP":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 PreTrainedTokenizerBase.save_pretrained = interrupted
 sys.exit(main(sys.argv[1:]))
 """

@@ -130,6 +130,7 @@ KINDS = (
     Kind("ignore_index", "-1, 0, 1"),
     Kind("chunk_size memory_budget", "None, 1"),
     Kind("return_stats", "True"),
+    Kind("token_weight", "None"),
     Kind("targets"),
 )
 

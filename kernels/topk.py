@@ -239,7 +239,6 @@ def topk_divergence_kernel(
     value_tail, coefficient_tail = value_and_coefficient(p_tail, q_tail, log_ratio, mixing, KIND)
     coefficient_sum = tl.sum(coefficient, axis=0) + coefficient_tail
     divergence = tl.sum(value, axis=0) + value_tail
-    accepted = 1.0
     if KIND == "nla":
         accepted = tl.sum(tl.minimum(p, q), axis=0) + tl.minimum(p_tail, q_tail)
         divergence = negative_log(accepted, divergence)
@@ -258,7 +257,9 @@ def topk_divergence_kernel(
     if gradient is not None:
         gradient = row_begin(gradient, gradient_stride, VECTOR)
         # T^2 from the loss, 1/T from z/T.
-        factor = temperature * tl.load(row_weight + row) * scale / accepted
+        factor = temperature * tl.load(row_weight + row) * scale
+        if KIND == "nla":
+            factor /= accepted
         slope = coefficient - q * coefficient_sum
         # The terms add up to zero over the row: what would cancel is minus the sum of the others.
         rest_slope = tl.where(q_tail > 0.5, -tl.sum(slope, axis=0), coefficient_tail - q_tail * coefficient_sum)

@@ -67,8 +67,9 @@ SIGNATURES = {
     "Divergence.parse": "(value)",
     "LinearKLDivLoss": "(**options)",
     "LinearKLDivLoss.forward": "(self, student_hidden, student_weight, teacher_hidden, teacher_weight, **per_batch)",
-    "LossStats": "(divergence=None, cross_entropy=None, student_entropy=None, teacher_entropy=None, top1_agreement=None, acceptance=None, "
-    "columns_kept=None, dropped_mass=None, listed_mass=None, topk_overlap=None, kept_mass=None, teacher_top1_kept=None)",
+    "LossStats": "(divergence=None, cross_entropy=None, student_entropy=None, teacher_entropy=None, top1_agreement=None, "
+    "acceptance=None, columns_kept=None, dropped_mass=None, listed_mass=None, topk_overlap=None, kept_mass=None, "
+    "teacher_top1_kept=None)",
     "ProjectedMSELoss": "(**options)",
     "ProjectedMSELoss.forward": "(self, student_states, student_weight, teacher_states, teacher_weight, **per_batch)",
     "RelationKLLoss": "(**options)",

@@ -53,7 +53,7 @@ def neg_log_acceptance_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Speculators has no less than 1e-5 in the logarithm, and no gradient below.
     """
-    return -(1.0 - tv_loss(logits, targets)).log()
+    return _per_token(logits, targets, "nla")
 
 
 def lk_hybrid_loss(logits: Tensor, targets: Tensor, eta: float = 3.0) -> Tensor:

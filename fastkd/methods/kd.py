@@ -27,7 +27,7 @@ class KDOptions:
     temperature: float = 2.0
     """Softens both distributions; the loss carries its square."""
     divergence: str = "forward_kl"
-    """Divergence between teacher and student, by name or as jsd(0.5), skew_kl(0.1), skew_rkl(0.1)."""
+    """Divergence between teacher and student, by name or as mixed(0.5), jsd(0.5), skew_kl(0.1), skew_rkl(0.1)."""
     label_weight: float = 1.0
     """Weight of the hard labels' cross-entropy beside the divergence."""
     completion_only: bool = False

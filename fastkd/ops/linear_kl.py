@@ -100,7 +100,7 @@ def linear_kl_div(
             may differ in size. The loss is that of the whole vocabulary, on every process. The gradient of `student_hidden` is summed
             over the group in the backward pass, so that it is complete, and equal, on every process: do not sum it again. Gradients of
             weight and bias are those of the shard. `labels` are positions in the shards as they stand one behind the other, in the
-            order of ranks. A chunk of tokens takes two all-reduces (three for tvd, jsd, skew_kl and skew_rkl) of at most five numbers a
+            order of ranks. A chunk of tokens takes two all-reduces (three for all but forward and reverse KL) of at most five numbers a
             token. All processes must call, and go backward, alike. Not with vocab_index, teacher_mass, return_stats,
             grad_filter or compiled backends; under `torch.compile` the graph breaks here.
 

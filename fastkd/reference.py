@@ -29,6 +29,7 @@ def kl_div(
     *,
     divergence: str | Divergence = "forward_kl",
     temperature: float = 1.0,
+    temperature_squared: bool = True,
     mask: Tensor | None = None,
     vocab_index: Tensor | None = None,
     teacher_mass: str = "renormalize",
@@ -42,6 +43,7 @@ def kl_div(
     teacher_logit_scale: float = 1.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    label_denominator: float | Tensor | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -53,13 +55,13 @@ def kl_div(
     teacher = _transformed(_kept(teacher_logits.detach(), mask), teacher_logit_scale, teacher_softcap)
     log_q = torch.log_softmax(student / temperature, -1)
     log_p, log_rest = _over_student_vocabulary(teacher / temperature, vocabulary, vocab_index, teacher_mass, vocab_slots)
-    values = temperature**2 * _divergence(Divergence.parse(divergence), log_p, log_q, log_rest)
+    values = (temperature**2 if temperature_squared else 1.0) * _divergence(Divergence.parse(divergence), log_p, log_q, log_rest)
     weight = _weight(values, mask)
     terms, cross_entropy = [(values, weight)], None
     if labels is not None:
         cross_entropy, labelled = _cross_entropy(student, labels, ignore_index)
         terms.append((label_weight * cross_entropy, weight * labelled))
-    loss = _reduced(terms, reduction, denominator)
+    loss = _reduced(terms, reduction, denominator, label_denominator)
     if not return_stats:
         return loss
     statistics = {"divergence": values, "cross_entropy": cross_entropy}
@@ -102,6 +104,7 @@ def _weighted(
     *,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    label_denominator: float | Tensor | None = None,
     return_stats: bool | Literal["losses"] = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -120,9 +123,8 @@ def _weighted(
     # The values carry the mask's weights, which count in the means.
     totals = [(factor * values).sum() for values, _ in terms]
     if reduction == "mean":
-        totals = [
-            total / (weight.sum() if denominator is None else denominator) for total, (_, weight) in zip(totals, terms, strict=True)
-        ]
+        own = [weight.sum() for _, weight in terms]
+        totals = [total / count for total, count in zip(totals, _denominators(own, denominator, label_denominator), strict=True)]
     loss = torch.stack(totals).sum()
     return (loss, stats) if return_stats else loss
 
@@ -164,6 +166,7 @@ def topk_kl_div(
     divergence: str | Divergence = "forward_kl",
     student_support: str = "full",
     temperature: float = 1.0,
+    temperature_squared: bool = True,
     topk_temperature: float | None = None,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
@@ -173,6 +176,7 @@ def topk_kl_div(
     student_logit_scale: float = 1.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    label_denominator: float | Tensor | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -206,13 +210,13 @@ def topk_kl_div(
         log_p = torch.cat((log_p, log_p_tail), -1)
     if mask is not None:
         log_p = torch.where((mask == 0)[..., None], log_q_of_events.detach(), log_p)
-    values = temperature**2 * _divergence(kind, log_p, log_q_of_events)
+    values = (temperature**2 if temperature_squared else 1.0) * _divergence(kind, log_p, log_q_of_events)
     weight = _weight(values, mask)
     terms, cross_entropy = [(values, weight)], None
     if labels is not None:
         cross_entropy, labelled = _cross_entropy(logits, labels, ignore_index)
         terms.append((label_weight * cross_entropy, weight * labelled))
-    loss = _reduced(terms, reduction, denominator)
+    loss = _reduced(terms, reduction, denominator, label_denominator)
     if not return_stats:
         return loss
     statistics = {"divergence": values, "cross_entropy": cross_entropy}
@@ -382,17 +386,30 @@ def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[T
     return torch.where(labelled, -log_q, 0.0), labelled
 
 
-def _reduced(terms: Sequence[tuple[Tensor, Tensor]], reduction: str, denominator: float | Tensor | None) -> Tensor:
-    """The sum of terms, each of values and weights (...); "mean" divides each by its own weights' sum, or all by `denominator`."""
+def _reduced(
+    terms: Sequence[tuple[Tensor, Tensor]],
+    reduction: str,
+    denominator: float | Tensor | None,
+    label_denominator: float | Tensor | None = None,
+) -> Tensor:
+    """The sum of terms, each of values and weights (...), the labels' second; "mean" divides each by its own count, or as told."""
     weighted = [weight * values for values, weight in terms]
     if reduction == "none":
         return torch.stack(weighted).sum(0)
     totals = torch.stack([values.sum() for values in weighted])
-    if reduction == "mean" and denominator is None:
+    if reduction == "mean":
         counts = torch.stack([weight.sum() for _, weight in terms])
-        totals = totals / torch.where(counts > 0, counts, 1.0)
-    loss = totals.sum()
-    return loss if denominator is None else (loss / denominator).to(loss.dtype)
+        own = [*torch.where(counts > 0, counts, 1.0)]
+        totals = torch.stack([x / n for x, n in zip(totals, _denominators(own, denominator, label_denominator), strict=True)])
+    return totals.sum().to(totals.dtype)
+
+
+def _denominators(
+    own: Sequence[Tensor], denominator: float | Tensor | None, label_denominator: float | Tensor | None
+) -> list[float | Tensor]:
+    """What each term is divided by: its own count () unless another is given; the labels' term comes second."""
+    given = [denominator, denominator if label_denominator is None else label_denominator]
+    return [count if other is None else other for count, other in zip(own, given, strict=False)]
 
 
 def _stats(weight: Tensor, **values: Tensor | None) -> LossStats:

@@ -39,25 +39,26 @@ NAMES = [
 ]
 REFERENCES = ["kl_div", "linear_cross_entropy", "linear_kl_div", "projected_mse", "relation_kl", "topk_kl_div"]
 ROW_OPTIONS = "reduction='mean', denominator=None, chunk_size=None, memory_budget=None, backend='auto'"
+TWO_TERMS = ROW_OPTIONS.replace("denominator=None", "denominator=None, label_denominator=None")
 LOGITS = "student_softcap=None, teacher_softcap=None, student_logit_scale=1.0, teacher_logit_scale=1.0"
 LABELS = "labels=None, label_weight=0.0, ignore_index=-100"
 TEACHER = "vocab_index=None, teacher_mass='renormalize', vocab_slots=None"
 SIGNATURES = {
     "distill": "(config, *, only_stage=None)",
-    "kl_div": "(student_logits, teacher_logits, *, divergence='forward_kl', temperature=1.0, mask=None, "
-    f"{TEACHER}, {LABELS}, {LOGITS}, {ROW_OPTIONS}, return_stats=False)",
+    "kl_div": "(student_logits, teacher_logits, *, divergence='forward_kl', temperature=1.0, temperature_squared=True, mask=None, "
+    f"{TEACHER}, {LABELS}, {LOGITS}, {TWO_TERMS}, return_stats=False)",
     "linear_cross_entropy": f"(hidden, weight, labels, *, bias=None, ignore_index=-100, softcap=None, logit_scale=1.0, "
     f"{ROW_OPTIONS}, token_weight=None)",
     "linear_kl_div": "(student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias=None, teacher_bias=None, "
-    f"divergence='forward_kl', temperature=1.0, mask=None, {TEACHER}, {LABELS}, {LOGITS}, {ROW_OPTIONS}, "
+    f"divergence='forward_kl', temperature=1.0, temperature_squared=True, mask=None, {TEACHER}, {LABELS}, {LOGITS}, {TWO_TERMS}, "
     "return_stats=False, grad_filter=None, token_weight=None, group=None)",
     "projected_mse": "(student_states, student_weight, teacher_states, teacher_weight, *, student_bias=None, teacher_bias=None, "
     "mask=None, reduction='mean', chunk_size=None, memory_budget=None)",
     "relation_kl": "(student_q, student_k, teacher_q, teacher_k, *, key_mask=None, query_mask=None, targets=(), form='kl', "
     "reduction='mean', chunk_size=None, memory_budget=None, backend='auto')",
     "topk_kl_div": "(student_hidden, student_weight, topk_ids, topk_logprobs, tail_logprob=None, *, student_bias=None, tail='bucket', "
-    "divergence='forward_kl', student_support='full', temperature=1.0, topk_temperature=None, "
-    f"mask=None, {LABELS}, student_softcap=None, student_logit_scale=1.0, {ROW_OPTIONS}, return_stats=False, "
+    "divergence='forward_kl', student_support='full', temperature=1.0, temperature_squared=True, topk_temperature=None, "
+    f"mask=None, {LABELS}, student_softcap=None, student_logit_scale=1.0, {TWO_TERMS}, return_stats=False, "
     "grad_filter=None, group=None)",
     "Divergence": "(kind, mixing=None)",
     "Divergence.mixed": "(alpha)",

@@ -82,7 +82,6 @@ class LigerFusedLinearJSDLoss(nn.Module):
         """
         _check_vocabularies(student_weight, teacher_weight)
         is_labelled = true_labels != self.ignore_index
-        squared = self.temperature**2
         loss, stats = linear_kl_div(
             student_input,
             student_weight,
@@ -92,19 +91,20 @@ class LigerFusedLinearJSDLoss(nn.Module):
             teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
             divergence=self.divergence,
             temperature=self.temperature,
+            temperature_squared=False,
             mask=is_labelled,
             labels=true_labels,
-            label_weight=self.weight_hard_loss / self.weight_soft_loss * squared,
+            label_weight=self.weight_hard_loss / self.weight_soft_loss,
             ignore_index=self.ignore_index,
             chunk_size=self.chunk_size,
             return_stats="losses",
         )
-        loss = self.weight_soft_loss / squared * loss
+        loss = self.weight_soft_loss * loss
         if not self.return_soft_hard_loss:
             return loss
         assert stats.divergence is not None and stats.cross_entropy is not None
         count = is_labelled.sum().clamp_min(1)
-        return loss, stats.divergence.sum() / squared / count, stats.cross_entropy.sum() / count
+        return loss, stats.divergence.sum() / count, stats.cross_entropy.sum() / count
 
 
 class LigerFusedLinearJSD(nn.Module):
@@ -148,10 +148,11 @@ class LigerFusedLinearJSD(nn.Module):
             teacher_weight.detach(),
             divergence=self.divergence,
             temperature=self.temperature,
+            temperature_squared=False,
             mask=_counted(shift_labels, self.ignore_index),
         )
         assert isinstance(loss, Tensor)
-        return loss / self.temperature**2
+        return loss
 
 
 class LigerFusedLinearKLDivLoss(nn.Module):
@@ -200,11 +201,12 @@ class LigerFusedLinearKLDivLoss(nn.Module):
             _wide(target.detach()).log().mul_(self.temperature),
             None,
             temperature=self.temperature,
+            temperature_squared=False,
             mask=weight,
             denominator=denominator,
         )
         assert isinstance(loss, Tensor)
-        return loss / self.temperature**2 + _mass_term(weight) / denominator
+        return loss + _mass_term(weight) / denominator
 
 
 class LigerJSD(nn.Module):

@@ -110,6 +110,7 @@ def chunked_divergence_loss(
             teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
             divergence=divergence_of_beta(beta),
             temperature=temperature,
+            temperature_squared=False,
             mask=counts,
             student_softcap=student_final_logit_softcapping,
             teacher_softcap=teacher_final_logit_softcapping,
@@ -119,7 +120,7 @@ def chunked_divergence_loss(
             return_stats=True,
         )
     assert stats.student_entropy is not None
-    return loss / temperature**2, stats.student_entropy.sum(), counts.sum()
+    return loss, stats.student_entropy.sum(), counts.sum()
 
 
 def _whole(parameter: Any) -> Any:
@@ -168,8 +169,9 @@ def generalized_jsd_loss(
         teacher_logits.detach(),
         divergence=divergence_of_beta(beta),
         temperature=temperature,
+        temperature_squared=False,
         mask=counts,
         denominator=denominator,
     )
     assert isinstance(loss, Tensor)
-    return loss / temperature**2
+    return loss

@@ -107,9 +107,9 @@ class KnowledgeDistillation(Objective):
                 temperature=options.temperature,
                 mask=mask,
                 labels=labels if options.label_weight > 0 else None,
-                # The op divides both terms by the tokens; cross-entropy is to be averaged over labelled ones.
-                label_weight=options.label_weight * tokens / labelled,
+                label_weight=options.label_weight,
                 denominator=tokens,
+                label_denominator=labelled,
                 **student.logit_options("student"),
             )
             if options.label_weight > 0:

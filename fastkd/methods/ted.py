@@ -330,9 +330,10 @@ class TaskAwareDistillation(Objective):
                 temperature=self.options.temperature,
                 mask=batch.attention_mask.bool(),
                 labels=student.to_slots(batch.token_labels, ignore_index=IGNORE_INDEX),
-                # The op divides both terms by the tokens, and both are then multiplied by kl_alpha.
-                label_weight=tokens / (max(labelled, 1.0) * kl_alpha),
+                # Both terms are then multiplied by kl_alpha.
+                label_weight=1.0 / kl_alpha,
                 denominator=tokens,
+                label_denominator=max(labelled, 1.0),
                 **student.logit_options("student"),
             )
             assert stats.divergence is not None and stats.cross_entropy is not None

@@ -110,27 +110,40 @@ def check_token_tensors(
     return None if mask is None else mask.detach().reshape(-1), None if labels is None else labels.reshape(-1)
 
 
-def check_denominator(denominator: float | Tensor | None, reduction: str, device: torch.device) -> Tensor | None:
+def check_denominators(
+    denominator: float | Tensor | None, label_denominator: float | Tensor | None, reduction: str, device: torch.device
+) -> Tensor | None:
+    """Check both; return the first alone as a 0-dim tensor on `device`, or with the second (2,), zero for one that is not given."""
+    first = check_denominator(denominator, reduction, device)
+    second = check_denominator(label_denominator, reduction, device, "label_denominator")
+    if second is None:
+        return first
+    return torch.stack([torch.zeros_like(second) if first is None else first, second])
+
+
+def check_denominator(
+    denominator: float | Tensor | None, reduction: str, device: torch.device, name: str = "denominator"
+) -> Tensor | None:
     """Check it; return it as a 0-dim tensor on `device`, made there without a copy from the host."""
     if denominator is None:
         return None
     if reduction != "mean":
-        raise ValueError(f"denominator replaces the mean's denominator, but reduction={reduction!r}; use reduction='mean'.")
+        raise ValueError(f"{name} replaces the mean's denominator, but reduction={reduction!r}; use reduction='mean'.")
     if isinstance(denominator, Tensor):
-        check_tensor("denominator", denominator)
+        check_tensor(name, denominator)
         if denominator.dim() != 0 or denominator.dtype == torch.bool or denominator.is_complex():
             given = f"shape {tuple(denominator.shape)} and dtype {denominator.dtype}"
-            raise ValueError(f"denominator has {given}; give a number, or one in a 0-dim tensor.")
+            raise ValueError(f"{name} has {given}; give a number, or one in a 0-dim tensor.")
         if not torch.compiler.is_compiling():
-            _check_denominator_value(denominator)
+            _check_denominator_value(name, denominator)
         return denominator.detach().to(device, torch.float64)
-    check_number("denominator", denominator)
+    check_number(name, denominator)
     return torch.full((), float(denominator), dtype=torch.float64, device=device)
 
 
-def _check_denominator_value(denominator: Tensor) -> None:
+def _check_denominator_value(name: str, denominator: Tensor) -> None:
     if denominator.device.type == "cpu":
-        check_number("denominator", float(denominator))
+        check_number(name, float(denominator))
 
 
 def check_vocab_index(vocab_index: Tensor | None, student_vocabulary: int, teacher_vocabulary: int, device: torch.device) -> None:
@@ -194,7 +207,9 @@ def check_token_values(
 ) -> None:
     """What only the numbers tell. On the CPU alone, here and below: a GPU's would make the host wait for them."""
     if denominator is not None:
-        _check_denominator_value(denominator)
+        for name, value in zip(("denominator", "label_denominator"), denominator.view(-1), strict=False):
+            if denominator.dim() == 0 or name == "label_denominator":
+                _check_denominator_value(name, value)
     if mask is not None and not mask.is_cuda and mask.is_floating_point() and not bool(((mask >= 0) & mask.isfinite()).all()):
         raise ValueError("mask holds negative or non-finite weights; float token weights must be finite and >= 0.")
     if labels is not None and not labels.is_cuda:
@@ -344,6 +359,12 @@ def check_whole(name: str, value: Any, *, least: int | None = None, unit: str = 
     """Refuse (ValueError) what is no int, or one below `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
         raise ValueError(f"{name}={value!r} must be a whole number" + ("." if least is None else f" >= {least} ({unit})."))
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse (ValueError) what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:

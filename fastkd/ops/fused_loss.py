@@ -30,7 +30,8 @@ from .topk_lists import write_list_statistics
 
 @dataclass(frozen=True)
 class LossStats:
-    """Per-token values in the shape of the leading dims, zero where masked; no gradient flows. Nats; `divergence` carries T^2.
+    """Per-token values in the shape of the leading dims, zero where masked; no gradient flows. Nats; `divergence` carries T^2 if
+    the loss does.
 
     Entropies are those of the tempered distributions; `top1_agreement` is 1 where both models rank the same token first;
     `acceptance` is sum min(p, q), the share of the student's tokens that speculative decoding would accept at that temperature. With
@@ -153,6 +154,8 @@ class _Pass:
         weights, has_teacher = self.weights, self.teacher is not None
         known = _known(self.options, has_teacher=has_teacher, has_labels=weights.labels is not None)
         told = LossStats(**{name: self.statistics[name][part] for name in known})
+        if told.divergence is not None:
+            told = replace(told, divergence=told.divergence * self.options.told_factor)
         losses = torch.zeros_like(weights.token[part]) if told.divergence is None else told.divergence.clone()
         if told.cross_entropy is not None:
             losses += self.options.label_weight * told.cross_entropy
@@ -275,6 +278,7 @@ def _finish(inputs: Inputs, work: _Pass) -> Results:
     losses = statistics["divergence"], statistics["cross_entropy"]
     total = weights.total(None if work.teacher is None else losses[0], None if weights.labels is None else losses[1])
     loss = weights.spread(total, tokens) if work.options.reduction == "none" else total.sum() * weights.scale
+    losses[0].mul_(work.options.told_factor)
     spread = weights.spread(torch.stack(list(statistics.values())), tokens)
     return loss, scale, spread, [gradients[name] for name in inputs.student]
 

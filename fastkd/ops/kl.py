@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .checks import check_denominator, check_teacher, check_teacher_mass, check_token_tensors, leading_shape
+from .checks import check_denominators, check_teacher, check_teacher_mass, check_token_tensors, leading_shape
 from .divergence import Divergence
 from .fused_loss import LossStats, fused_loss
 from .options import LossOptions, divergence_options, statistics_option
@@ -18,6 +18,7 @@ def kl_div(
     *,
     divergence: str | Divergence = "forward_kl",
     temperature: float = 1.0,
+    temperature_squared: bool = True,
     mask: Tensor | None = None,
     vocab_index: Tensor | None = None,
     teacher_mass: str = "renormalize",
@@ -31,6 +32,7 @@ def kl_div(
     teacher_logit_scale: float = 1.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    label_denominator: float | Tensor | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -46,6 +48,7 @@ def kl_div(
         teacher_logits: (..., V_t), same leading dims, of its own dtype. No gradient ever flows to the teacher.
         divergence: a name or a `Divergence`; p is the teacher, q the student.
         temperature: 1e-6 <= T <= 32, as in `linear_kl_div`.
+        temperature_squared: whether value and gradient carry T^2.
         mask: (...) bool, or float token weights >= 0.
         vocab_index: (V_s,) int64, the teacher's column behind every student's; None: the teacher's first V_s.
         teacher_mass: "renormalize", "full" or "slots", as in `linear_kl_div`.
@@ -59,6 +62,7 @@ def kl_div(
         teacher_logit_scale: the same of the teacher's.
         reduction: "mean", "sum" or "none".
         denominator: number, or tensor of shape (), that replaces the mean's.
+        label_denominator: the same for the labels' term alone.
         chunk_size: rows at a time; None: planned.
         memory_budget: bytes of logits that may be alive beside the arguments, in place of chunk_size.
         backend: "auto" or a backend's name.
@@ -87,6 +91,7 @@ def kl_div(
         **divergence_options(divergence),
         teacher_mass=teacher_mass,
         temperature=temperature,
+        temperature_squared=temperature_squared,
         label_weight=label_weight,
         ignore_index=ignore_index,
         student_softcap=student_softcap,
@@ -109,5 +114,5 @@ def kl_div(
         vocab_slots=vocab_slots,
         mask=mask,
         labels=labels,
-        denominator=check_denominator(denominator, reduction, device),
+        denominator=check_denominators(denominator, label_denominator, reduction, device),
     )

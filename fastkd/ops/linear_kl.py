@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .checks import check_denominator, check_teacher, check_teacher_mass, check_token_tensors, check_token_weight, leading_shape
+from .checks import check_denominators, check_teacher, check_teacher_mass, check_token_tensors, check_token_weight, leading_shape
 from .divergence import Divergence
 from .fused_loss import LossStats, TokenWeight, fused_loss
 from .linear_logits import check_head
@@ -27,6 +27,7 @@ def linear_kl_div(
     teacher_bias: Tensor | None = None,
     divergence: str | Divergence = "forward_kl",
     temperature: float = 1.0,
+    temperature_squared: bool = True,
     mask: Tensor | None = None,
     vocab_index: Tensor | None = None,
     teacher_mass: str = "renormalize",
@@ -40,6 +41,7 @@ def linear_kl_div(
     teacher_logit_scale: float = 1.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    label_denominator: float | Tensor | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -63,6 +65,7 @@ def linear_kl_div(
         divergence: a name or a `Divergence`; p is the teacher, q the student.
         temperature: 1e-6 <= T <= 32. Value and gradient both carry T^2 (Hinton et al., arXiv:1503.02531). Above 32, T^2 times float32's
             rounding of the divergence, a few 1e-7 nats, is too much of the value.
+        temperature_squared: whether value and gradient carry T^2; without it they are as Liger, TRL and unsloth have them.
         mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
         vocab_index: (V_s,) int64, the teacher row behind every student row: the teacher's softmax is taken over those rows alone.
             Each row at most once. None: same ids, a longer teacher is sliced to V_s rows.
@@ -82,6 +85,7 @@ def linear_kl_div(
         teacher_logit_scale: the teacher's.
         reduction: "mean" over the unmasked weight, "sum", or "none" (one value per token in the shape of the leading dims).
         denominator: number, or tensor of shape (), that replaces the mean's denominator (global token count of an optimizer step).
+        label_denominator: the same for the labels' term alone (global count of labelled tokens).
         chunk_size: rows of logits that are made at a time; None: planned (`fastkd.ops.plan.plan_chunks`).
         memory_budget: bytes of logits that may be alive, in place of chunk_size; None: planned.
         backend: "auto", or "torch", "cpp", "triton" or "cuda"; one that cannot serve here is refused.
@@ -126,6 +130,7 @@ def linear_kl_div(
         **divergence_options(divergence),
         teacher_mass=teacher_mass,
         temperature=temperature,
+        temperature_squared=temperature_squared,
         label_weight=label_weight,
         ignore_index=ignore_index,
         student_softcap=student_softcap,
@@ -142,7 +147,7 @@ def linear_kl_div(
     )
     check_token_weight(token_weight, reduction)
     mask, labels = check_token_tensors(leading, device, options, mask, labels)
-    denominator = check_denominator(denominator, reduction, device)
+    denominator = check_denominators(denominator, label_denominator, reduction, device)
     student = {"hidden": student_hidden.reshape(-1, student_hidden.shape[-1]), "weight": student_weight, "bias": student_bias}
     teacher = {"teacher_hidden": teacher_hidden.flatten(0, -2), "teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
     if teacher_weight is None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from .checks import check_choice, check_number, check_temperature, check_transform, check_whole
+from .checks import check_choice, check_flag, check_number, check_temperature, check_transform, check_whole
 from .divergence import Divergence
 from .row_call import LogitTransform, RowOptions
 
@@ -33,6 +33,7 @@ class LossOptions:
     topk_temperature: float | None = None
     teacher_mass: str = "renormalize"
     temperature: float = 1.0
+    temperature_squared: bool = True
     label_weight: float = 0.0
     ignore_index: int = -100
     student_logit_scale: float = 1.0
@@ -50,6 +51,7 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
+        check_flag("temperature_squared", self.temperature_squared)
         check_number("label_weight", self.label_weight, may_be_zero=True)
         check_whole("ignore_index", self.ignore_index)
         for side in ("student", "teacher"):
@@ -82,6 +84,11 @@ class LossOptions:
         return LogitTransform(self.student_logit_scale, self.student_softcap)
 
     @property
+    def told_factor(self) -> float:
+        """What the row kernels' T^2 D is multiplied by where it is told."""
+        return 1.0 if self.temperature_squared else 1.0 / self.temperature**2
+
+    @property
     def has_dense_teacher(self) -> bool:
         """Whether the teacher has a logit for each of the student's."""
         return self.divergence is not None and self.tail is None
@@ -110,10 +117,17 @@ class LossOptions:
 _NAMES = tuple(field.name for field in fields(LossOptions))
 
 
-def literal(*values: float | str | None) -> str:
+def literal(*values: float | str | bool | None) -> str:
     """The values as the text of a tuple, which `ast.literal_eval` reads."""
     # torch.compile may hold a number for a symbol, which has no text; the member of a set is always a constant.
-    parts = [f"'{x}'" if isinstance(x, str) else "None" if x is None else str(_plain([*{x}][0])) for x in values]  # noqa: RUF015
+    names = {None: "None", True: "True", False: "False"}
+
+    def text(value: float | str | bool | None) -> str:
+        if isinstance(value, str):
+            return f"'{value}'"
+        return names[value] if value is None or isinstance(value, bool) else str(_plain([*{value}][0]))  # noqa: RUF015
+
+    parts = [text(value) for value in values]
     return "(" + ", ".join(parts) + ",)"
 
 

@@ -77,26 +77,33 @@ def token_weights(
         device: of the weights.
         mask: (N,) bool or float weights; None: all ones. Tokens of weight zero are left out of `valid`.
         labels: (N,) int64, or None.
-        denominator: () float64, in place of the mean's; None: the unmasked weight.
+        denominator: () float64, in place of the mean's; (2,) those of the divergence and of the labels, zero where that term has its
+            own; None: the unmasked weight.
     """
     valid = counted(mask)
     token = torch.ones(tokens, dtype=dtype, device=device) if mask is None else mask.to(dtype)
     if valid is not None:
         token = token[valid]
     scale = torch.ones((), dtype=dtype, device=device)
+    of_labels: Tensor | None = None
+    if denominator is not None and denominator.dim():
+        denominator, of_labels = denominator.where(denominator != 0, token.sum()).unbind()
     if options.reduction == "mean":
         scale = _inverse_or_zero(token.sum() if denominator is None else denominator.to(dtype))
+    # The row kernels' T^2 is taken back here, where it is not wanted.
+    divergence = token if options.temperature_squared else token / options.temperature**2
     if labels is None:
-        return TokenWeights(valid, token, None, None, scale)
+        return TokenWeights(valid, divergence, None, None, scale)
     labels = torch.where(labels == options.ignore_index, -1, labels)
     labels = labels if valid is None else labels[valid]
     if options.label_weight == 0:
-        return TokenWeights(valid, token, labels, None, scale)
+        return TokenWeights(valid, divergence, labels, None, scale)
     label = token * (labels >= 0) * options.label_weight
-    if options.reduction == "mean" and denominator is None:
-        # Cross-entropy is averaged over its own tokens: undo the divergence's 1 / sum(token), which `scale` applies to all.
-        label = label * (_inverse_or_zero(label.sum() / options.label_weight) * _inverse_or_zero(scale))
-    return TokenWeights(valid, token, labels, label, scale)
+    if options.reduction == "mean" and (denominator is None or of_labels is not None):
+        # Cross-entropy has a denominator of its own: undo the divergence's, which `scale` applies to all.
+        of_labels = label.sum() / options.label_weight if of_labels is None else of_labels.to(dtype)
+        label = label * (_inverse_or_zero(of_labels) * _inverse_or_zero(scale))
+    return TokenWeights(valid, divergence, labels, label, scale)
 
 
 def counted(mask: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .checks import check_denominator, check_plain, check_tail, check_teacher, check_tensor, check_token_tensors
+from .checks import check_denominators, check_plain, check_tail, check_teacher, check_tensor, check_token_tensors
 from .divergence import Divergence
 from .fused_loss import LossStats, fused_loss
 from .linear_logits import check_head
@@ -32,6 +32,7 @@ def topk_kl_div(
     divergence: str | Divergence = "forward_kl",
     student_support: str = "full",
     temperature: float = 1.0,
+    temperature_squared: bool = True,
     topk_temperature: float | None = None,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
@@ -41,6 +42,7 @@ def topk_kl_div(
     student_logit_scale: float = 1.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    label_denominator: float | Tensor | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -73,6 +75,7 @@ def topk_kl_div(
             and says nothing of other ids. Then K rows of the head are gathered for every token, and no others take part or get a
             gradient. On a GPU their gradients are added in no fixed order, so that last bits may differ from run to run.
         temperature: 1e-6 <= T <= 32. Value and gradient both carry T^2.
+        temperature_squared: whether they do.
         topk_temperature: the temperature that the lists were made at; None: `temperature`. Another one goes with "renormalize" alone,
             where p' is proportional to p^(topk_temperature / T): the mass of the others does not follow.
         mask: (...) bool, or float token weights >= 0; masked rows are packed out before any GEMM.
@@ -84,6 +87,7 @@ def topk_kl_div(
         student_logit_scale: the same, a factor before the soft-cap.
         reduction: "mean", "sum" or "none".
         denominator: number, or tensor of shape (), that replaces the mean's.
+        label_denominator: the same for the labels' term alone.
         chunk_size: rows of logits that are made at a time; None: planned.
         memory_budget: bytes of logits that may be alive, in place of chunk_size; None: planned.
         backend: "auto", "torch", "cpp" or "triton"; with "listed" "cuda", too.
@@ -131,6 +135,7 @@ def topk_kl_div(
         **divergence_options(kind),
         tail=tail,
         temperature=temperature,
+        temperature_squared=temperature_squared,
         topk_temperature=topk_temperature,
         label_weight=label_weight,
         ignore_index=ignore_index,
@@ -145,7 +150,7 @@ def topk_kl_div(
         operand_dtype=autocast_dtype(device),
     )
     mask, labels = check_token_tensors(leading, device, options, mask, labels)
-    denominator = check_denominator(denominator, reduction, device)
+    denominator = check_denominators(denominator, label_denominator, reduction, device)
     student = {"hidden": student_hidden.reshape(-1, student_hidden.shape[-1]), "weight": student_weight, "bias": student_bias}
     teacher = {
         "topk_ids": topk_ids.reshape(-1, topk_ids.shape[-1]),

@@ -131,7 +131,9 @@ class _VocabParallel(torch.autograd.Function):
         ctx.save_for_backward(*([mask, labels, denominator, *norms, *tensors] if deferred else [weights.scale, *made]))
         if weights.labels is not None:
             losses[1].masked_fill_(weights.labels < 0, 0.0)
-        total, told = weights.total(losses[0], losses[1]), weights.spread(losses, tokens)
+        total = weights.total(losses[0], losses[1])
+        losses[0].mul_(options.told_factor)
+        told = weights.spread(losses, tokens)
         ctx.mark_non_differentiable(told)
         return weights.spread(total, tokens) if deferred else total.sum() * weights.scale, told
 

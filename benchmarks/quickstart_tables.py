@@ -1,7 +1,8 @@
-"""What the quickstart found, of three seeds: two tables and a picture, from the JSON files alone.
+"""What the quickstart found, of three seeds: tables and a picture, from the JSON files alone.
 
-    python -m fastkd.benchmarks.quickstart_tables glmd --write-docs README.md       perplexities of GLMD and its baselines
-    python -m fastkd.benchmarks.quickstart_tables tasks --write-docs README.md      accuracies of TED, CR-ILD and their baselines
+    python -m fastkd.benchmarks.quickstart_tables readme --write-docs README.md           means of the three methods
+    python -m fastkd.benchmarks.quickstart_tables glmd --write-docs docs/quickstart.md    perplexities of GLMD and its baselines
+    python -m fastkd.benchmarks.quickstart_tables tasks --write-docs docs/quickstart.md   accuracies of TED, CR-ILD and their baselines
 
 `make docs` also draws docs/quickstart.png.
 """
@@ -13,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fastkd.train.curves import plot_bars
@@ -25,9 +27,10 @@ SEEDS = (0, 1, 2)
 GLMD = {
     "teacher": "teacher",
     "student_alone": "student, hard labels alone",
-    "student_kd": "student, plain full-vocabulary KD (with labels)",
-    "student_distilled": "**student, GLMD (no labels)**",
     "student_alone_equal_time": "student, hard labels, for as long as GLMD took",
+    "student_kd": "student, plain full-vocabulary KD, with labels",
+    "student_kd_equal_time": "student, plain KD, for as long as GLMD took",
+    "student_distilled": "**student, GLMD, no labels**",
 }
 TASKS = {
     "teacher": "teacher ({teacher} k parameters, 2555 labelled examples)",
@@ -38,6 +41,14 @@ TASKS = {
     "student_kd_equal_time": "student, plain KD, for as long as the method took",
 }
 """The numbers of examples are the task's, and in no result."""
+SHORT = {
+    "teacher": "teacher",
+    "student_alone": "hard labels, as many steps",
+    "student_alone_equal_time": "hard labels, as long",
+    "student_kd": "plain KD, as many steps",
+    "student_kd_equal_time": "plain KD, as long",
+    "student_distilled": "**the method**",
+}
 
 
 def read_results(folder: Path, method: str) -> list[Mapping[str, Any]]:
@@ -63,6 +74,17 @@ def tasks_table(folder: Path) -> str:
     return markdown([f"test accuracy, mean of seeds {', '.join(map(str, SEEDS))} (each)", "TED", "CR-ILD"], rows)
 
 
+def readme_table(folder: Path) -> str:
+    results = {method: read_results(folder, method) for method in ("glmd", "ted", "crild")}
+    head = ["student, mean of three seeds", "GLMD: perplexity (lower is better)", "TED: accuracy", "CR-ILD: accuracy"]
+    units = {"glmd": 1.0, "ted": 100.0, "crild": 100.0}
+    rows = [
+        [title, *(f"{units[method] * fmean(result[key] for result in found):.1f}" for method, found in results.items())]
+        for key, title in SHORT.items()
+    ]
+    return markdown(head, rows)
+
+
 def _percentages(values: Sequence[float]) -> str:
     """The mean, and each of them unless all are equal."""
     mean = f"{100 * sum(values) / len(values):.1f}"
@@ -78,7 +100,7 @@ def draw(folder: Path, path: Path) -> None:
     plot_bars(panels, path, title="Quickstart: perplexity on held-out files (lower is better)")
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"glmd": glmd_table, "tasks": tasks_table}
+TABLES: dict[str, Callable[[Path], str]] = {"glmd": glmd_table, "tasks": tasks_table, "readme": readme_table}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

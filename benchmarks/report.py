@@ -28,6 +28,7 @@ SECTIONS = {
 NOT_MEASURED = "not measured"
 BEGIN, END = "<!-- benchmarks: written by `fastkd bench report` -->", "<!-- end of benchmarks -->"
 DEVICES = {"cpu": "CPU", "cuda": "NVIDIA GPU"}
+README_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 HEAD = """# Benchmarks
 
 Written by `fastkd bench report` from `benchmarks/results/*.json`. `make bench-cpu`, or `fastkd bench --device cuda`, measures again;
@@ -293,26 +294,32 @@ TABLES: dict[str, Callable[[Record], str]] = {
 
 
 def readme_table(records: Sequence[Record]) -> str:
-    """One line an implementation, one column for every device and dtype measured."""
-    columns: dict[str, dict[str, Mapping[str, Any]]] = {}
+    """One line an implementation, and for every device, in the dtype that it is for, three columns."""
+    columns: dict[str, Mapping[str, Mapping[str, Any]]] = {}
     for record in records:
+        dtype = README_DTYPES[record["device"]]
         name = "CPU" if record["device"] == "cpu" else record["environment"]["device"]
-        for row in record["results"]:
-            columns.setdefault(f"{name} {row['dtype']}", {})[row["implementation"]] = row
+        columns[f"{name}, {dtype}"] = {row["implementation"]: row for row in record["results"] if row["dtype"] == dtype}
     if not any(record["device"] == "cuda" for record in records):
         columns[DEVICES["cuda"]] = {}
     names = dict.fromkeys(name for rows in columns.values() for name in rows)
-    head = ["x GEMMs alone; peak MB; gradient error at the smallest KL", *columns]
-    body = [[name, *(_in_short(rows.get(name)) for rows in columns.values())] for name in names]
+    head = ["forward and backward", *(title for name, rows in columns.items() for title in _titles(name, rows))]
+    body = [[name, *(cell for rows in columns.values() for cell in _cells(rows, name))] for name in names]
     lines = [f"{environment(record)}; {sizes(record)}" for record in records]
     return markdown(head, body or [[NOT_MEASURED] * len(head)]) + "".join(f"\n{line}" for line in lines)
 
 
-def _in_short(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return NOT_MEASURED
-    peak = [] if row["peak_bytes"] is None else [megabytes(row["peak_bytes"])]
-    return "; ".join([f"{row['ratio_to_gemms']:.2f}", *peak, *_worst(row["gradient_error"])[:1]])
+def _titles(name: str, rows: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: x GEMMs alone", "peak MB", "gradient error"] if rows else [name]
+
+
+def _cells(rows: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+    """What a device's rows say of an implementation, below `_titles`: the error is that at the smallest KL."""
+    if name not in rows:
+        return [NOT_MEASURED] * len(_titles("", rows))
+    row = rows[name]
+    peak = NOT_MEASURED if row["peak_bytes"] is None else megabytes(row["peak_bytes"])
+    return [f"{row['ratio_to_gemms']:.2f}", peak, *(_worst(row["gradient_error"])[:1] or [""])]
 
 
 def with_table(text: str, table: str, path: Path) -> str:

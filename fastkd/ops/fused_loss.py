@@ -1,7 +1,8 @@
 """The pass that every logit loss makes: chunk by chunk, logits in, losses and gradients out, one chunk of logits alive.
 
-Nothing is allocated inside its loop and the host waits for nothing in it. Masked tokens are packed out before it, which reads their
-number from the device once; while a CUDA graph is captured, where nothing can be read, they stay in with weight zero.
+Nothing but numbers of tokens is allocated inside its loop, and the host waits for nothing in it. Masked tokens are packed out before
+it, which reads their number from the device once; while a CUDA graph is captured, where nothing can be read, they stay in with weight
+zero.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def fused_loss(
         vocab_slots: (V_t,) int64, with teacher_mass="slots" alone.
         mask: (N,) bool or float weights, or None.
         labels: (N,) int64 or None.
-        denominator: () float64 or None.
+        denominator: () float64, (2,) with the labels' own, or None.
         token_weight: of a student with a head alone, and not with reduction="none".
     """
     constants = {**teacher, "vocab_index": vocab_index, "vocab_slots": vocab_slots}

@@ -155,11 +155,14 @@ def linear_kl_div(
     if group is not None:
         # Imports torch.distributed and torch._dynamo, for which nobody else should wait.
         from .vocab_parallel import check_group, vocab_parallel_loss
+        from .vocab_parallel_dense import DENSE
 
         if token_weight is not None:
             raise ValueError("token_weight is not known to group=; leave one of them out.")
         check_group(group, vocab_index, options)
-        loss, _ = vocab_parallel_loss(student, teacher, options, leading, group, mask=mask, labels=labels, denominator=denominator)
+        loss, _ = vocab_parallel_loss(
+            student, teacher, options, leading, group, DENSE, mask=mask, labels=labels, denominator=denominator
+        )
         return loss
     teacher_vocabulary = teacher_hidden.shape[-1] if teacher_weight is None else teacher_weight.shape[0]
     check_teacher_mass(

@@ -40,7 +40,7 @@ def topk_vocab_parallel_loss(
     **tokens: Tensor | None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """What `topk_kl_div` returns with a `group`; the arguments are those of `vocab_parallel_loss`."""
-    loss, told = vocab_parallel_loss(student, teacher, options, leading, group, kind=_TOPK, **tokens)
+    loss, told = vocab_parallel_loss(student, teacher, options, leading, group, _TOPK, **tokens)
     if not options.statistics:
         return loss
     known = dict(zip(_TOLD, told.view(len(_TOLD), *leading), strict=True))

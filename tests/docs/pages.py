@@ -9,12 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_BEGIN = re.compile(r"(?P<indent> *)```(?P<language>\S*)|(?P<setup><!-- setup)$")
+_BEGIN = re.compile(r"(?P<indent> *)```(?P<language>\S*)|(?P<setup><!-- setup)$|<!-- setup from (?P<file>\S+) -->$")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block, or the Python of a `<!-- setup` comment."""
+    """A fenced block, or the Python of a `<!-- setup` comment, or that of the file which `<!-- setup from FILE -->` names."""
 
     page: str
     line: int
@@ -38,6 +38,9 @@ def split_blocks(text: str, page: str) -> list[Block]:
     for first, line in lines:
         begin = _BEGIN.match(line)
         if begin is None:
+            continue
+        if begin["file"]:
+            blocks.append(Block(page, first, "setup", (ROOT / begin["file"]).read_text(encoding="utf-8")))
             continue
         end = "-->" if begin["setup"] else f"{begin['indent']}```"
         code = []

@@ -50,8 +50,9 @@ def test_figures_are_those_of_the_committed_results(
 
 def test_the_readme_and_the_pages_with_figures_are_known() -> None:
     assert {*WRITTEN} >= {
-        ("README.md", "quickstart_tables glmd"),
-        ("README.md", "quickstart_tables tasks"),
+        ("README.md", "quickstart_tables readme"),
+        ("docs/quickstart.md", "quickstart_tables glmd"),
+        ("docs/quickstart.md", "quickstart_tables tasks"),
         ("docs/cache.md", "teacher_cache"),
         ("docs/scaling.md", "scaling_on_paper"),
         ("docs/topk.md", "topk_bias"),
@@ -61,23 +62,19 @@ def test_the_readme_and_the_pages_with_figures_are_known() -> None:
 def test_another_result_is_another_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in RESULTS.glob("quickstart*_seed*.json"):
         shutil.copy(file, tmp_path)
-    readme, arguments = tmp_path / "README.md", ["--results", str(tmp_path), "--write-docs", str(tmp_path / "README.md")]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme.write_text(text, encoding="utf-8")
-    record = json.loads((tmp_path / "quickstart_seed1.json").read_text())
-    record["results"]["student_distilled"] = 123.44
-    (tmp_path / "quickstart_seed1.json").write_text(json.dumps(record))
-    record = json.loads((tmp_path / "quickstart_ted_seed2.json").read_text())
-    record["student_kd"] = 0.9
-    (tmp_path / "quickstart_ted_seed2.json").write_text(json.dumps(record))
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    written, arguments = tmp_path / "quickstart.md", ["--results", str(tmp_path), "--write-docs", str(tmp_path / "quickstart.md")]
+    written.write_text(text, encoding="utf-8")
+    for name, key, value in (("quickstart_seed1", "student_distilled", 123.44), ("quickstart_ted_seed2", "student_kd", 0.9)):
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        record["results"][key] = value
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
     assert quickstart_tables.main(["glmd", *arguments]) == quickstart_tables.main(["tasks", *arguments]) == 0
-    old, new = text.splitlines(), readme.read_text(encoding="utf-8").splitlines()
-    changed = [(was, now) for was, now in zip(old, new, strict=True) if was != now]
-    assert len(changed) == 2
-    assert changed[0][1] == changed[0][0].replace("| 167.7 (116.8) |", "| 123.4 (116.8) |")
-    # (55.4 + 52.6 + 90.0) / 3, where TED and CR-ILD had the same three before.
-    assert changed[1][1] == "| student, plain KD | 66.0 (55.4, 52.6, 90.0) | 54.5 (55.4, 52.6, 55.4) |"
-    readme.write_text("no comments", encoding="utf-8")
+    old, new = text.splitlines(), written.read_text(encoding="utf-8").splitlines()
+    (glmd_was, glmd), (ted_was, ted) = [(was.split(" | "), now.split(" | ")) for was, now in zip(old, new, strict=True) if was != now]
+    assert glmd[2].startswith("123.4 (") and glmd[:2] + glmd[3:] == glmd_was[:2] + glmd_was[3:] and "GLMD" in glmd[0]
+    assert ted[1].endswith(", 90.0)") and "plain KD" in ted[0] == ted_was[0]
+    written.write_text("no comments", encoding="utf-8")
     assert quickstart_tables.main(["glmd", *arguments]) == 2 and "lacks the two lines" in capsys.readouterr().err
 
 

@@ -217,23 +217,18 @@ def _make(student: list[Tensor], constants: list[Tensor], upstream: Tensor | Non
                 row_call = work.call(rows, logits[inside], work.gradients.target(chunk, rows) if inputs.makes_gradients else None)
                 # The backend is chosen by the first call, and all others are like it.
                 run = run or choose(work.options.backend, row_call)
-                if work.token_weight is not None:
-                    run = _run(run, work.options.backend, replace(row_call, gradient=None, keeps_logits=True))
-                    work.weigh(rows)
-                run = _run(run, work.options.backend, row_call)
+                losses_alone = [] if work.token_weight is None else [replace(row_call, gradient=None, keeps_logits=True)]
+                for each in (*losses_alone, row_call):
+                    try:
+                        run(each)
+                    except RuntimeError as error:
+                        run = replace_failed(run, work.options.backend, each, error)
+                        run(each)
+                    if each is not row_call:
+                        work.weigh(rows)
         if inputs.makes_gradients:
             work.gradients.collect(chunk)
     return _finish(inputs, work)
-
-
-def _run(run: Callable[[RowCall], None], backend: str, row_call: RowCall) -> Callable[[RowCall], None]:
-    """Run it, by another kernel if this one fails; return the one that served."""
-    try:
-        run(row_call)
-    except RuntimeError as error:
-        run = replace_failed(run, backend, row_call, error)
-        run(row_call)
-    return run
 
 
 def _prepare(inputs: Inputs) -> _Pass:

@@ -69,7 +69,7 @@ def kl_div(
         statistics |= _dense_statistics(log_p, log_q, log_rest)
         if vocab_index is not None or teacher_mass != "renormalize":
             slots = _slots(vocab_index, vocab_slots, vocabulary, teacher)
-            statistics["kept_mass"] = torch.softmax(teacher / temperature, -1)[..., slots >= 0].sum(-1)
+            statistics["kept_mass"] = (torch.softmax(teacher / temperature, -1) * (slots >= 0)).sum(-1)
             statistics["teacher_top1_kept"] = (slots[teacher.argmax(-1)] >= 0).to(values.dtype)
     return loss, _stats(weight, **statistics)
 

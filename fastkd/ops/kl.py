@@ -62,7 +62,7 @@ def kl_div(
         teacher_logit_scale: the same of the teacher's.
         reduction: "mean", "sum" or "none".
         denominator: number, or tensor of shape (), that replaces the mean's.
-        label_denominator: the same for the labels' term alone.
+        label_denominator: number, or tensor of shape (), that replaces the mean's of the labels' term alone.
         chunk_size: rows at a time; None: planned.
         memory_budget: bytes of logits that may be alive beside the arguments, in place of chunk_size.
         backend: "auto" or a backend's name.

@@ -85,7 +85,7 @@ def linear_kl_div(
         teacher_logit_scale: the teacher's.
         reduction: "mean" over the unmasked weight, "sum", or "none" (one value per token in the shape of the leading dims).
         denominator: number, or tensor of shape (), that replaces the mean's denominator (global token count of an optimizer step).
-        label_denominator: the same for the labels' term alone (global count of labelled tokens).
+        label_denominator: number, or tensor of shape (), that replaces the mean's of the labels' term alone (labelled tokens).
         chunk_size: rows of logits that are made at a time; None: planned (`fastkd.ops.plan.plan_chunks`).
         memory_budget: bytes of logits that may be alive, in place of chunk_size; None: planned.
         backend: "auto", or "torch", "cpp", "triton" or "cuda"; one that cannot serve here is refused.

@@ -87,7 +87,7 @@ def topk_kl_div(
         student_logit_scale: the same, a factor before the soft-cap.
         reduction: "mean", "sum" or "none".
         denominator: number, or tensor of shape (), that replaces the mean's.
-        label_denominator: the same for the labels' term alone.
+        label_denominator: number, or tensor of shape (), that replaces the mean's of the labels' term alone.
         chunk_size: rows of logits that are made at a time; None: planned.
         memory_budget: bytes of logits that may be alive, in place of chunk_size; None: planned.
         backend: "auto", "torch", "cpp" or "triton"; with "listed" "cuda", too.
